@@ -1,0 +1,1 @@
+ARG OLLAMA_IMAGE=ollama/ollama:0.34.4
