@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import signal
+import socket
+import struct
 import threading
 import time
 import types
@@ -21,6 +23,7 @@ import urllib.parse
 
 import gunicorn.glogging
 import gunicorn.util
+import gunicorn.workers.gthread
 import psutil
 from flask import Flask, Response, request
 from gunicorn.http.errors import ParseException
@@ -41,6 +44,7 @@ GPU_LAYERS = os.environ.get("LLM_GPU_LAYERS") or "33"
 MODELS_PATH = os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
+CLIENT_S = 30  # of a client that neither sends nor takes anything
 KNOWN_S = 10  # until a pull's answer begins all the same
 HEALTH_S = 2.6
 DEEP_S = 8
@@ -96,6 +100,10 @@ def post_worker_init(worker):
     """Let gunicorn's own errors be JSON, and its SIGTERM end the downloads and so the streams."""
     gunicorn.util.write_error = write_error
     gunicorn.util.close_graceful = close_aside
+    gunicorn.workers.gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.2  # a thread is not for waiting on a silent client
+    for listener in worker.sockets:  # what it accepts inherits this: half a request holds a thread no longer
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", CLIENT_S, 0))
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", CLIENT_S, 0))
     end_worker = signal.getsignal(signal.SIGTERM)
 
     def end(signum, frame):

@@ -175,7 +175,8 @@ class Ollama:
 
     def _models(self, path, timeout_s):
         models = self._json("GET", path, timeout_s=timeout_s).get("models")
-        if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("name"), str) for m in models):
+        if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("name"), str)
+                                                   and isinstance(m.get("digest", ""), str) for m in models):
             raise OllamaError("bad_answer", f"Ollama's answer to {path} is not a list of models.")
         return models
 

@@ -87,7 +87,7 @@ have_ollama() {
 
 install_ollama() {
     download_ollama || { rm -rf "$tmp/ollama" && build_ollama; } || die "no Ollama: install it (https://ollama.com/download)," \
-        "or g++ and git and a way to PyPI and Go's module proxy so that it can be built here; then start again"
+        "or g++ and a way to PyPI and Go's module proxy so that it can be built here; then start again"
     rm -rf "$cache/ollama-$version"
     mv "$tmp/ollama" "$cache/ollama-$version"
 }
@@ -99,30 +99,34 @@ download_ollama() {
     say "downloading Ollama $version from $url"
     if ! type -P zstd >/dev/null; then
         tied "$python" -m pip install -q --disable-pip-version-check -t "$tmp/zstd" zstandard==0.25.0 >&2 || return 1
-        unpack=(env PYTHONPATH="$tmp/zstd" "$python" -c 'import shutil, sys, zstandard
-shutil.copyfileobj(zstandard.ZstdDecompressor().stream_reader(sys.stdin.buffer, read_across_frames=True), sys.stdout.buffer)')
+        unpack=(env PYTHONPATH="$tmp/zstd" "$python" -c 'from shutil import copyfileobj; import sys; from zstandard import *
+copyfileobj(ZstdDecompressor().stream_reader(sys.stdin.buffer, read_across_frames=True), sys.stdout.buffer)')
     fi
-    mkdir "$tmp/ollama" && fetch "$url" | "${unpack[@]}" | tar -x -C "$tmp/ollama" && [[ -x $tmp/ollama/bin/ollama ]]
-}
-
-fetch() { # URL: in Python, as a machine may have neither curl nor wget; exec, so that it is tied to this script
-    exec setpriv --pdeathsig TERM "$python" -c '
-import sys, time, requests
+    mkdir "$tmp/ollama"
+    # In Python, as a machine may have neither curl nor wget
+    tied "$python" -c '
+import requests, subprocess as sp, sys, time
+url, folder, *unpack = sys.argv[1:]
 tty, done, shown, start = sys.stderr.isatty(), 0, 0, time.monotonic()
 try:
-    reply = requests.get(sys.argv[1], stream=True, timeout=(15, 60), headers={"Accept-Encoding": "identity"})
+    reply = requests.get(url, stream=True, timeout=(15, 60), headers={"Accept-Encoding": "identity"})
     reply.raise_for_status()
     total = int(reply.headers.get("Content-Length", 0))
+    unpack = sp.Popen(unpack, stdin=sp.PIPE, stdout=sp.PIPE)
+    tar = sp.Popen(["tar", "-x", "-C", folder], stdin=unpack.stdout)
+    unpack.stdout.close()
     for chunk in reply.iter_content(1 << 20):
-        sys.stdout.buffer.write(chunk)
+        unpack.stdin.write(chunk)
         done, now = done + len(chunk), time.monotonic()
         if now - shown > (0.2 if tty else 10) or done == total:
             shown, part = now, done / max(total, done)
             print(f"[{int(30 * part) * chr(35):30}] {part:4.0%} of {total / 1e6:.0f} MB, {done / 1e6 / (now - start):.1f} MB/s",
-                  end="\r" if tty and done < total else "\n", file=sys.stderr)
-    sys.stdout.buffer.flush()
+                  end="\r" if tty and done < total else "\n", file=sys.stderr, flush=True)
+    unpack.stdin.close()
+    sys.exit(unpack.wait() or tar.wait())
 except (requests.RequestException, OSError) as error:
-    sys.exit(f"llm-service: the download failed: {error}")' "$1"
+    sys.exit(f"llm-service: the download failed: {error}")' "$url" "$tmp/ollama" "${unpack[@]}" &&
+        [[ -x $tmp/ollama/bin/ollama ]]
 }
 
 build_ollama() {
@@ -273,15 +277,18 @@ stop() { # STATUS: both get 8 s to end by themselves
 }
 
 supervise() {
-    local status who
+    local status pid
     while true; do
-        status=0 who=
         trap 'stop 0' TERM INT HUP
         ((!signalled)) || stop 0
+        # `wait -n` does not see what ended earlier, and bash itself would report a killed process at length
+        for pid in $api $server $timer; do kill -0 "$pid" 2>/dev/null || break; done
         # shellcheck disable=SC2086 # what is not there must vanish
-        wait -n -p who $api $server $timer || status=$?
+        if kill -0 "$pid" 2>/dev/null; then wait -n $api $server $timer 2>/dev/null || true; continue; fi
         trap 'signalled=1' TERM INT HUP # elsewhere it would come between a start and its record
-        case $who in
+        status=0
+        wait "$pid" 2>/dev/null || status=$?
+        case $pid in
             "$timer") launch_ollama ;;
             "$server") ollama_ended "$status" ;;
             *)
@@ -335,7 +342,6 @@ case ${1:-} in
     *) die "unknown argument ${1@Q}; ./start.sh --help says what there is" ;;
 esac
 settings
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash $BASH_VERSION is too old: install 5.1 or later"
 for tool in flock setsid setpriv; do
     type -P "$tool" >/dev/null || die "$tool is missing: install it (apt-get install util-linux)"
 done

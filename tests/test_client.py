@@ -12,7 +12,6 @@ import pytest
 import requests
 import responses
 
-import ollama_client
 from conftest import add_model, blob_path, wait_for
 from ollama_client import Ollama, OllamaError, Processes, Store, check_name, dial_url, name_key, timestamp
 from registry import FakeOllama, chunked, drip, free_port, http, ndjson, never
@@ -20,17 +19,17 @@ from registry import FakeOllama, chunked, drip, free_port, http, ndjson, never
 URL = "http://127.0.0.1:9"
 NAMES = [
     "gemma", "gemma:latest", "llama3.1:8b", "user/model", "user/model:tag", "library/gemma", "hf.co/org/repo:Q4_K_M",
-    "registry.ollama.ai/library/gemma:latest", "host:5000/ns/model:tag", "host:port/ns/model", "h::1/n/m", "http://h/n/m",
-    "https://h:1/n/m:t", "A/B:C", "a_b-c.d", "_a", "a/b.c", "a:_x", "0", "cloud", "gemma:cloud", "gemma:8b-cloud",
-    "gemma:8b:cloud", "gemma:8b:local", "gemma:CLOUD", " gemma ", "gemma\n", "\tgemma\r\n", "a" * 80,
+    "registry.ollama.ai/library/gemma:latest", "host:5000/ns/model:tag", "host:port/ns/model", "h::1/n/m",
+    "http://h/n/m", "https://h:1/n/m:t", "A/B:C", "a_b-c.d", "_a", "a/b.c", "a:_x", "0", "cloud", "gemma:cloud",
+    "gemma:8b-cloud", "gemma:8b:cloud", "gemma:8b:local", "gemma:CLOUD", " gemma ", "gemma\n", "\tgemma\r\n", "a" * 80,
     "n" * 80 + "/m", "m:" + "t" * 80, "h" * 200 + "/n/m"]
 NO_NAMES = [
-    "", " ", ".", "..", "-a", ".a", "a.b/c", "a:b:c", "a:b/c", "a/b/c/d", "/a", "a/", ":a", "a:", "a//b", "a:-x", "a:.x",
-    "../etc", "../../etc/passwd", "/etc/passwd", "a/../b", "a/..", "a/b:../c", "..\\..\\a", "a%2fb",
-    "a@b", "a@sha256:00", "[::1]/n/m", "http://n/m", "http://a/b://c", "a$b", "$(id)", "a;b", "`id`", "a|b", "a&b", "a*", "a?",
-    "~", "a'b", 'a"b', "--help", "gem ma", "gemma\0", "gem\nma", "gemma\x1b[31m", "gemma\x1f", "\x1cgemma", "\x1b]0;x\x07",
-    "\ufeffgemma", "gemma\u200b", "\u202egemma", "é", "模型", "m\u212a", "\ud800", "a" * 81, "n" * 81 + "/m", "m:" + "t" * 81,
-    "h" * 351 + "/n/m", "a" * 10_000, "a/" * 5_000, "gemma:-cloud", "gemma :cloud"]
+    "", " ", ".", "..", "-a", ".a", "a.b/c", "a:b:c", "a:b/c", "a/b/c/d", "/a", "a/", ":a", "a:", "a//b", "a:-x",
+    "a:.x", "../etc", "../../etc/passwd", "/etc/passwd", "a/../b", "a/..", "a/b:../c", "..\\..\\a", "a%2fb", "a@b",
+    "a@sha256:00", "[::1]/n/m", "http://n/m", "http://a/b://c", "a$b", "$(id)", "a;b", "`id`", "a|b", "a&b", "a*", "a?",
+    "~", "a'b", 'a"b', "--help", "gem ma", "gemma\0", "gem\nma", "gemma\x1b[31m", "gemma\x1f", "\x1cgemma",
+    "\x1b]0;x\x07", "\ufeffgemma", "gemma\u200b", "\u202egemma", "é", "模型", "m\u212a", "\ud800", "a" * 81,
+    "n" * 81 + "/m", "m:" + "t" * 81, "h" * 351 + "/n/m", "a" * 10_000, "a/" * 5_000, "gemma:-cloud", "gemma :cloud"]
 NOT_BOTH = ["gemma:cloud:local", "cloud:local:cloud", "a:x-cloud:local", "a:local-cloud"]
 
 
@@ -97,14 +96,16 @@ def test_names_of_different_models_have_different_keys():
 
 @pytest.mark.parametrize("setting, url", [
     ("", "http://127.0.0.1:11434"), ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:1234", "http://127.0.0.1:1234"),
-    (":1234", "http://127.0.0.1:1234"), ("127.0.0.1", "http://127.0.0.1:11434"), ("example.com", "http://example.com:11434"),
-    ("example.com:80", "http://example.com:80"), ("http://example.com", "http://example.com:80"),
-    ("https://example.com", "https://example.com:443"), ("https://example.com:1/path", "https://example.com:1"),
-    ("::", "http://[::1]:11434"), ("::1", "http://[::1]:11434"), ("[::]", "http://[::1]:11434"),
-    ("[::]:99", "http://[::1]:99"), ("[::1]:99", "http://[::1]:99"), ("http://[::]:5", "http://[::1]:5"),
+    (":1234", "http://127.0.0.1:1234"), ("127.0.0.1", "http://127.0.0.1:11434"),
+    ("example.com", "http://example.com:11434"), ("example.com:80", "http://example.com:80"),
+    ("http://example.com", "http://example.com:80"), ("https://example.com", "https://example.com:443"),
+    ("https://example.com:1/path", "https://example.com:1"), ("::", "http://[::1]:11434"),
+    ("::1", "http://[::1]:11434"), ("[::]", "http://[::1]:11434"), ("[::]:99", "http://[::1]:99"),
+    ("[::1]:99", "http://[::1]:99"), ("http://[::]:5", "http://[::1]:5"),
     ("http://0.0.0.0:11434/", "http://127.0.0.1:11434"), (" 127.0.0.1:1 ", "http://127.0.0.1:1"),
-    ('"0.0.0.0"', "http://127.0.0.1:11434"), ("'0.0.0.0:99'", "http://127.0.0.1:99"), ("localhost:1", "http://localhost:1"),
-    ("example.com:99999", "http://example.com:11434"), ("example.com:port", "http://example.com:11434")])
+    ('"0.0.0.0"', "http://127.0.0.1:11434"), ("'0.0.0.0:99'", "http://127.0.0.1:99"),
+    ("localhost:1", "http://localhost:1"), ("example.com:99999", "http://example.com:11434"),
+    ("example.com:port", "http://example.com:11434")])
 def test_ollama_host_is_read_as_ollama_reads_it(setting, url):
     assert dial_url(setting) == url
 
@@ -119,7 +120,8 @@ CALLS = {
     "ps": ("GET", "/api/ps", lambda o: o.ps()), "load": ("POST", "/api/generate", lambda o: o.load("m")),
     "unload": ("POST", "/api/generate", lambda o: o.unload("m")),
     "one_token": ("POST", "/api/generate", lambda o: o.one_token("m", 4096, 1)),
-    "delete": ("DELETE", "/api/delete", lambda o: o.delete("m")), "pull": ("POST", "/api/pull", lambda o: list(o.pull("m")))}
+    "delete": ("DELETE", "/api/delete", lambda o: o.delete("m")),
+    "pull": ("POST", "/api/pull", lambda o: list(o.pull("m")))}
 every_call = pytest.mark.parametrize("method, path, do", CALLS.values(), ids=list(CALLS))
 
 
@@ -131,8 +133,9 @@ def stubs():
 
 @every_call
 @pytest.mark.parametrize("raised, code, status", [
-    (requests.ConnectionError("refused"), "ollama_unreachable", 503), (requests.ConnectTimeout(), "ollama_timeout", 504),
-    (requests.ReadTimeout(), "ollama_timeout", 504), (requests.exceptions.ChunkedEncodingError(), "ollama_unreachable", 503),
+    (requests.ConnectionError("refused"), "ollama_unreachable", 503),
+    (requests.ConnectTimeout(), "ollama_timeout", 504), (requests.ReadTimeout(), "ollama_timeout", 504),
+    (requests.exceptions.ChunkedEncodingError(), "ollama_unreachable", 503),
     (requests.exceptions.InvalidHeader(), "ollama_unreachable", 503)])
 def test_a_failed_call_says_how_it_failed(stubs, method, path, do, raised, code, status):
     stubs.add(method, URL + path, body=raised)
@@ -275,7 +278,8 @@ def test_a_call_ends_in_its_time(fake, do, answer):
 
 def test_a_redirect_is_not_followed_to_elsewhere(fake):
     with FakeOllama({"/api/version": http('{"version":"evil"}')}) as other:
-        answer_all(fake, f"HTTP/1.1 302 Found\r\nLocation: {other.url}/api/version\r\nContent-Length: 0\r\n\r\n".encode())
+        answer_all(fake,
+                   f"HTTP/1.1 302 Found\r\nLocation: {other.url}/api/version\r\nContent-Length: 0\r\n\r\n".encode())
         with pytest.raises(OllamaError):
             Ollama(fake.url).version()
         assert not other.calls
@@ -307,7 +311,7 @@ def test_a_restarted_ollama_is_reached_at_the_next_call(ollama_server):
 
 
 def test_a_pulls_lines_come_whole_however_they_are_cut(fake):
-    lines = [{"status": "pulling manifest"}, {"status": "pulling é", "digest": "sha256:00", "total": 9, "completed": 1}]
+    lines = [{"status": "pulling manifest"}, {"status": "é", "digest": "sha256:00", "total": 9, "completed": 1}]
     data = b"\n\n".join(json.dumps(line, ensure_ascii=False).encode() for line in lines)
     for size in (1, 2, 7, 1000):
         answer_all(fake, chunked(*[data[n:n + size] for n in range(0, len(data), size)]))
@@ -315,11 +319,12 @@ def test_a_pulls_lines_come_whole_however_they_are_cut(fake):
 
 
 @pytest.mark.parametrize("line", [
-    b"<html>", b'{"sta', b"null", b"7", b'"error"', b"[]", b'["error"]', b"{}", b'{"status":7}', b'{"status":null}', b"\xff",
-    b'{"status":"x","total":-1}', b'{"status":"x","completed":-5,"total":9}', b'{"status":"x","total":1.5}',
-    b'{"status":"x","total":"9"}', b'{"status":"x","total":null}', b'{"status":"x","total":true}', b'{"status":"x","total":[]}',
-    b'{"status":"x","total":NaN}', b'{"status":"x","total":1e999}', b'{"status":"x","total":9223372036854775808}',
-    b'{"status":"x","completed":' + b"9" * 5000 + b"}", b'{"status":"x","digest":7}', b"[" * 100_000, b'{"a":' * 100_000])
+    b"<html>", b'{"sta', b"null", b"7", b'"error"', b"[]", b'["error"]', b"{}", b'{"status":7}', b'{"status":null}',
+    b"\xff", b'{"status":"x","total":-1}', b'{"status":"x","completed":-5,"total":9}', b'{"status":"x","total":1.5}',
+    b'{"status":"x","total":"9"}', b'{"status":"x","total":null}', b'{"status":"x","total":true}',
+    b'{"status":"x","total":[]}', b'{"status":"x","total":NaN}', b'{"status":"x","total":1e999}',
+    b'{"status":"x","total":9223372036854775808}', b'{"status":"x","completed":' + b"9" * 5000 + b"}",
+    b'{"status":"x","digest":7}', b"[" * 100_000, b'{"a":' * 100_000])
 def test_what_is_no_progress_line_is_an_error_of_ollamas(fake, line):
     answer_all(fake, chunked(b'{"status":"pulling manifest"}\n' + line + b"\n"))
     seen = []
@@ -337,7 +342,8 @@ def test_a_progress_line_of_10_mb_takes_bounded_memory(fake):
     assert not connections(fake.server_address[1])
 
 
-@pytest.mark.parametrize("raw", [chunked(b'{"status":"x"}\n', end=False), b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}"[:-2],
+@pytest.mark.parametrize("raw", [chunked(b'{"status":"x"}\n', end=False),
+                                 b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}"[:-2],
                                  b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"])
 def test_a_broken_connection_interrupts_a_pull(fake, raw):
     answer_all(fake, raw)
@@ -359,8 +365,9 @@ def test_a_stores_models_are_read_from_its_files(tmp_path, gguf):
 
 @pytest.mark.parametrize("manifest", [
     b"", b"{", b"[]", b"null", b"7", b"\xff", b"{}", b'{"layers":null,"config":{}}', b'{"layers":[7],"config":{}}',
-    b'{"layers":[],"config":null}', b'{"layers":[],"config":{"digest":"sha256:../../x"}}', b'{"layers":[],"config":{"digest":7}}',
-    b'{"layers":[{"mediaType":7,"digest":"x"}],"config":{}}', b'{"layers":[{"mediaType":null}],"config":{}}', b"[" * 100_000])
+    b'{"layers":[],"config":null}', b'{"layers":[],"config":{"digest":"sha256:../../x"}}',
+    b'{"layers":[],"config":{"digest":7}}', b'{"layers":[{"mediaType":7,"digest":"x"}],"config":{}}',
+    b'{"layers":[{"mediaType":null}],"config":{}}', b"[" * 100_000])
 def test_a_damaged_manifest_hides_no_other_model(tmp_path, gguf, manifest):
     add_model(tmp_path, "gemma", gguf)
     add_model(tmp_path, "broken", gguf)
@@ -408,7 +415,8 @@ def ticks(pid):
 @pytest.fixture
 def server_process(tmp_path):
     """A stand-in server in a session of its own, with a runner as its child."""
-    runner = ["llama-server", "-c", "import time; time.sleep(60)", "--model", f"/m/blobs/sha256-{'c' * 64}", "--port", "1234"]
+    runner = ["llama-server", "-c", "import time; time.sleep(60)", "--model", f"/m/blobs/sha256-{'c' * 64}", "--port",
+              "1234"]
     program = f"import subprocess, sys, time; subprocess.Popen({runner}, executable=sys.executable); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as process:
         state = tmp_path / "state"
@@ -442,10 +450,12 @@ def test_a_number_with_another_start_time_is_void(server_process):
 def test_a_runner_of_a_stranger_is_not_ours(tmp_path, server_process):
     _, processes, state = server_process
     ours = processes.runners()
-    stranger = ["llama-server", "-c", "import time; time.sleep(60)", "--model", f"/m/blobs/sha256-{'d' * 64}", "--port", "9"]
+    stranger = ["llama-server", "-c", "import time; time.sleep(60)", "--model", f"/m/blobs/sha256-{'d' * 64}", "--port",
+                "9"]
     with subprocess.Popen(stranger, executable=sys.executable, start_new_session=True) as process:
         try:
-            wait_for(lambda: b"--model" in open(f"/proc/{process.pid}/cmdline", "rb").read(), 5, "the stranger's command line")
+            wait_for(lambda: b"--model" in open(f"/proc/{process.pid}/cmdline", "rb").read(), 5,
+                     "the stranger's command line")
             assert processes.runners() == ours
         finally:
             process.kill()
