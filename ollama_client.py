@@ -639,7 +639,8 @@ class Download:
     def _run(self):
         error = _error_of(self.model, self._pull)
         if error:
-            log.warning("pull %s: %s: %s", self.model, error.code, error)
+            log.log(logging.INFO if error.code == "cancelled" else logging.WARNING,
+                    "pull %s: %s: %s", self.model, error.code, error)
         with self._changed:
             if not error:  # Ollama shows no line of a layer that comes at once
                 blobs = self._store.sizes(self._store.models().get(name_key(self.model), ()))
