@@ -211,10 +211,10 @@ def health():
 def info():
     """Tell what runs here, and with which settings."""
     try:
-        version = ollama.version(1)
+        known_version = version.get(1)
     except OllamaError:
-        version = None
-    return {"service": "llm-service", "version": VERSION, "ollama_url": ollama.url, "ollama_version": version,
+        known_version = None
+    return {"service": "llm-service", "version": VERSION, "ollama_url": ollama.url, "ollama_version": known_version,
             "default_model": MODEL, "api_port": API_PORT, "context_length": CONTEXT_LENGTH,
             "gpu_layers": GPU_LAYERS, "models_path": MODELS_PATH}
 
@@ -366,23 +366,29 @@ def request_object():
     return given
 
 
-def tags(timeout_s=5):
-    """Return Ollama's list; ask for it anew only if, by its files, it has changed since."""
-    global known_tags
-    try:
-        signature = store.signature() if processes.managed else None
-    except OSError:
-        signature = None
-    if signature is None or known_tags[0] != signature:
-        known_tags = signature, ollama.tags(timeout_s)
-    return known_tags[1]
+class Known:
+    """An answer of Ollama's, asked for anew when what it depends on has changed since, or cannot be told."""
+
+    def __init__(self, ask, depends_on):
+        self._ask, self._depends_on, self._known = ask, depends_on, (None, None)
+
+    def get(self, timeout_s=5):
+        key = self._depends_on() if processes.managed else None
+        if key is None or self._known[0] != key:
+            self._known = key, self._ask(timeout_s)
+        return self._known[1]
+
+
+def server_identity():
+    server = processes.server()
+    return server and (server.pid, server.started)
 
 
 def list_models():
     loaded = ollama.ps()
     by_name, by_digest = ({m.get(key): m for m in loaded} for key in ("name", "digest"))
-    listed = [model_entry(m, by_name.get(m["name"]) or by_digest.get(m.get("digest"))) for m in tags()]
-    return json.dumps({"models": listed, "count": len(listed)}) + "\n"
+    listed = [model_entry(m, by_name.get(m["name"]) or by_digest.get(m.get("digest"))) for m in tags.get()]
+    return json.dumps({"models": listed, "count": len(listed)}, separators=(",", ":")) + "\n"
 
 
 def model_entry(model, loaded):
@@ -444,14 +450,14 @@ def check_health():
     if reading["state"] == "lost":
         raise unhealthy("gpu_lost", "The GPU is lost to this container: restart it; if that does not help, reboot the host.", gpu.ACTIONS["lost"])
     try:
-        version = ollama.version(0.6)
+        known_version = version.get(0.6)
         loaded = [m["name"] for m in ollama.ps(0.6)]
-        names = [m["name"] for m in tags(max(0.3, deadline - time.monotonic()))]
+        names = [m["name"] for m in tags.get(max(0.3, deadline - time.monotonic()))]
     except OllamaError as e:
         raise unhealthy(*diagnose(e)) from e
     free = store.free_bytes()
     return {"status": "healthy", "models_count": len(names), "models": names, "loaded": loaded,
-            "ollama_version": version, "gpu": reading["state"], "recommended_action": gpu.ACTIONS[reading["state"]],
+            "ollama_version": known_version, "gpu": reading["state"], "recommended_action": gpu.ACTIONS[reading["state"]],
             "load": healer.load,
             "warning": "The disk is almost full: delete a model." if (free or DISK_LOW_BYTES) < DISK_LOW_BYTES else None}
 
@@ -478,7 +484,7 @@ def diagnose(error):
 
 def check_deep():
     """Ask each loaded completion model for one token; tell hung from busy by the runner's own port."""
-    able = {m["name"] for m in tags() if "completion" in m.get("capabilities", ["completion"])}
+    able = {m["name"] for m in tags.get() if "completion" in m.get("capabilities", ["completion"])}
     asked = [m for m in ollama.ps() if m["name"] in able]
     return {"busy": any(in_parallel(probe_model, asked)), "probed": [m["name"] for m in asked]}
 
@@ -858,7 +864,8 @@ def wait_until(condition, deadline):
     return True
 
 
-known_tags = None, None
+tags = Known(ollama.tags, store.signature)
+version = Known(ollama.version, server_identity)
 listing = Batch(list_models)
 cpu = CpuMeter()
 cpu.percent("machine", cpu_seconds())

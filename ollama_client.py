@@ -326,7 +326,10 @@ class Store:
 
     def signature(self):
         """Return what changes whenever a model is added, changed or deleted; None where that is not certain."""
-        found = tuple(sorted(_files(self.path / "manifests", 4)))
+        try:
+            found = tuple(sorted(_files(self.path / "manifests", 4)))
+        except OSError:
+            return None
         # A file changed twice within one tick of the clock would look the same.
         return found if all(time.time() - changed_ns / 1e9 > 1 for _, changed_ns, _ in found) else None
 
@@ -645,6 +648,7 @@ class Download:
             if not error:  # Ollama shows no line of a layer that comes at once
                 blobs = self._store.sizes(self._store.models().get(name_key(self.model), ()))
                 self.layers.update({f"sha256:{digest}": [size, size] for digest, size in blobs.items()})
+                self._line = {"status": "success"}
             self.error, self.ended_at = error, time.time()
             self.state = "success" if not error else "cancelled" if error.code == "cancelled" else "error"
         self._on_end(self)

