@@ -449,14 +449,14 @@ def test_a_number_with_another_start_time_is_void(server_process):
 
 def test_a_runner_of_a_stranger_is_not_ours(tmp_path, server_process):
     _, processes, state = server_process
-    ours = processes.runners()
+    ours = [each.process.pid for each in processes.runners()]
     stranger = ["llama-server", "-c", "import time; time.sleep(60)", "--model", f"/m/blobs/sha256-{'d' * 64}", "--port",
                 "9"]
     with subprocess.Popen(stranger, executable=sys.executable, start_new_session=True) as process:
         try:
             wait_for(lambda: b"--model" in open(f"/proc/{process.pid}/cmdline", "rb").read(), 5,
                      "the stranger's command line")
-            assert processes.runners() == ours
+            assert [each.process.pid for each in processes.runners()] == ours
         finally:
             process.kill()
 

@@ -641,6 +641,19 @@ def test_200_clients_that_never_leave_do_not_hold_up_health(service_under_load, 
     worker.is_back()
 
 
+@pytest.mark.parametrize("opening", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n", SLOW_BODY[:-1]],
+                         ids=["silent", "half a header", "half a body"])
+def test_more_clients_than_threads_hold_them_up_for_a_bounded_time_only(make_service, opening):
+    service = make_service(constants={"app.CLIENT_S": 2})
+    worker = Worker(service)
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(dial(service)).sendall(opening)
+        wait_for(lambda: service.get("/health", timeout=3).status_code == 200, 12, "/health")
+    worker.is_back()
+    assert "Traceback" not in service.log()
+
+
 def at_once(service, requests_of_bytes):
     """The answers to all of these, sent at once, each on its connection."""
     selector, answers = selectors.DefaultSelector(), []
