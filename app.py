@@ -141,8 +141,8 @@ def guard():
     if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
         return Response(status=204)
     if TOKEN and not (request.method in ("GET", "HEAD") and (request.path in ("/", "/health") or request.path.startswith("/static/"))):
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), TOKEN.encode()):
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), TOKEN.encode()):
             raise ApiError(401, "token_wanted", "Send the token: Authorization: Bearer <LLM_API_TOKEN>.")
     if (request.content_length or 0) > BODY_LIMIT_BYTES:
         raise too_large()

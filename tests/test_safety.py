@@ -246,7 +246,7 @@ def test_static_opens_nothing_but_the_pages_files(guarded):
 
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}",
                                    f"Bearer {TOKEN.upper()}",
-                                   f"Bearer  {TOKEN}x", f"Basic {TOKEN}", "Bearer \xff\xfe", "Bearer " + "x" * 7000])
+                                   f"Bearer  {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \xff\xfe", "Bearer " + "x" * 7000])
 def test_a_wrong_token_is_a_401(guarded, given):
     for path in ("/api/models", "/api/stats"):
         error(guarded.get(path, headers={"Authorization": given.encode("latin-1")}), 401, "token_wanted")
