@@ -611,9 +611,9 @@ class Download:
                 if shown or not late:
                     self._changed.wait_for(lambda: self._said_count > seen or self.ended.is_set(), PROGRESS_S)
                 lines = list(self._said)[seen - self._said_count:] if self._said_count > seen else []
-                if not lines and (self._line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S):
-                    lines = [{**self._line, **self._figures()}]
-                seen, line, ended = self._said_count, self._line, self.ended.is_set()
+                seen, line, ended = self._said_count, self._line, self.state != "running"
+                if not lines and not ended and (line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S):
+                    lines = [{**line, **self._figures()}]
             if lines:
                 yield from lines
                 shown, shown_at = line, time.monotonic()
