@@ -13,6 +13,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -28,7 +29,7 @@ import gunicorn.workers.gthread
 import psutil
 from flask import Flask, Response, request
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
 from ollama_client import (Downloads, Ollama, OllamaError, Processes, Store,
@@ -50,7 +51,7 @@ KNOWN_S = 10  # until a pull's answer begins all the same
 HEALTH_S = 2.6
 DEEP_S = 8
 CLEAR_S = 3.7
-RESET_S = 4.1
+RESET_S = 3.9
 SHARE_S = 0.3  # a run may end that much after its limit, and who shares it waits for that
 UNLOAD_WAIT_S = 1.5
 STARTING_S = 30
@@ -83,6 +84,7 @@ downloads = Downloads(ollama, store, int(os.environ.get("LLM_MAX_PULLS") or 4))
 streams = threading.BoundedSemaphore(STREAMS)
 
 app = Flask(__name__)
+app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT_BYTES + 1  # werkzeug cuts a chunked body off there, and says nothing
 app.json.sort_keys = False
 app.url_map.strict_slashes = False
 app.url_map.merge_slashes = False
@@ -145,7 +147,7 @@ def guard():
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), TOKEN.encode()):
             raise ApiError(401, "token_wanted", "Send the token: Authorization: Bearer <LLM_API_TOKEN>.")
     if (request.content_length or 0) > BODY_LIMIT_BYTES:
-        raise too_large()
+        raise RequestEntityTooLarge
 
 
 @app.after_request
@@ -184,13 +186,12 @@ def overdue(error):
 
 @app.errorhandler(HTTPException)
 def http_error(error):
-    sentences = {404: "There is no such path: GET /api/info and the README tell what there is.",
-                 405: "This path takes other methods: see the Allow header."}
-    body, status, headers = answer(error.code, (error.name or "error").lower().replace(" ", "_").replace("'", ""),
-                                   sentences.get(error.code) or f"{error.name}: check the request.")
-    if error.code == 405 and error.valid_methods:
-        headers["Allow"] = ", ".join(error.valid_methods)
-    return body, status, headers
+    sentences = {404: "There is no such path: the README tells what there is.",
+                 405: "This path takes other methods: see the Allow header.",
+                 413: "The body is over 64 KiB: send less."}
+    body, status, headers = answer(error.code, re.sub(r"\W+", "_", error.name.lower()),
+                                   sentences.get(error.code, f"{error.name}: check the request."))
+    return body, status, {**headers, **{name: value for name, value in error.get_headers() if name == "Allow"}}
 
 
 @app.errorhandler(Exception)
@@ -349,26 +350,17 @@ def arguments(model, **flags):
     return types.SimpleNamespace(**found)
 
 
-def too_large():
-    return ApiError(413, "body_too_large", "The body is over 64 KiB: send less.")
-
-
 def request_object():
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ApiError(415, "encoding_not_supported", "Send the body uncompressed.")
     try:
-        data = request.environ["wsgi.input"].read(BODY_LIMIT_BYTES + 1)
-    except (ParseException, OSError):
-        data = None
-    if data is None or len(data) < min(request.content_length or 0, BODY_LIMIT_BYTES):
-        raise ApiError(400, "bad_body", "The body is cut off or its chunks are damaged: send it again.")
-    if len(data) > BODY_LIMIT_BYTES:
-        raise too_large()
-    try:
+        data = request.get_data()
+        if len(data) > BODY_LIMIT_BYTES:
+            raise RequestEntityTooLarge
         given = json.loads(data) if data.strip() else {}
-    except (ValueError, RecursionError):
+    except (ParseException, OSError, ValueError, RecursionError):  # the first two: damaged chunks, a client that left
         given = None
-    if not isinstance(given, dict):
+    if not isinstance(given, dict) or len(data) < (request.content_length or 0):
         raise ApiError(400, "bad_json", 'The body must be a JSON object such as {"model": "llama3.1:8b"}.')
     return given
 

@@ -7,6 +7,7 @@ ends what the launcher started, `Downloads` owns the pulls that callers listen t
 import collections
 import contextlib
 import datetime
+import glob
 import json
 import logging
 import os
@@ -305,15 +306,15 @@ class Store:
     def models(self):
         """Map each model's `name_key` to the digests of its blobs, the model layer first."""
         root, found = self.path / "manifests", {}
-        for file in root.glob("*/*/*/*"):
+        for file in glob.iglob("*/*/*/*", root_dir=root):  # pathlib's fails where Ollama removes a folder meanwhile
             try:
-                manifest = json.loads(file.read_bytes())
+                manifest = json.loads((root / file).read_bytes())
                 layers = sorted(manifest["layers"], key=lambda layer: not layer["mediaType"].endswith(".model"))
                 digests = [_DIGEST.fullmatch(blob["digest"])[1] for blob in [*layers, manifest["config"]]]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
-            *place, tag = file.relative_to(root).parts
-            found[name_key(f"{'/'.join(place)}:{tag}")] = digests
+            place, _, tag = file.rpartition("/")
+            found[name_key(f"{place}:{tag}")] = digests
         return found
 
     def sizes(self, digests):

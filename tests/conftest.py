@@ -35,6 +35,7 @@ import functools
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -72,7 +73,9 @@ def pytest_unconfigure(config):
 def pytest_runtest_makereport():
     report = yield
     if report.failed:
-        report.sections += [(f"{one.logfile.name} of {one.port}", one.log()[-6000:]) for one in started]
+        for one in started:
+            shown = re.findall(r"^Traceback.*?(?=^\S+ \S+ [A-Z]+ |\Z)", one.log(), re.S | re.M)[-3:] + [one.log()[-6000:]]
+            report.sections.append((f"{one.logfile.name} of {one.port}", "\n".join(shown)))
     return report
 
 

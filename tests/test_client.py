@@ -2,9 +2,11 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -12,7 +14,7 @@ import pytest
 import requests
 import responses
 
-from conftest import add_model, blob_path, wait_for
+from conftest import add_model, blob_path, manifest_path, wait_for
 from ollama_client import Ollama, OllamaError, Processes, Store, check_name, dial_url, name_key, timestamp
 from registry import FakeOllama, chunked, drip, free_port, http, ndjson, never
 
@@ -361,6 +363,27 @@ def test_a_stores_models_are_read_from_its_files(tmp_path, gguf):
     assert store.sizes([config, weights, "0" * 64]) == {
         weights: gguf.stat().st_size, config: blob_path(tmp_path, f"sha256:{config}").stat().st_size}
     assert Store(tmp_path / "nowhere").disk() is None and Store(tmp_path / "nowhere").models() == {}
+
+
+def test_a_store_is_read_while_models_come_and_go(tmp_path, gguf):
+    add_model(tmp_path, "stays", gguf)
+    reading = threading.Event()
+
+    def come_and_go():
+        while not reading.is_set():
+            for n in range(20):
+                add_model(tmp_path, f"user{n}/m", gguf)
+            for n in range(20):
+                shutil.rmtree(manifest_path(tmp_path, f"user{n}/m").parents[1])
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert all("stays:latest" in Store(tmp_path).models() and Store(tmp_path).signature() != () for _ in range(300))
+        assert thread.is_alive()
+    finally:
+        reading.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("manifest", [
