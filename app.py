@@ -48,7 +48,7 @@ BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
 CLIENT_S = 30  # of a client that neither sends nor takes anything
 KNOWN_S = 10  # until a pull's answer begins all the same
-HEALTH_S = 2.6
+HEALTH_ASK_S, HEALTH_LIST_S = 0.6, 1.4  # two questions and the list: within 3 s
 DEEP_S = 8
 CLEAR_S = 3.7
 RESET_S = 3.9
@@ -219,7 +219,7 @@ def health():
 def info():
     """Tell what runs here, and with which settings."""
     try:
-        known_version = version.get(1)
+        known_version = version(1)
     except OllamaError:
         known_version = None
     return {"service": "llm-service", "version": VERSION, "ollama_url": ollama.url, "ollama_version": known_version,
@@ -365,28 +365,32 @@ def request_object():
     return given
 
 
-class Known:
-    """An answer of Ollama's, asked for anew when what it depends on has changed since, or cannot be told."""
-
-    def __init__(self, ask, depends_on):
-        self._ask, self._depends_on, self._known = ask, depends_on, (None, None)
-
-    def get(self, timeout_s=5):
-        key = self._depends_on() if processes.managed else None
-        if key is None or self._known[0] != key:
-            self._known = key, self._ask(timeout_s)
-        return self._known[1]
+def tags(timeout_s=5):
+    """Return the models on disk, asked for anew unless the store is certainly as it was."""
+    signature = store.signature() if processes.managed else None
+    return _tags_of(signature, timeout_s) if signature else ollama.tags(timeout_s)
 
 
-def server_identity():
+@functools.lru_cache(2)  # health has another timeout
+def _tags_of(signature, timeout_s):
+    return ollama.tags(timeout_s)
+
+
+def version(timeout_s):
+    """Return Ollama's version, asked for once of each server."""
     server = processes.server()
-    return server and (server.pid, server.started)
+    return _version_of(server.pid, server.started, timeout_s) if server else ollama.version(timeout_s)
+
+
+@functools.lru_cache(2)
+def _version_of(pid, started, timeout_s):
+    return ollama.version(timeout_s)
 
 
 def list_models():
     loaded = ollama.ps()
     by_name, by_digest = ({m.get(key): m for m in loaded} for key in ("name", "digest"))
-    listed = [model_entry(m, by_name.get(m["name"]) or by_digest.get(m.get("digest"))) for m in tags.get()]
+    listed = [model_entry(m, by_name.get(m["name"]) or by_digest.get(m.get("digest"))) for m in tags()]
     return json.dumps({"models": listed, "count": len(listed)}, separators=(",", ":")) + "\n"
 
 
@@ -444,14 +448,13 @@ def delete_model(model, force):
 
 def check_health():
     """Return the health report, or raise the 503 that tells what would heal it."""
-    deadline = time.monotonic() + HEALTH_S
     reading = gpu.sample()
     if reading["state"] == "lost":
         raise unhealthy("gpu_lost", "The GPU is lost to this container: restart it; if that does not help, reboot the host.", gpu.ACTIONS["lost"])
     try:
-        known_version = version.get(0.6)
-        loaded = [m["name"] for m in ollama.ps(0.6)]
-        names = [m["name"] for m in tags.get(max(0.3, deadline - time.monotonic()))]
+        known_version = version(HEALTH_ASK_S)
+        loaded = [m["name"] for m in ollama.ps(HEALTH_ASK_S)]
+        names = [m["name"] for m in tags(HEALTH_LIST_S)]
     except OllamaError as e:
         raise unhealthy(*diagnose(e)) from e
     free = store.free_bytes()
@@ -483,7 +486,7 @@ def diagnose(error):
 
 def check_deep():
     """Ask each loaded completion model for one token; tell hung from busy by the runner's own port."""
-    able = {m["name"] for m in tags.get() if "completion" in m.get("capabilities", ["completion"])}
+    able = {m["name"] for m in tags() if "completion" in m.get("capabilities", ["completion"])}
     asked = [m for m in ollama.ps() if m["name"] in able]
     return {"busy": any(in_parallel(probe_model, asked)), "probed": [m["name"] for m in asked]}
 
@@ -863,8 +866,6 @@ def wait_until(condition, deadline):
     return True
 
 
-tags = Known(ollama.tags, store.signature)
-version = Known(ollama.version, server_identity)
 listing = Batch(list_models)
 cpu = CpuMeter()
 cpu.percent("machine", cpu_seconds())

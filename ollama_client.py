@@ -328,11 +328,12 @@ class Store:
     def signature(self):
         """Return what changes whenever a model is added, changed or deleted; None where that is not certain."""
         try:
-            found = tuple(sorted(_files(self.path / "manifests", 4)))
+            found = tuple(sorted(_entries(self.path / "manifests", 4)))
         except OSError:
             return None
         # A file changed twice within one tick of the clock would look the same.
-        return found if all(time.time() - changed_ns / 1e9 > 1 for _, changed_ns, _ in found) else None
+        latest = max(changed_ns for _, changed_ns, _ in found)
+        return found if time.time() - latest / 1e9 > 1 else None
 
     def free_bytes(self):
         """Return the free bytes of the models' disk; None if the store is elsewhere."""
@@ -374,12 +375,13 @@ class Store:
         return (self.path / "blobs").glob(f"sha256-{digest}-partial*")
 
 
-def _files(folder, depth):
-    """Yield (path, changed_ns, size) of the files `depth` levels down; os.scandir, for this is on the hot path."""
+def _entries(folder, depth):
+    """Yield (path, changed_ns, size) of a folder and of all in it; os.scandir, for this is on the hot path."""
+    yield str(folder), os.stat(folder).st_mtime_ns, 0
     with os.scandir(folder) as entries:
         for entry in entries:
             if depth > 1 and entry.is_dir():
-                yield from _files(entry.path, depth - 1)
+                yield from _entries(entry.path, depth - 1)
             elif depth == 1:
                 stat = entry.stat()
                 yield entry.path, stat.st_mtime_ns, stat.st_size

@@ -365,6 +365,27 @@ def test_a_stores_models_are_read_from_its_files(tmp_path, gguf):
     assert Store(tmp_path / "nowhere").disk() is None and Store(tmp_path / "nowhere").models() == {}
 
 
+def test_a_store_never_looks_as_it_did_before_a_change(tmp_path, gguf):
+    def signature():
+        assert Store(tmp_path).signature() is None  # just changed: the next change might not show
+        past = time.time() - 60 - len(seen)
+        for folder, _, files in os.walk(tmp_path / "manifests"):
+            for path in (folder, *(os.path.join(folder, file) for file in files)):
+                if os.stat(path).st_mtime > time.time() - 30:
+                    os.utime(path, (past, past))
+        seen.append(Store(tmp_path).signature())
+
+    seen = []
+    assert Store(tmp_path).signature() is None  # no store, so nothing to tell a change by
+    add_model(tmp_path, "stays", gguf)
+    signature()
+    add_model(tmp_path, "library/other", gguf)
+    signature()
+    shutil.rmtree(manifest_path(tmp_path, "other").parent)
+    signature()
+    assert None not in seen and len(set(seen)) == 3
+
+
 def test_a_store_is_read_while_models_come_and_go(tmp_path, gguf):
     add_model(tmp_path, "stays", gguf)
     reading = threading.Event()
