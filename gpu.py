@@ -11,6 +11,10 @@ Source: NVIDIA's NVML by the package nvidia-ml-py (import name pynvml). What rai
   says little, older Jetsons have no NVML at all
 - MIG: utilization NotSupported; in a container memory NoPermission
 - a broken driver: the call never returns
+
+Seen on an H200 (driver 580): device nodes closed to the user give NoPermission at ``nvmlInit``, and
+nodes that are no devices neither that nor DriverNotLoaded (so: lost); memory info of version 1
+counts 615 MB of the driver's own as used; a sample takes 0.03 ms, the first one 25 ms.
 """
 
 import contextlib

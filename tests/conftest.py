@@ -353,8 +353,9 @@ class Service:
 
     def start(self):
         with open(self.logfile, "a") as log:
-            self.process = subprocess.Popen(["./start.sh"], cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log, start_new_session=True)
+            # A shell that starts its work in the background has it ignore SIGINT, and what is ignored stays so.
+            self.process = subprocess.Popen(["env", "--default-signal=INT", "./start.sh"], cwd=ROOT, env=self.env,
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         if self.wait:
             self.wait_healthy(60)
 

