@@ -32,7 +32,7 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
-from ollama_client import (Downloads, Ollama, OllamaError, Processes, Store,
+from ollama_client import (ANSWER_S, Downloads, Ollama, OllamaError, Processes, Store,
                            check_name, dial_url, name_key, timestamp)
 
 VERSION = "1.0.0"
@@ -187,7 +187,7 @@ def overdue(error):
 @app.errorhandler(HTTPException)
 def http_error(error):
     sentences = {404: "There is no such path: the README tells what there is.",
-                 405: "This path takes other methods: see the Allow header.",
+                 405: f"This path takes {', '.join(getattr(error, 'valid_methods', None) or ())}: send one of these.",
                  413: "The body is over 64 KiB: send less."}
     body, status, headers = answer(error.code, re.sub(r"\W+", "_", error.name.lower()),
                                    sentences.get(error.code, f"{error.name}: check the request."))
@@ -365,7 +365,7 @@ def request_object():
     return given
 
 
-def tags(timeout_s=5):
+def tags(timeout_s=ANSWER_S):
     """Return the models on disk, asked for anew unless the store is certainly as it was."""
     signature = store.signature() if processes.managed else None
     return _tags_of(signature, timeout_s) if signature else ollama.tags(timeout_s)
@@ -438,6 +438,7 @@ def delete_model(model, force):
     """Return the bytes that came free; None where the model store is out of sight."""
     if downloads.running(model):
         raise OllamaError("model_being_pulled", f"{model} is being downloaded: cancel that first.")
+    ollama.version(1)  # one that hangs would look busy
     if not healer.clear(model, force)["verified"]:
         raise OllamaError("model_busy", f'{model} is in the middle of an answer: try again, or send "force": true.')
     digests = store.models().get(name_key(model))
@@ -763,7 +764,7 @@ class Healer:
         there = installed()
         due = next((m for m in [model, MODEL, *cleared["unloaded_models"]] if m and name_key(m) in there), None)
         state = self._load(due, deadline) if due else "none"
-        said = f"{due} is {state}" if due else "no model to load"
+        said = f"{due} is {state}" if due else f"no model to load ({MODEL} is not downloaded)"
         steps.append({"step": "load", "ok": True, "seconds": 0, "detail": said})
         return {"status": "success", "message": f"Session reset, {said}.{foreign()}", "steps": steps, "model": due,
                 "model_state": state, "memory": cleared["memory"], "managed": processes.managed}
@@ -804,11 +805,13 @@ def must_exist(model):
 
 
 def list_loaded():
-    """Return the loaded models' names; none where Ollama is not there at all."""
+    """Return the loaded models' names; none where an Ollama that is not ours is not there at all."""
     try:
         return [m["name"] for m in ollama.ps(0.4)]
     except OllamaError as e:
-        if not processes.managed and e.code != "ollama_unreachable":
+        if processes.managed:
+            raise
+        if e.code != "ollama_unreachable":
             raise ApiError(e.status, e.code, f"Ollama does not answer: restart it. {FOREIGN}") from e
         return []
 
@@ -849,7 +852,7 @@ def end_runners(runners, names):
 def clear_message(report):
     done = [f"{len(report['unloaded_models'])} unloaded", f"{report['memory']['freed_mb']} MB came free"] \
         if report["unloaded_models"] or report["killed"] else [] if report["left"] else ["nothing was loaded"]
-    done += [f"{len(report['killed'])} runners ended"] * bool(report["killed"])
+    done += [f"{len(report['killed'])} runner{'s' * (len(report['killed']) > 1)} ended"] * bool(report["killed"])
     done += [f"still busy: {', '.join(report['left'])}"] * bool(report["left"])
     return f"Cache cleared: {', '.join(done)}.{foreign()}"
 

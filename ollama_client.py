@@ -24,7 +24,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
 CONNECT_S = 1
-ANSWER_S = 5
+ANSWER_S = 4  # callers, too, have a limit: the watchdog's is 5 s
 LOAD_S = 600
 VERIFY_S = 1800  # Ollama is silent while it verifies: minutes for tens of gigabytes
 STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops what it had of it; a reconnect keeps it
@@ -47,6 +47,8 @@ STATUS = {  # of the codes that are not 502, "Ollama or the registry answered wi
     "ollama_unreachable": 503, "shutting_down": 503, "ollama_timeout": 504, "disk_full": 507,
 }
 FAILURES = [  # what an error of Ollama's says, our code for it, what to do about it
+    (r"insecure protocol|HTTP response to HTTPS|not look like a TLS handshake", "registry_insecure",
+     'send "insecure": true for a registry without TLS'),
     (r"invalid model name|name .* is invalid|not both", "bad_model_name", "check the name"),
     (r"no space left", "disk_full", "delete a model or enlarge the disk, then pull again"),
     (r"file does not exist|not found", "model_not_found", "check the name and the tag"),
@@ -56,7 +58,6 @@ FAILURES = [  # what an error of Ollama's says, our code for it, what to do abou
     (r"no such host|connection refused|i/o timeout|unreachable|no route|deadline exceeded|"
      r"server misbehaving|TLS handshake|\bEOF\b", "registry_unreachable", "check the network and the registry's name"),
     (r"-partial", "parts_damaged", 'DELETE /api/models/pull with "purge": true, then pull again'),
-    (r"insecure protocol|HTTP response to HTTPS", "registry_insecure", 'send "insecure": true for a registry without TLS'),
 ]
 
 log = logging.getLogger("llm-service")
@@ -779,7 +780,8 @@ class Downloads:
             download = self._running.get(key) or (unfinished[-1] if purge and unfinished else None)
         if download is None:
             raise OllamaError("no_such_pull", f"No download of {model} is under way: GET /api/models/pull lists them.")
-        download.stop(OllamaError("cancelled", "Cancelled by request: pull again, it goes on from here."))
+        next_pull = "its parts are removed" if purge else "pull again, it goes on from here"
+        download.stop(OllamaError("cancelled", f"Cancelled by request: {next_pull}."))
         download.ended.wait(2)
         with self._lock:
             others = {digest for d in self._running.values() for digest in d.layers}

@@ -179,8 +179,7 @@ function show(text, steps = [], className = "bad") {
 }
 
 function report(answer) {
-  const bytes = answer.freed_bytes ?? (answer.memory?.freed_mb || 0) * 2 ** 20;
-  show(answer.ok ? answer.message + (bytes ? ` ${size(bytes)} came free.` : "") : answer.error, answer.steps, answer.ok ? "good" : "bad");
+  show(answer.ok ? answer.message + (answer.freed_bytes ? ` ${size(answer.freed_bytes)} came free.` : "") : answer.error, answer.steps, answer.ok ? "good" : "bad");
 }
 
 async function round() {

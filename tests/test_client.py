@@ -172,7 +172,8 @@ def test_an_error_without_a_reason_is_a_502(stubs, method, path, do, body):
     ("dial tcp 127.0.0.1:1: connect: connection refused", "registry_unreachable"),
     ("remove /m/blobs/sha256-00-partial-0: no such file or directory", "parts_damaged"),
     ("insecure protocol http", "registry_insecure"),
-    ("http: server gave HTTP response to HTTPS client", "registry_insecure")])
+    ("http: server gave HTTP response to HTTPS client", "registry_insecure"),
+    ("tls: first record does not look like a TLS handshake", "registry_insecure")])
 def test_an_error_line_of_a_pull_has_a_code_and_an_advice(message, code):
     with FakeOllama({"/api/pull": ndjson({"status": "pulling manifest"}, {"error": message})}) as fake:
         with refused(code):
