@@ -4,11 +4,22 @@ import subprocess
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service as Driver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from conftest import wait_for
+import conftest
+
+
+def wait_for(predicate, timeout, what):
+    """As conftest's, on a page that may take an element away while it is looked at."""
+    def steady():
+        try:
+            return predicate()
+        except StaleElementReferenceException:
+            return False
+    return conftest.wait_for(steady, timeout, what)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +58,11 @@ class Page:
                      if row.get_attribute("data-model") == model), None)
 
     def press(self, list, model, label):
-        button = next(b for b in self.row(list, model).find_elements(By.TAG_NAME, "button") if b.text == label)
-        button.click()
+        def pressed():
+            next(b for b in self.row(list, model).find_elements(By.TAG_NAME, "button") if b.text == label).click()
+            return True
+
+        wait_for(pressed, 5, f"the button {label}")
 
     def say_yes(self):
         wait_for(lambda: self.browser.find_element(By.ID, "ask").get_attribute("open"), 5, "the question")
