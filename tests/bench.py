@@ -42,16 +42,16 @@ def title(text, *cells):
     row("", *cells)
 
 
-def load(url, connections):
+def load(url, connections, seconds=SECONDS):
     """Return (requests per second, p50 ms, p99 ms)."""
     if wrk := shutil.which("wrk"):
-        said = subprocess.run([wrk, "-t1", f"-c{connections}", f"-d{SECONDS:.0f}s", "--latency", url],
+        said = subprocess.run([wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url],
                               capture_output=True, text=True, check=True).stdout
         unit = {"us": 1e-3, "ms": 1, "s": 1e3}
         p50, p99 = (float(n) * unit[u] for n, u in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said))
         return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), p50, p99
     host, _, path = url.removeprefix("http://").partition("/")
-    times, until = [], time.monotonic() + SECONDS
+    times, until = [], time.monotonic() + seconds
 
     def client():
         connection = http.client.HTTPConnection(host)
@@ -67,7 +67,7 @@ def load(url, connections):
     for thread in threads:
         thread.join()
     times.sort()
-    return len(times) / SECONDS, times[len(times) // 2] * 1e3, times[int(len(times) * 0.99)] * 1e3
+    return len(times) / seconds, times[len(times) // 2] * 1e3, times[int(len(times) * 0.99)] * 1e3
 
 
 def pss_mb(pids):
@@ -198,16 +198,18 @@ def busy_health(make):
 
         def both(when):
             for name, url in (("service /health", service.url + "/health"), ("Ollama /api/version", service.ollama_url + "/api/version")):
-                row(f"{name}, {when}", *(f"{ms:.2f}" for ms in load(url, 1)[1:]))
+                row(f"{name}, {when}", *(f"{ms:.2f}" for ms in load(url, 1, 3 * SECONDS)[1:]))
 
         both("idle")
-        registry.rate = 2e6
+        registry.rate = 8e6
         for n in range(4):
-            service.post("/api/models/pull", json={"model": registry.add_random(f"ns/b{n}:latest", 300, seed=n), "insecure": True, "detach": True})
+            model = registry.add_random(f"ns/b{n}:latest", 200 * SECONDS, seed=n)
+            service.post("/api/models/pull", json={"model": model, "insecure": True, "detach": True})
         wait_for(lambda: registry.active >= 4, 10, "four transfers")
-        for mb in (2, 20):  # the registry and Ollama share the machine: the faster, the less is left for anyone
-            registry.rate = mb * 1e6
+        for mb in (2, 20):  # the registry's stand-in and Ollama share the machine: the faster, the less is left for anyone
+            registry.rate = 4 * mb * 1e6
             both(f"4 of {mb} MB/s")
+            assert registry.active >= 4, "the downloads ended too early"
 
 
 def clearing(make):

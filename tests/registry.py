@@ -343,7 +343,9 @@ class Registry:
                     # At most 50 ms' worth is saved up, so that the rate holds at once whatever went before.
                     self._credit = min(self._credit + (now - self._credited) * self.rate, max(1, self.rate / 20))
                     self._credited = now
-                    room = min(room, int(self._credit))
+                    # Nor a few bytes at a time, which would cost the machine more than the transfer itself.
+                    enough = self._credit >= min(room, max(1, self.rate / 20), 1 << 15)
+                    room = min(room, int(self._credit)) if enough else 0
                     self._credit -= max(room, 0)
                 if room > 0:
                     self._granted += room if wanted else 0
