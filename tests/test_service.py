@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from conftest import ROOT, call, wait_for
+from registry import free_port
 
 
 def run_start(*arguments, **env):
@@ -20,11 +21,18 @@ def run_start(*arguments, **env):
 @pytest.mark.parametrize("name, value", [
     ("LLM_CONTEXT_LENGTH", "many"), ("LLM_CONTEXT_LENGTH", "0"), ("LLM_GPU_LAYERS", "-1"), ("LLM_GPU_LAYERS", "all"),
     ("LLM_API_PORT", "65536"), ("LLM_API_PORT", "http"), ("LLM_MAX_PULLS", "0"), ("LLM_MODEL", "../etc/passwd"),
-    ("LLM_ALLOWED_ORIGINS", "dashboard"), ("LLM_API_TOKEN", "two words")])
+    ("LLM_ALLOWED_HOSTS", "http://dashboard"), ("LLM_ALLOWED_ORIGINS", "dashboard"), ("LLM_API_TOKEN", "two words")])
 def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value):
     ended = run_start(**{name: value})
     assert ended.returncode == 1 and ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1 and name in ended.stderr and "takes" in ended.stderr
+
+
+@pytest.mark.parametrize("name, value", [("LLM_API_HOST", "nowhere.invalid"), ("LLM_API_HOST", "192.0.2.1"), ("OLLAMA_HOST", "http://[bad")])
+def test_an_address_that_cannot_be_listened_on_stops_the_start_with_one_line(name, value):
+    ended = run_start(**{"LLM_API_PORT": str(free_port()), name: value})
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1 and f"{name}=" in ended.stderr and value in ended.stderr
 
 
 def test_an_unknown_argument_is_refused():
