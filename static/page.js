@@ -176,6 +176,7 @@ function show(text, steps = [], className = "bad") {
   const list = steps.map(({ step, ok, seconds, detail }) =>
     element("p", ok ? "figures" : "warn", `${step.replaceAll("_", " ")}: ${detail} (${seconds.toFixed(1)} s)`));
   $("outcome").replaceChildren(element("p", className, text), ...list);
+  $("outcome").scrollIntoView({ block: "nearest" });
 }
 
 function report(answer) {
@@ -209,8 +210,8 @@ $("pull-form").onsubmit = async (event) => {
   event.preventDefault();
   const model = $("pull-name").value.trim();
   const answer = await call("POST", "/api/models/pull", { model, detach: true }).catch(() => ({ error: "The service did not answer." }));
+  write($("pull-error"), answer.ok ? "" : answer.error);
   if (answer.ok) $("pull-name").value = "";
-  else report(answer);
   poll();
 };
 for (const [id, path, text, question] of [
