@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import psutil
@@ -30,7 +31,7 @@ def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value
 
 @pytest.mark.parametrize("name, value", [("LLM_API_HOST", "nowhere.invalid"), ("LLM_API_HOST", "192.0.2.1"), ("OLLAMA_HOST", "http://[bad")])
 def test_an_address_that_cannot_be_listened_on_stops_the_start_with_one_line(name, value):
-    ended = run_start(**{"LLM_API_PORT": str(free_port()), name: value})
+    ended = run_start(**{"LLM_API_PORT": str(free_port()), "LLM_VENV": sys.prefix, name: value})
     assert ended.returncode == 1 and ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1 and f"{name}=" in ended.stderr and value in ended.stderr
 
