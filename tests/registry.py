@@ -339,12 +339,12 @@ class Registry:
             with self._lock:
                 room = min(wanted or 1, self._limit - self._granted)
                 if self.rate and wanted:
-                    now = time.monotonic()
+                    now, most = time.monotonic(), max(1, self.rate / 20)
                     # At most 50 ms' worth is saved up, so that the rate holds at once whatever went before.
-                    self._credit = min(self._credit + (now - self._credited) * self.rate, max(1, self.rate / 20))
+                    self._credit = min(self._credit + (now - self._credited) * self.rate, most)
                     self._credited = now
                     # Nor a few bytes at a time, which would cost the machine more than the transfer itself.
-                    enough = self._credit >= min(room, max(1, self.rate / 20), 1 << 15)
+                    enough = self._credit >= min(room, most, 1 << 15)
                     room = min(room, int(self._credit)) if enough else 0
                     self._credit -= max(room, 0)
                 if room > 0:
