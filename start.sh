@@ -186,7 +186,7 @@ stop() { # both get 8 s to end by themselves
 
 setting LLM_MODEL llama3.1:8b '[A-Za-z0-9_][A-Za-z0-9._:/@-]*' "a model's name, such as llama3.1:8b"
 setting LLM_CONTEXT_LENGTH 8192 '[1-9][0-9]{0,8}' 'a whole number from 1, such as 8192'
-setting LLM_GPU_LAYERS 33 '0|[1-9][0-9]{0,5}|auto' 'a whole number from 0, or auto'
+setting LLM_GPU_LAYERS 33 '-1|0|[1-9][0-9]{0,5}|all|auto' 'a whole number from 0, all (or -1), or auto'
 setting LLM_API_HOST 127.0.0.1 '[A-Za-z0-9._:-]+' 'the IP address or the host name to listen on'
 setting LLM_API_PORT 11435 '[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]' \
     'a port, 1 to 65535'
@@ -196,7 +196,7 @@ host='([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])' origin="[a-z][a-z0-9+.-]
 setting LLM_ALLOWED_HOSTS '' "($host(, *$host)*)?" 'host names, separated by commas'
 setting LLM_ALLOWED_ORIGINS '' "($origin(, *$origin)*)?" 'origins such as https://host:port, separated by commas'
 export OLLAMA_CONTEXT_LENGTH=${OLLAMA_CONTEXT_LENGTH:-$LLM_CONTEXT_LENGTH} OLLAMA_NOPRUNE=${OLLAMA_NOPRUNE:-1}
-[[ $LLM_GPU_LAYERS == auto ]] || export LLAMA_ARG_N_GPU_LAYERS=${LLAMA_ARG_N_GPU_LAYERS:-$LLM_GPU_LAYERS}
+[[ $LLM_GPU_LAYERS == auto ]] || export LLAMA_ARG_N_GPU_LAYERS=${LLAMA_ARG_N_GPU_LAYERS:-${LLM_GPU_LAYERS/#-1/all}} # its -1 is auto
 
 [[ ${1:-} == --setup || $# == 0 ]] || die "unknown argument ${1@Q}: there is only --setup [FILE…]"
 for tool in flock setsid setpriv; do
