@@ -2,11 +2,14 @@
 
 It lists, downloads and deletes models, tells the truth about the machine, and gets GPU memory
 back when things go wrong. gunicorn serves it and reads its own settings from here too
-(`gunicorn -c python:app app:app`): one worker, so that all state is in one place.
+(``gunicorn -c python:app app:app``). There is one worker, so that all state is in one place.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import datetime
+import errno
 import functools
 import gc
 import hmac
@@ -14,164 +17,332 @@ import ipaddress
 import json
 import logging
 import os
+import pathlib
 import re
-import signal
 import socket
 import struct
 import sys
 import threading
 import time
 import types
+import typing
 import urllib.parse
 
-import gunicorn.glogging
-import gunicorn.util
-import gunicorn.workers.gthread
 import psutil
 from flask import Flask, Response, request
-from gunicorn.http.errors import ParseException
+from gunicorn.glogging import Logger
+from gunicorn.http import errors as http_errors
+from gunicorn.workers.gthread import _DEFER, ThreadWorker
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
-from ollama_client import (ANSWER_S, Downloads, Ollama, OllamaError, Processes, Store,
-                           check_name, dial_url, name_key, timestamp)
+from ollama_client import (
+    Download,
+    Downloads,
+    Json,
+    Ollama,
+    Processes,
+    Runner,
+    ServiceError,
+    Store,
+    alive,
+    check_name,
+    dial_url,
+    end,
+    name_key,
+    timestamp,
+    wait_until,
+)
 
-VERSION = "1.0.0"
-MODEL = os.environ.get("LLM_MODEL") or "llama3.1:8b"
-TOKEN = os.environ.get("LLM_API_TOKEN", "")
-ALLOWED_HOSTS = {h.strip().lower() for h in os.environ.get("LLM_ALLOWED_HOSTS", "").split(",") if h.strip()}
-ALLOWED_ORIGINS = {o.strip().lower().rstrip("/") for o in os.environ.get("LLM_ALLOWED_ORIGINS", "").split(",") if o.strip()}
-API_PORT = int(os.environ.get("LLM_API_PORT") or 11435)
-CONTEXT_LENGTH = int(os.environ.get("OLLAMA_CONTEXT_LENGTH") or os.environ.get("LLM_CONTEXT_LENGTH") or 8192)
-GPU_LAYERS = os.environ.get("LLM_GPU_LAYERS") or "33"
+VERSION = "1.1.0"
+
+# ---------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------
+
+_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])"
+_ORIGIN = rf"[a-z][a-z0-9+.-]*://{_HOST}(:[0-9]+)?"
+_NUMBER = "[1-9][0-9]{0,8}"
+_PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+
+
+def setting(name: str, default: str, pattern: str, takes: str) -> str:
+    """Return a setting of the environment; end the start where it makes no sense."""
+    value = os.environ.get(name) or default
+    if not re.fullmatch(pattern, value):
+        shown = "(not shown)" if name == "LLM_API_TOKEN" else ascii(value)
+        sys.exit(f"llm-service: {name} is {shown}; it takes {takes}")
+    return value
+
+
+def items(text: str) -> set[str]:
+    """Split a list with commas."""
+    return {item.strip().lower() for item in text.split(",") if item.strip()}
+
+
+MODEL = setting(
+    "LLM_MODEL",
+    "llama3.1:8b",
+    "[A-Za-z0-9_][A-Za-z0-9._:/@-]*",
+    "a model's name, such as llama3.1:8b",
+)
+CONTEXT_LENGTH = setting(
+    "OLLAMA_CONTEXT_LENGTH",
+    setting("LLM_CONTEXT_LENGTH", "8192", _NUMBER, "a whole number from 1, such as 8192"),
+    _NUMBER,
+    "a whole number from 1, such as 8192",
+)
+GPU_LAYERS = setting(
+    "LLM_GPU_LAYERS",
+    "33",
+    "-1|0|[1-9][0-9]{0,5}|all|auto",
+    "a whole number from 0, all (or -1), or auto",
+)
+STUCK_S = int(setting("LLM_STUCK_SECONDS", "120", _NUMBER, "a whole number of seconds from 1"))
+SELF_HEAL = setting("LLM_SELF_HEAL", "on", "on|off", "on or off") == "on"
+API_HOST = setting(
+    "LLM_API_HOST",
+    "127.0.0.1",
+    "[A-Za-z0-9._:-]+",
+    "the IP address or the host name to listen on",
+)
+API_PORT = int(setting("LLM_API_PORT", "11435", _PORT, "a port, 1 to 65535"))
+TOKEN = setting("LLM_API_TOKEN", "", "[!-~]*", "letters, digits and signs, no spaces")
+MAX_PULLS = int(setting("LLM_MAX_PULLS", "4", "[1-9][0-9]{0,3}", "a whole number from 1"))
+ALLOWED_HOSTS = items(
+    setting(
+        "LLM_ALLOWED_HOSTS",
+        "",
+        f"({_HOST}(, *{_HOST})*)?",
+        "host names, separated by commas",
+    )
+)
+ALLOWED_ORIGINS = items(
+    setting(
+        "LLM_ALLOWED_ORIGINS",
+        "",
+        f"({_ORIGIN}(, *{_ORIGIN})*)?",
+        "origins such as https://host:port, separated by commas",
+    )
+)
 MODELS_PATH = os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
+STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's record
+
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
-CLIENT_S = 30  # of a client that neither sends nor takes anything
-KNOWN_S = 10  # until a pull's answer begins all the same
-HEALTH_ASK_S, HEALTH_LIST_S = 0.6, 1.4  # two questions and the list: within 3 s
-DEEP_S = 8
+SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
+DEFER_S = 0.2  # then a client that has sent nothing holds no thread
+LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
+FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
+ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
+LIST_S = 1.2
 CLEAR_S = 3.7
-RESET_S = 3.9
-SHARE_S = 0.3  # a run may end that much after its limit, and who shares it waits for that
+RESET_S = 4.1
 UNLOAD_WAIT_S = 1.5
-STARTING_S = 300  # from its start until a server has answered once: it looks for GPUs first, and answers nobody
-CPU_WINDOW_S = 1
+KILL_WAIT_S = 0.9
+STARTING_S = 300
+LOOK_S = 2
 DISK_LOW_BYTES = 1 << 30
+PRUNE_AGE_S = 3600
 MB = 1024 * 1024
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
-FOREIGN = "This Ollama was not started by the service, which leaves its processes alone."
-PROCESS_STATES = {"T": "stopped", "t": "stopped", "D": "blocked"}
 
-host = os.environ.get("LLM_API_HOST") or "127.0.0.1"
-bind = f"[{host}]:{API_PORT}" if ":" in host else f"{host}:{API_PORT}"
-workers = 1
-worker_class = "gthread"
-threads = 256  # made on demand; a stream or a slow client holds one
-worker_connections = 1024
-timeout = 30  # of the worker's own loop, not of a request
-graceful_timeout = 5
-keepalive = 30
-control_socket_disable = True
-forwarded_allow_ips = ""  # nobody may rewrite scheme or path by headers
+# ---------------------------------------------------------------------------------------
+# Objects of the service
+# ---------------------------------------------------------------------------------------
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("llm-service")
+
 ollama = Ollama(dial_url(os.environ.get("OLLAMA_HOST", "")))
 store = Store(MODELS_PATH)
-processes = Processes(os.environ.get("LLM_STATE_FILE"))
-downloads = Downloads(ollama, store, int(os.environ.get("LLM_MAX_PULLS") or 4))
+processes = Processes(STATE_FILE)
+downloads = Downloads(ollama, store, processes, MAX_PULLS)
 streams = threading.BoundedSemaphore(STREAMS)
 
 app = Flask(__name__)
-app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT_BYTES + 1  # werkzeug cuts a chunked body off there, and says nothing
+# werkzeug cuts a chunked body off there and says nothing, so one byte more than the limit.
+app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT_BYTES + 1
 app.json.sort_keys = False
 app.url_map.strict_slashes = False
 app.url_map.merge_slashes = False
 
 
-class logger_class(gunicorn.glogging.Logger):
-    """gunicorn's logger, with one line a request, at a fifth of its cost, and one for a client that was given up."""
+class Outcome:
+    """What a piece of work came to, and when it began and ended (monotonic)."""
 
-    def access(self, resp, req, environ, request_time):
-        log.info("%s %s %s %s %s bytes %d ms", environ.get("REMOTE_ADDR"), environ.get("REQUEST_METHOD"),
-                 ascii(environ.get("RAW_URI"))[1:-1], resp.status.partition(" ")[0], resp.sent,
-                 request_time.total_seconds() * 1000)
+    def __init__(self, key: object, work: typing.Callable[[], typing.Any]):
+        self.key, self.began = key, time.monotonic()
+        self._value, self._error = None, None
+        try:
+            self._value = work()
+        except Exception as e:
+            self._error = e
+        self.ended = time.monotonic()
 
-    def exception(self, msg, *args, **kwargs):
-        if isinstance(sys.exc_info()[1], BlockingIOError):
-            log.warning("a client neither sent nor took anything for %d s", CLIENT_S)
-        else:
-            super().exception(msg, *args, **kwargs)
-
-
-def pre_fork(server, worker):
-    """Keep what is imported out of the collector's way, so that both processes share its pages: 8 MB."""
-    gc.freeze()
-
-
-def pre_request(worker, req):
-    """Have the connection closed, and say so, where the body may not be read to its end: too long, or in chunks."""
-    fields = dict(req.headers)
-    if "TRANSFER-ENCODING" in fields or int(fields.get("CONTENT-LENGTH", 0)) > BODY_LIMIT_BYTES:
-        req.force_close()
+    def result(self) -> typing.Any:
+        """Return the work's result, or raise its error."""
+        if self._error:
+            raise self._error
+        return self._value
 
 
-def post_worker_init(worker):
-    """Let gunicorn's own errors be JSON, and its SIGTERM end the downloads and so the streams."""
-    gunicorn.util.write_error = write_error
-    gunicorn.util.close_graceful = close_aside
-    gunicorn.workers.gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.2  # a thread is not for waiting on a silent client
-    for listener in worker.sockets:  # what it accepts inherits this: half a request holds a thread no longer
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", CLIENT_S, 0))
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", CLIENT_S, 0))
-    end_worker = signal.getsignal(signal.SIGTERM)
+class SharedRun:
+    """Does a piece of work for one caller at a time; others may share the last outcome."""
 
-    def end(signum, frame):
-        threading.Thread(target=downloads.close, daemon=True).start()
-        end_worker(signum, frame)
+    def __init__(self, suits: typing.Callable[[Outcome, object, float], bool]):
+        """``suits(outcome, key, came)`` tells whether it serves a caller who came then."""
+        self._suits = suits
+        self._lock = threading.Lock()
+        self._last: Outcome | None = None
 
-    signal.signal(signal.SIGTERM, end)
+    def get(
+        self,
+        work: typing.Callable[[], typing.Any],
+        timeout_s: float,
+        key: object = None,
+        came: float | None = None,
+    ) -> typing.Any:
+        """Return what suits, or do the work. Raises ServiceError ``timeout``."""
+        came = time.monotonic() if came is None else came
+        with self.turn(timeout_s):
+            if self._last is None or not self._suits(self._last, key, came):
+                self._last = Outcome(key, work)
+            outcome = self._last
+        return outcome.result()
+
+    @contextlib.contextmanager
+    def turn(self, timeout_s: float) -> typing.Iterator[None]:
+        """Keep all others out."""
+        if not self._lock.acquire(timeout=max(0, timeout_s)):
+            raise ServiceError("timeout", "The run under way did not end in time: try again.")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
-class ApiError(Exception):
-    """Root of this module's errors: what is answered, and with which status."""
+def in_parallel(work: typing.Callable, each: typing.Collection) -> list:
+    """Do the work for each item at once; return the results, raise the first error."""
+    if len(each) < 2:
+        return list(map(work, each))
+    with concurrent.futures.ThreadPoolExecutor(len(each)) as pool:
+        return list(pool.map(work, each))
 
-    def __init__(self, status, code, message, **fields):
-        super().__init__(message)
-        self.status, self.code, self.fields = status, code, fields
+
+# ---------------------------------------------------------------------------------------
+# Error answers
+# ---------------------------------------------------------------------------------------
+
+# The "status" beside an error, for those whose callers look at it.
+STATUS_WORDS = {
+    "/health": "unhealthy",
+    "/api/cache/clear": "error",
+    "/api/session/reset": "error",
+}
+HTTP_ADVICE = {
+    404: "There is no such path: the README tells what there is.",
+    413: "The body is over 64 KiB: send less.",
+}
+
+
+def error_answer(
+    status: int, code: str, message: str, fields: Json | None = None
+) -> tuple[Json, int, dict[str, str]]:
+    """Make an answer of the one error shape: body, status, headers."""
+    headers = {"Retry-After": "5"} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    word = STATUS_WORDS.get(request.path)
+    first = {"status": word} if word else {}
+    return {**first, **(fields or {}), "error": message, "code": code}, status, headers
+
+
+@app.errorhandler(ServiceError)
+def answer_service_error(error):
+    if error.status > 500 and request.path != "/health":
+        log.warning("%s %r: %s: %s", request.method, request.path, error.code, error)
+    return error_answer(error.status, error.code, str(error), error.fields)
+
+
+@app.errorhandler(HTTPException)
+def answer_http_error(error):
+    message = HTTP_ADVICE.get(error.code, f"{error.name}: check the request.")
+    headers = {name: value for name, value in error.get_headers() if name == "Allow"}
+    if headers:
+        message = f"This path takes {headers['Allow']}: send one of these."
+    body, status, more = error_answer(error.code, re.sub(r"\W+", "_", error.name.lower()), message)
+    return body, status, {**headers, **more}
+
+
+@app.errorhandler(Exception)
+def answer_bug(error):
+    log.exception("%s %r: a bug", request.method, request.path)
+    return error_answer(500, "bug", "This is a bug in the service: its log tells more.")
+
+
+# ---------------------------------------------------------------------------------------
+# Who is let in
+# ---------------------------------------------------------------------------------------
+
+OPEN_PATHS = ("/", "/health", "/livez")  # without a token
+PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa", ".intranet")
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
+)
 
 
 @app.before_request
 def read_body():
-    """Take the body off the connection before anything is answered: the next request comes behind it."""
+    """Take the body off the connection first: the next request comes behind it."""
     if (request.content_length or 0) <= BODY_LIMIT_BYTES:
         body_bytes()
 
 
 @app.before_request
-def guard():
-    """Refuse what a web page on another site, or someone without the token, sends."""
+def check_site():
+    """Refuse what a web page on another site sends, by Origin or by DNS rebinding."""
     if not host_allowed(request.headers.get("Host", "localhost")):
-        raise ApiError(403, "host_not_allowed", "This host name is not answered for: add it to LLM_ALLOWED_HOSTS.")
+        raise ServiceError(
+            "host_not_allowed",
+            "This host name is not answered for: add it to LLM_ALLOWED_HOSTS.",
+        )
     origin = request.headers.get("Origin")
     if origin is not None and not origin_allowed(origin):
-        raise ApiError(403, "origin_not_allowed", "Calls from this origin are refused: add it to LLM_ALLOWED_ORIGINS.")
+        raise ServiceError(
+            "origin_not_allowed",
+            "Calls from this origin are refused: add it to LLM_ALLOWED_ORIGINS.",
+        )
     if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site":
-        raise ApiError(403, "cross_site", "Calls from another site are refused: add its origin to LLM_ALLOWED_ORIGINS.")
+        raise ServiceError(
+            "cross_site",
+            "Calls from another site are refused: add its origin to LLM_ALLOWED_ORIGINS.",
+        )
+
+
+@app.before_request
+def check_token():
+    """Refuse a call without the token, where one is set."""
     if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-        return Response(status=204)
-    if TOKEN and not (request.method in ("GET", "HEAD") and (request.path in ("/", "/health") or request.path.startswith("/static/"))):
+        return Response(status=204)  # a preflight, which carries no token
+    is_open = request.path in OPEN_PATHS or request.path.startswith("/static/")
+    if TOKEN and not (is_open and request.method in ("GET", "HEAD")):
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), TOKEN.encode()):
-            raise ApiError(401, "token_wanted", "Send the token: Authorization: Bearer <LLM_API_TOKEN>.")
+        right = hmac.compare_digest(given.encode(), TOKEN.encode())
+        if scheme.lower() != "bearer" or not right:
+            words = "Send the token: Authorization: Bearer <LLM_API_TOKEN>."
+            raise ServiceError("token_wanted", words)
     if (request.content_length or 0) > BODY_LIMIT_BYTES:
         raise RequestEntityTooLarge
+    if request.method == "OPTIONS" and request.url_rule:
+        allowed = app.make_default_options_response().headers["Allow"]
+        return Response(status=204, headers={"Allow": allowed})
+    return None
 
 
 @app.after_request
-def finish(response):
+def add_headers(response):
     """Add the headers that keep browsers in bounds."""
     headers = response.headers
     origin = request.headers.get("Origin")
@@ -181,6 +352,8 @@ def finish(response):
         headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
         headers["Access-Control-Expose-Headers"] = "Retry-After"
         headers["Access-Control-Max-Age"] = "600"
+    if response.status_code == 204:
+        headers.pop("Content-Type", None)
     headers["Vary"] = "Origin"
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Content-Security-Policy"] = CSP
@@ -188,36 +361,109 @@ def finish(response):
     return response
 
 
-@app.errorhandler(ApiError)
-def refused(error):
-    return answer(error.status, error.code, str(error), **error.fields)
+@functools.lru_cache(256)
+def host_allowed(host: str) -> bool:
+    """Tell a name that only this machine or its network gives from one of the web."""
+    try:
+        name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return "." not in name or name.endswith(PRIVATE_NAMES) or name in ALLOWED_HOSTS
 
 
-@app.errorhandler(OllamaError)
-def failed(error):
-    log.warning("%s %r: %s: %s", request.method, request.path, error.code, error)
-    return answer(error.status, error.code, str(error))
+def origin_allowed(origin: str) -> bool:
+    """Tell whether an origin is the service's own or an allowed one."""
+    own = f"{request.scheme}://{request.host}".lower()
+    return origin.lower() == own or origin.lower() in {o.rstrip("/") for o in ALLOWED_ORIGINS}
 
 
-@app.errorhandler(concurrent.futures.TimeoutError)
-def overdue(error):
-    return answer(504, "timeout", "The run under way did not end in time: try again.")
+# ---------------------------------------------------------------------------------------
+# Reading a request
+# ---------------------------------------------------------------------------------------
+
+FLAG_WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
-@app.errorhandler(HTTPException)
-def http_error(error):
-    sentences = {404: "There is no such path: the README tells what there is.",
-                 405: f"This path takes {', '.join(getattr(error, 'valid_methods', None) or ())}: send one of these.",
-                 413: "The body is over 64 KiB: send less."}
-    body, status, headers = answer(error.code, re.sub(r"\W+", "_", error.name.lower()),
-                                   sentences.get(error.code, f"{error.name}: check the request."))
-    return body, status, {**headers, **{name: value for name, value in error.get_headers() if name == "Allow"}}
+def arguments(
+    model: bool, older_than_s: float | None = None, **flags: bool
+) -> types.SimpleNamespace:
+    """Parse the body and the query to ``model`` (checked) and flags with these defaults.
+
+    ``model`` true means that it must be there. ``older_than_s`` is a number with a default.
+    """
+    given = {**request.args, **body_object()}
+    names = [given[key] for key in ("model", "name") if given.get(key) is not None]
+    if len(names) == 2 and names[0] != names[1]:
+        raise ServiceError("bad_model_name", '"model" and "name" differ: send one of them.')
+    if not names and model:
+        raise ServiceError("model_missing", 'Say which model: {"model": "llama3.1:8b"}.')
+    found = types.SimpleNamespace(model=check_name(names[0]) if names else None)
+    for name, default in flags.items():
+        setattr(found, name, read_flag(name, given.get(name), default))
+    if older_than_s is not None:
+        found.older_than_s = read_number("older_than_s", given.get("older_than_s"), older_than_s)
+    return found
 
 
-@app.errorhandler(Exception)
-def bug(error):
-    log.exception("%s %r: a bug", request.method, request.path)
-    return answer(500, "bug", "This is a bug in the service: its log tells more.")
+def read_flag(name: str, value: object, default: bool) -> bool:
+    """Return a flag; a form field sends it as a word."""
+    if value is None:
+        return default
+    flag = FLAG_WORDS.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
+        raise ServiceError("bad_field", f'"{name}" must be true or false.')
+    return flag
+
+
+def read_number(name: str, value: object, default: float) -> float:
+    """Return a number from 0; a form field sends it as a word."""
+    if value is None:
+        return default
+    with contextlib.suppress(ValueError, TypeError):
+        number = float(value) if not isinstance(value, bool) else -1
+        if 0 <= number < float("inf"):
+            return number
+    raise ServiceError("bad_field", f'"{name}" must be a number from 0.')
+
+
+def body_object() -> Json:
+    """Return the body's JSON object; {} where there is no body."""
+    data = body_bytes()
+    try:
+        given = json.loads(data) if data.strip() else {}
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise bad_json()
+    return given
+
+
+def body_bytes() -> bytes:
+    """Return the whole body. Raises for one that is damaged, cut off, packed or too long."""
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise ServiceError("encoding_not_supported", "Send the body uncompressed.")
+    try:
+        data = request.get_data()
+    except (http_errors.ParseException, OSError) as e:  # damaged chunks, a client that left
+        raise bad_json() from e
+    if len(data) > BODY_LIMIT_BYTES:
+        raise RequestEntityTooLarge
+    if len(data) < (request.content_length or 0):
+        raise bad_json()
+    return data
+
+
+def bad_json() -> ServiceError:
+    words = 'The body must be a JSON object such as {"model": "llama3.1:8b"}.'
+    return ServiceError("bad_json", words)
+
+
+# ---------------------------------------------------------------------------------------
+# Routes
+# ---------------------------------------------------------------------------------------
 
 
 @app.get("/")
@@ -226,25 +472,28 @@ def page():
     return app.send_static_file("index.html")
 
 
+@app.get("/livez")
+def livez():
+    """Tell that this process answers, whatever Ollama does."""
+    return {"status": "alive"}
+
+
 @app.get("/health")
 def health():
     """Tell whether the service works, and what would heal it."""
-    report = check_health()
-    if request.args.get("deep") in ("1", "true"):
-        report.update(check_deep())
-    return report
+    return check_health()
+
+
+@app.get("/metrics")
+def metrics():
+    """Tell the same figures to Prometheus."""
+    return Response(metrics_text(), mimetype="text/plain; version=0.0.4; charset=utf-8")
 
 
 @app.get("/api/info")
 def info():
     """Tell what runs here, and with which settings."""
-    try:
-        known_version = version(1)
-    except OllamaError:
-        known_version = None
-    return {"service": "llm-service", "version": VERSION, "ollama_url": ollama.url, "ollama_version": known_version,
-            "default_model": MODEL, "api_port": API_PORT, "context_length": CONTEXT_LENGTH,
-            "gpu_layers": GPU_LAYERS, "models_path": MODELS_PATH}
+    return service_info()
 
 
 @app.get("/api/stats")
@@ -256,25 +505,25 @@ def stats():
 @app.get("/api/models")
 def models():
     """List the models on disk."""
-    return Response(listing.get(), mimetype="application/json")
+    return Response(listing.get(list_models, CLEAR_S), mimetype="application/json")
 
 
 @app.get("/api/models/loaded")
 def loaded_models():
     """List the models in memory."""
-    listed = [{"name": m["name"], "size": m.get("size"), "size_vram": m.get("size_vram"),
-               "context_length": m.get("context_length"), "expires_at": utc(m.get("expires_at"))} for m in ollama.ps()]
-    return {"loaded_models": listed, "count": len(listed)}
+    loaded = list(map(loaded_entry, ollama.ps()))
+    return {"loaded_models": loaded, "count": len(loaded)}
 
 
 @app.post("/api/models/pull")
 def pull():
     """Download a model, or join its download."""
-    asked = arguments(model=True, stream=True, insecure=False, detach=False)
-    download, lines = downloads.pull(asked.model, asked.insecure, asked.detach)
+    asked = arguments(model=True, stream=True, insecure=False, detach=False, verify=False)
+    download, lines = downloads.pull(asked.model, asked.insecure, asked.detach, asked.verify)
     if asked.detach:
-        return {"status": "accepted", "message": "The download goes on by itself: GET /api/models/pull shows it.", "model": asked.model}, 202
-    return follow(download, lines, asked.stream)
+        message = "The download goes on by itself: GET /api/models/pull shows it."
+        return {"status": "accepted", "message": message, "model": asked.model}, 202
+    return stream_answer(download, lines) if asked.stream else whole_answer(download)
 
 
 @app.get("/api/models/pull")
@@ -286,10 +535,18 @@ def pulls():
 
 @app.delete("/api/models/pull")
 def cancel_pull():
-    """Cancel a download; with `purge` its parts go too."""
+    """Cancel a download; with ``purge`` its parts go too."""
     asked = arguments(model=True, purge=False)
     freed = downloads.cancel(asked.model, asked.purge)
-    return {"status": "success", "message": f"The download of {asked.model} is cancelled.", "freed_bytes": freed}
+    message = f"The download of {asked.model} is cancelled."
+    return {"status": "success", "message": message, "freed_bytes": freed}
+
+
+@app.post("/api/models/prune")
+def prune():
+    """Remove what no model uses."""
+    asked = arguments(model=False, older_than_s=PRUNE_AGE_S, dry_run=False)
+    return prune_store(asked.older_than_s, asked.dry_run)
 
 
 @app.delete("/api/models/delete")
@@ -297,7 +554,8 @@ def delete():
     """Unload and delete a model."""
     asked = arguments(model=True, force=False)
     freed = delete_model(asked.model, asked.force)
-    return {"status": "success", "message": f"{asked.model} is deleted.", "freed_bytes": freed}
+    message = f"{asked.model} is deleted."
+    return {"status": "success", "message": message, "freed_bytes": freed}
 
 
 @app.post("/api/cache/clear")
@@ -314,132 +572,91 @@ def session_reset():
     return healer.reset(asked.model, asked.restart)
 
 
-def answer(status, code, message, **fields):
-    kind = {"/health": "unhealthy", "/api/cache/clear": "error", "/api/session/reset": "error"}.get(request.path)
-    headers = {"Retry-After": "5"} if status in (429, 503) else {}
-    return {**({"status": kind} if kind else {}), **fields, "error": message, "code": code}, status, headers
+@app.post("/api/gpu/recover")
+def gpu_recover():
+    """Clear what is idle, answered as the service that this one replaces does."""
+    return healer.recover()
 
 
-def close_aside(sock, close=gunicorn.util.close_graceful):
-    """Wait for a client to close outside of gunicorn's main loop, where that stops all others."""
-    threading.Thread(target=close, args=(sock,), daemon=True).start()
+# ---------------------------------------------------------------------------------------
+# Models and downloads
+# ---------------------------------------------------------------------------------------
 
 
-def write_error(sock, status, reason, message):
-    """Write what gunicorn refuses by itself, as JSON (it would send HTML)."""
-    body = json.dumps({"error": f"{reason}: check how the request is written.", "code": "bad_request"}).encode()
-    sock.sendall(f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                 f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+def service_info() -> Json:
+    """Return the answer of ``GET /api/info``."""
+    return {
+        "service": "llm-service",
+        "version": VERSION,
+        "ollama_url": ollama.url,
+        "ollama_version": watch.server.known_version(),
+        "default_model": MODEL,
+        "api_port": API_PORT,
+        "context_length": int(CONTEXT_LENGTH),
+        "gpu_layers": GPU_LAYERS,
+        "models_path": MODELS_PATH,
+    }
 
 
-@functools.lru_cache(256)
-def host_allowed(host):
-    """Tell a name that only this machine or its network gives from one of the web (DNS rebinding)."""
-    try:
-        name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:
-        return False
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return "." not in name or name.endswith((".local", ".internal", ".localhost")) or name in ALLOWED_HOSTS
-
-
-def origin_allowed(origin):
-    return origin.lower() in (f"{request.scheme}://{request.host}".lower(), *ALLOWED_ORIGINS)
-
-
-def arguments(model, **flags):
-    """Parse the body, or the query, to a namespace of `model` (checked) and the flags.
-
-    `model` true means that it must be there; a flag's default tells that it is a boolean.
-    """
-    words = {"true": True, "1": True, "false": False, "0": False}
-    query = {key: words.get(value, value) if key in flags else value for key, value in request.args.items()}
-    given = {**query, **request_object()}
-    names = [given[key] for key in ("model", "name") if given.get(key) is not None]
-    if len(names) == 2 and names[0] != names[1]:
-        raise ApiError(400, "bad_model_name", '"model" and "name" differ: send one of them.')
-    if not names and model:
-        raise ApiError(400, "model_missing", 'Say which model: {"model": "llama3.1:8b"}.')
-    found = {"model": check_name(names[0]) if names else None}
-    for flag, default in flags.items():
-        found[flag] = default if given.get(flag) is None else given[flag]
-        if not isinstance(found[flag], bool):
-            raise ApiError(400, "bad_field", f'"{flag}" must be true or false.')
-    return types.SimpleNamespace(**found)
-
-
-def request_object():
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise ApiError(415, "encoding_not_supported", "Send the body uncompressed.")
-    data = body_bytes()
-    try:
-        given = json.loads(data) if data.strip() else {}
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise bad_json()
-    return given
-
-
-def body_bytes():
-    """Return the whole body. Raises ApiError for one that is damaged or cut off, RequestEntityTooLarge."""
-    try:
-        data = request.get_data()
-    except (ParseException, OSError) as e:  # damaged chunks, a client that left
-        raise bad_json() from e
-    if len(data) > BODY_LIMIT_BYTES:
-        raise RequestEntityTooLarge
-    if len(data) < (request.content_length or 0):
-        raise bad_json()
-    return data
-
-
-def bad_json():
-    return ApiError(400, "bad_json", 'The body must be a JSON object such as {"model": "llama3.1:8b"}.')
-
-
-def tags(timeout_s=ANSWER_S):
+def tags(timeout_s: float) -> list[Json]:
     """Return the models on disk, asked for anew unless the store is certainly as it was."""
-    signature = store.signature() if processes.managed else None
-    return _tags_of(signature, timeout_s) if signature else ollama.tags(timeout_s)
+    signature = store.signature()
+    return tags_of(signature, timeout_s) if signature else ollama.tags(timeout_s)
 
 
-@functools.lru_cache(2)  # health has another timeout
-def _tags_of(signature, timeout_s):
+@functools.lru_cache(2)  # /health has another time limit
+def tags_of(signature: tuple, timeout_s: float) -> list[Json]:
+    """Return the models of a store with this signature."""
     return ollama.tags(timeout_s)
 
 
-def version(timeout_s):
-    """Return Ollama's version, asked for once of each server."""
-    server = processes.server()
-    return _version_of(server.pid, server.started, timeout_s) if server else ollama.version(timeout_s)
-
-
-@functools.lru_cache(2)
-def _version_of(pid, started, timeout_s):
-    return ollama.version(timeout_s)
-
-
-def list_models():
+def list_models() -> str:
+    """Return the answer of ``GET /api/models``, as JSON text."""
     loaded = ollama.ps()
-    by_name, by_digest = ({m.get(key): m for m in loaded} for key in ("name", "digest"))
-    listed = [model_entry(m, by_name.get(m["name"]) or by_digest.get(m.get("digest"))) for m in tags()]
+    by_name = {model["name"]: model for model in loaded}
+    by_digest = {model.get("digest"): model for model in loaded}
+    listed = []
+    for model in tags(LIST_S):
+        match = by_name.get(model["name"]) or by_digest.get(model.get("digest"))
+        listed.append(model_entry(model, match or {}))
     return json.dumps({"models": listed, "count": len(listed)}, separators=(",", ":")) + "\n"
 
 
-def model_entry(model, loaded):
-    loaded = loaded or {}
-    return {"name": model["name"], "size": model.get("size"), "modified_at": utc(model.get("modified_at")),
-            "digest": model.get("digest"), "details": model.get("details") or {}, "loaded": bool(loaded),
-            "size_vram": loaded.get("size_vram"), "expires_at": utc(loaded.get("expires_at")),
-            "size_loaded": loaded.get("size"), "context_length": loaded.get("context_length")}
+listing = SharedRun(lambda outcome, key, came: outcome.began >= came)
 
 
-def utc(moment):
+def model_entry(model: Json, loaded: Json) -> Json:
+    """Describe a model on disk; ``loaded`` is its line of ``/api/ps``, or {}."""
+    return {
+        "name": model["name"],
+        "size": model.get("size"),
+        "modified_at": utc(model.get("modified_at")),
+        "digest": model.get("digest"),
+        "details": model.get("details") or {},
+        "loaded": bool(loaded),
+        "size_vram": loaded.get("size_vram"),
+        "expires_at": utc(loaded.get("expires_at")),
+        "size_loaded": loaded.get("size"),
+        "context_length": loaded.get("context_length"),
+    }
+
+
+def loaded_entry(model: Json) -> Json:
+    """Describe a model in memory by its line of ``/api/ps``."""
+    return {
+        "name": model["name"],
+        "size": model.get("size"),
+        "size_vram": model.get("size_vram"),
+        "context_length": model.get("context_length"),
+        "expires_at": utc(model.get("expires_at")),
+    }
+
+
+def utc(moment: object) -> str | None:
     """Bring Ollama's time, which carries its own zone, to UTC."""
-    if not isinstance(moment, str) or moment.endswith("Z"):
+    if not isinstance(moment, str):
+        return None
+    if moment.endswith("Z"):
         return moment
     try:
         return timestamp(datetime.datetime.fromisoformat(moment).timestamp())
@@ -447,480 +664,1401 @@ def utc(moment):
         return None
 
 
-def follow(download, lines, streamed):
-    """Answer with a download's lines as they come, or with its end; with its error's status first."""
-    if not streams.acquire(blocking=False):
-        download.leave()
-        raise ApiError(429, "too_many_streams", f"{STREAMS} answers are streaming: try again, or use detach.")
-
-    def leave():
-        streams.release()
-        download.leave()
-
-    download.known.wait(KNOWN_S) if streamed else download.ended.wait()
-    if download.error or not streamed:
+def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
+    """Answer with a download's lines as they come; an early error has its own status."""
+    leave = take_stream(download)
+    download.first_news.wait(FIRST_NEWS_S)
+    if download.error:
         leave()
-        if download.error:
-            raise download.error
-        return download.last_line()
-    response = Response((json.dumps(line) + "\n" for line in lines), mimetype="application/x-ndjson",
-                        headers={"X-Accel-Buffering": "no"})
+        raise download.error
+    response = Response(
+        (json.dumps(line) + "\n" for line in lines),
+        mimetype="application/x-ndjson",
+        headers={"X-Accel-Buffering": "no"},
+    )
     response.call_on_close(leave)
     return response
 
 
-def delete_model(model, force):
-    """Return the bytes that came free; None where the model store is out of sight."""
+def whole_answer(download: Download) -> Json:
+    """Answer with the download's end, with the status that fits."""
+    leave = take_stream(download)
+    download.ended.wait()
+    leave()
+    if download.error:
+        raise download.error
+    return download.last_line()
+
+
+def take_stream(download: Download) -> typing.Callable[[], None]:
+    """Take one of the places for long answers; return what gives it back."""
+    if not streams.acquire(blocking=False):
+        download.leave()
+        raise ServiceError(
+            "too_many_streams",
+            f"{STREAMS} answers are streaming: try again, or use detach.",
+        )
+
+    def leave() -> None:
+        streams.release()
+        download.leave()
+
+    return leave
+
+
+def prune_store(older_than_s: float, dry_run: bool) -> Json:
+    """Return the answer of ``POST /api/models/prune``."""
+    freed, files = downloads.prune(older_than_s, dry_run)
+    would = "would come free" if dry_run else "came free"
+    return {
+        "status": "success",
+        "message": f"{freed // MB} MB of {files} unused files {would}.",
+        "freed_bytes": freed,
+        "files": files,
+    }
+
+
+def delete_model(model: str, force: bool) -> int | None:
+    """Unload and delete a model; return the bytes that came free."""
     if downloads.running(model):
-        raise OllamaError("model_being_pulled", f"{model} is being downloaded: cancel that first.")
+        words = f"{model} is being downloaded: cancel that first."
+        raise ServiceError("model_being_pulled", words)
     ollama.version(1)  # one that hangs would look busy
     if not healer.clear(model, force)["verified"]:
-        raise OllamaError("model_busy", f'{model} is in the middle of an answer: try again, or send "force": true.')
-    digests = store.models().get(name_key(model))
-    before = store.sizes(digests or ())
+        raise ServiceError(
+            "model_busy",
+            f'{model} is in the middle of an answer: try again, or send "force": true.',
+        )
+    digests = store.models().get(name_key(model), [])
+    before = store.sizes(digests)
     ollama.delete(model)
-    return digests and sum(before.values()) - sum(store.sizes(digests).values())
+    return sum(before.values()) - sum(store.sizes(digests).values())
 
 
-def check_health():
+def must_exist(model: str | None) -> None:
+    """Raise ServiceError ``model_not_found`` for a model that is not downloaded."""
+    if model and name_key(model) not in store.models():
+        raise ServiceError(
+            "model_not_found",
+            f"There is no model {model}: GET /api/models lists what is downloaded.",
+        )
+
+
+# ---------------------------------------------------------------------------------------
+# Health
+# ---------------------------------------------------------------------------------------
+
+
+def check_health() -> Json:
     """Return the health report, or raise the 503 that tells what would heal it."""
     reading = gpu.sample()
     if reading["state"] == "lost":
-        raise unhealthy("gpu_lost", "The GPU is lost to this container: restart it; if that does not help, reboot the host.", gpu.ACTIONS["lost"])
+        words = "The GPU is lost to this container: restart it; if that fails, reboot the host."
+        raise unhealthy("gpu_lost", words, gpu.ACTIONS["lost"])
     try:
-        known_version = version(HEALTH_ASK_S)
-        loaded = [m["name"] for m in ollama.ps(HEALTH_ASK_S)]
-        names = [m["name"] for m in tags(HEALTH_LIST_S)]
-    except OllamaError as e:
+        names = [model["name"] for model in tags(LIST_S)]
+        loaded = loaded_now()
+    except ServiceError as e:
         raise unhealthy(*diagnose(e)) from e
-    free = store.free_bytes()
-    return {"status": "healthy", "models_count": len(names), "models": names, "loaded": loaded,
-            "ollama_version": known_version, "gpu": reading["state"], "recommended_action": gpu.ACTIONS[reading["state"]],
-            "load": healer.load,
-            "warning": "The disk is almost full: delete a model." if (free or DISK_LOW_BYTES) < DISK_LOW_BYTES else None}
+    watch.server.note_answer(processes.server())
+    watch.raise_fault()
+    warnings = find_warnings(reading, loaded)
+    return {
+        "status": "healthy",
+        "models_count": len(names),
+        "models": names,
+        "loaded": [model["name"] for model in loaded],
+        "ollama_version": watch.server.known_version(),
+        "gpu": reading["state"],
+        "recommended_action": gpu.ACTIONS[reading["state"]],
+        "load": healer.load,
+        "runners": watch.runners(),
+        "looked_at": timestamp(watch.looked_at),
+        "warnings": warnings,
+        "warning": warnings[0]["message"] if warnings else None,
+    }
 
 
-def unhealthy(code, reason, action):
-    return ApiError(503, code, reason, reason=reason, recommended_action=action)
+def loaded_now() -> list[Json]:
+    """Return what Ollama has loaded, or had at the last look while it holds its lock.
+
+    It holds it while it settles with a runner, for 20 s; only a server that does not answer
+    ``/api/version`` either hangs.
+    """
+    try:
+        return ollama.ps(ASK_S)
+    except ServiceError as e:
+        if e.code != "ollama_timeout":
+            raise
+        ollama.version(ASK_S)
+        return watch.loaded
 
 
-def diagnose(error):
+def unhealthy(code: str, reason: str, action: str) -> ServiceError:
+    """Make the 503 of /health."""
+    return ServiceError(code, reason, reason=reason, recommended_action=action)
+
+
+def diagnose(error: ServiceError) -> tuple[str, str, str]:
     """Tell code, reason and the action that heals from the error that Ollama's API gave."""
     server = processes.server()
-    if not processes.managed:
-        return error.code, f"{error} {FOREIGN}", "restart_service"
-    if starting(server):
+    if error.code not in ("ollama_timeout", "ollama_unreachable"):
+        words = f"Ollama cannot list the models: {error}"
+        return "model_store_unreadable", words, "restart_service"
+    if server is None:
+        said = last_words()
+        words = "Ollama has ended and is being started again."
+        words += f" It said: {said}" if said else ""
+        return "store_not_writable" if "permission" in said else "ollama_dead", words, "wait"
+    if watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"
     if error.code == "ollama_timeout":
         return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
-    if error.code != "ollama_unreachable":
-        return "model_store_unreadable", f"Ollama cannot list the models: {error}", "restart_service"
-    if server is None:
-        return "ollama_dead", "Ollama has ended and is being started again.", "wait"
     return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
 
 
-def starting(server):
-    """Tell whether this server has not answered yet and still may take its time."""
-    uptime_s = processes.uptime_s(server) if server else STARTING_S
-    answered_s = time.monotonic() - ollama.answered_at
-    return uptime_s < STARTING_S and answered_s > uptime_s
-
-
-def check_deep():
-    """Ask each loaded completion model for one token; tell hung from busy by the runner's own port."""
-    able = {m["name"] for m in tags() if "completion" in m.get("capabilities", ["completion"])}
-    asked = [m for m in ollama.ps() if m["name"] in able]
-    return {"busy": any(in_parallel(probe_model, asked)), "probed": [m["name"] for m in asked]}
-
-
-def probe_model(model):
-    """Return whether the model is too busy to answer in time."""
-    name = model["name"]
+def last_words() -> str:
+    """Return what Ollama said at its last end, as the launcher noted it."""
     try:
-        ollama.one_token(name, model.get("context_length"), DEEP_S)
-        return False
-    except OllamaError as e:
-        if e.code != "ollama_timeout":
-            raise unhealthy("runner_failed", f"{name} does not generate: {e}", "reset_session") from e
-    for runner in processes.runners():
-        if runner.digest in store.models().get(name_key(name), ()) and not ollama.runner_answers(runner.port):
-            raise unhealthy("runner_hung", f"The runner of {name} hangs.", "reset_session")
-    return True
+        return pathlib.Path(f"{STATE_FILE}.reason").read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
-def in_parallel(work, items):
-    """Do the work for each item at once; return the results, raise the first error."""
-    if not items:
-        return []
-    with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
-        return list(pool.map(work, items))
+def find_warnings(reading: Json, loaded: list[Json]) -> list[Json]:
+    """Return what does not make the service unhealthy: ``[{"code", "message"}]``."""
+    warnings = []
+    free = store.free_bytes()
+    if free is not None and free < DISK_LOW_BYTES:
+        warnings.append(("disk_low", "The disk is almost full: delete a model, or prune."))
+    if not watch.store_writable:
+        words = f"{store.path} cannot be written: chown -R it to the user of the service."
+        warnings.append(("store_not_writable", words))
+    if healer.load and healer.load["state"] == "failed":
+        words = f"{healer.load['model']} did not load: {healer.load['error']}"
+        warnings.append(("load_failed", words))
+    if reading["state"] == "ok" and not reading["memory_shared"]:
+        warnings += gpu_warnings(reading, loaded)
+    return [{"code": code, "message": message} for code, message in warnings]
 
 
-def machine_stats():
+def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
+    """Compare where Ollama says that its models lie with what was asked for and measured."""
+    warnings = []
+    for model in loaded if GPU_LAYERS != "0" else ():
+        size_mb, vram_mb = (model.get(key, 0) // MB for key in ("size", "size_vram"))
+        if vram_mb < size_mb:
+            words = (
+                f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory, "
+                "which is slow: set LLM_GPU_LAYERS=all where it fits the GPU, else choose a "
+                "smaller model or context; in Docker check LLM_RUNTIME=nvidia."
+            )
+            warnings.append(("model_on_cpu", words))
+    claimed_mb = sum(model.get("size_vram", 0) for model in loaded) // MB
+    used_mb, _ = gpu.memory_totals(reading)
+    if used_mb is not None and claimed_mb > used_mb:
+        words = (
+            f"Ollama says that {claimed_mb} MB of its models lie on the GPU, of which only "
+            f"{used_mb} MB are in use: the models run on the CPU. Check CUDA_VISIBLE_DEVICES, "
+            "the container's runtime (LLM_RUNTIME=nvidia) and the driver."
+        )
+        warnings.append(("gpu_not_used", words))
+    return warnings
+
+
+# ---------------------------------------------------------------------------------------
+# Stats and metrics
+# ---------------------------------------------------------------------------------------
+
+
+def machine_stats() -> Json:
+    """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
     reading, memory, server = gpu.sample(), psutil.virtual_memory(), processes.server()
-    runners = processes.runners()
-    orphaned = {r.process for r in runners if not server or r.process.parent != server.pid}
-    shown = gpu_strings(reading, memory)
     return {
-        **shown,
-        "process_memory_mb": sum(resident_mb(pid) for pid in own_pids()),
-        "cpu_percent": cpu.percent("machine", cpu_seconds(), psutil.cpu_count()),
+        **gpu_strings(reading),
+        "process_memory_mb": watch.process_memory_mb,
+        "cpu_percent": watch.cpu_percent,
         "timestamp": timestamp(time.time()),
         "gpu": reading["state"],
         "gpus": reading["gpus"],
         "recommended_action": gpu.ACTIONS[reading["state"]],
-        "memory": {"total_mb": memory.total // MB, "used_mb": (memory.total - memory.available) // MB,
-                   "available_mb": memory.available // MB, "percent": memory.percent},
-        "disk": store.disk(),
-        "runners": [{"pid": r.process.pid, "model": model_of(r), "memory_mb": resident_mb(r.process.pid),
-                     "cpu_percent": cpu.percent(r.process.pid, cpu_seconds(r.process.pid)),
-                     "state": "orphan" if r.process in orphaned else PROCESS_STATES.get(r.process.state, "running")}
-                    for r in runners],
-        "ollama": {"pid": server and server.pid, "uptime_seconds": server and round(processes.uptime_s(server)),
-                   "restarts": processes.restarts()},
+        "memory": {
+            "total_mb": memory.total // MB,
+            "used_mb": (memory.total - memory.available) // MB,
+            "available_mb": memory.available // MB,
+            "percent": memory.percent,
+        },
+        "disk": watch.disk and {**watch.disk, "free_bytes": store.free_bytes()},
+        "runners": watch.runners(),
+        "looked_at": timestamp(watch.looked_at),
+        "ollama": {
+            "pid": server.pid if server else None,
+            "uptime_seconds": round(time.time() - server.create_time()) if server else None,
+            "restarts": processes.restarts(),
+        },
+        "healed": watch.healed,
     }
 
 
-def gpu_strings(reading, memory):
+def gpu_strings(reading: Json) -> Json:
     """Put the figures as the dashboard shows them: the busiest GPU, all memory together."""
-    def most(figure):
-        return max((g[figure] for g in reading["gpus"] if g[figure] is not None), default=None)
-
-    used, total = gpu.memory_mb(reading)
-    if reading["state"] == "unified":
-        used, total = (memory.total - memory.available) // MB, memory.total // MB
-    utilization, temperature = most("utilization_percent"), most("temperature_c")
-    return {"gpu_utilization": "N/A" if utilization is None else f"{utilization}%",
-            "gpu_memory": "N/A" if total is None else f"{used}MB / {total}MB",
-            "gpu_temperature": "N/A" if temperature is None else f"{temperature}°C"}
+    used, total = gpu.memory_totals(reading)
+    utilization = highest(reading, "utilization_percent")
+    temperature = highest(reading, "temperature_c")
+    return {
+        "gpu_utilization": "N/A" if utilization is None else f"{utilization}%",
+        "gpu_memory": "N/A" if total is None else f"{used}MB / {total}MB",
+        "gpu_temperature": "N/A" if temperature is None else f"{temperature}°C",
+    }
 
 
-def own_pids():
-    return {os.getpid(), os.getppid(), *(p.pid for p in processes.all())}
+def highest(reading: Json, figure: str) -> int | None:
+    """Return the highest of a figure over all GPUs that tell it."""
+    told = [each[figure] for each in reading["gpus"] if each[figure] is not None]
+    return max(told, default=None)
 
 
-def resident_mb(pid):
-    try:
-        return psutil.Process(pid).memory_info().rss // MB
-    except psutil.Error:
-        return 0
+# Name, type, help. The samples are in metrics_samples().
+METRICS = [
+    ("llm_up", "gauge", "1 where /health is a 200."),
+    ("llm_gpu_utilization_ratio", "gauge", "Load of a GPU, 0 to 1."),
+    ("llm_gpu_memory_used_bytes", "gauge", "Memory of a GPU in use."),
+    ("llm_gpu_memory_total_bytes", "gauge", "Memory of a GPU."),
+    ("llm_gpu_temperature_celsius", "gauge", "Temperature of a GPU."),
+    ("llm_gpu_power_watts", "gauge", "Power that a GPU draws."),
+    ("llm_memory_used_bytes", "gauge", "Memory of the machine in use."),
+    ("llm_memory_total_bytes", "gauge", "Memory of the machine."),
+    ("llm_process_memory_bytes", "gauge", "Resident memory of API, Ollama and runners."),
+    ("llm_disk_free_bytes", "gauge", "Free bytes of the models' disk."),
+    ("llm_disk_total_bytes", "gauge", "Bytes of the models' disk."),
+    ("llm_disk_partial_bytes", "gauge", "Parts of unfinished downloads."),
+    ("llm_disk_unused_bytes", "gauge", "What a prune would free."),
+    ("llm_models_loaded", "gauge", "Models in memory."),
+    ("llm_runner_state", "gauge", "1 for the state that a model's runner is in."),
+    ("llm_runner_memory_bytes", "gauge", "Resident memory of a model's runner."),
+    ("llm_runner_tokens_per_second", "gauge", "Tokens that a runner decodes a second."),
+    ("llm_runner_tokens_total", "counter", "Tokens that a runner has decoded."),
+    ("llm_downloads_running", "gauge", "Downloads under way."),
+    ("llm_downloads_total", "counter", "Downloads that have ended, by outcome."),
+    ("llm_clears_total", "counter", "Clears done."),
+    ("llm_resets_total", "counter", "Resets done."),
+    ("llm_healings_total", "counter", "What the service has healed by itself."),
+    ("llm_ollama_restarts_total", "counter", "How often Ollama was started anew."),
+]
 
 
-def cpu_seconds(pid=None):
-    """Return the CPU time that a process, or all of the machine, has used."""
-    if pid is None:
-        times = psutil.cpu_times()
-        return sum(times[:8]) - times.idle - times.iowait
-    try:
-        return sum(psutil.Process(pid).cpu_times()[:2])
-    except psutil.Error:
-        return 0
+def metrics_text() -> str:
+    """Return all figures in Prometheus' text format; what nobody knows is left out."""
+    samples = metrics_samples()
+    lines = []
+    for name, kind, about in METRICS:
+        known = [(labels, value) for labels, value in samples[name] if value is not None]
+        if known:
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{label_text(labels)} {value}" for labels, value in known]
+    return "\n".join(lines) + "\n"
 
 
-class CpuMeter:
-    """Percent of CPU since a reading at least CPU_WINDOW_S old; never waits for one."""
+def label_text(labels: dict[str, str]) -> str:
+    """Write labels as Prometheus reads them."""
+    escaped = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
+    pairs = [f'{name}="{str(value).translate(escaped)}"' for name, value in labels.items()]
+    return "{" + ",".join(pairs) + "}" if pairs else ""
+
+
+def metrics_samples() -> dict[str, list[tuple[dict[str, str], typing.Any]]]:
+    """Map each metric's name to its samples, as (labels, value)."""
+    stats = machine_stats()
+    disk, memory = stats["disk"] or {}, stats["memory"]
+    samples = collections.defaultdict(list)
+    single = {
+        "llm_up": watch.up(),
+        "llm_memory_used_bytes": memory["used_mb"] * MB,
+        "llm_memory_total_bytes": memory["total_mb"] * MB,
+        "llm_process_memory_bytes": (stats["process_memory_mb"] or 0) * MB,
+        "llm_models_loaded": len(watch.loaded),
+        "llm_downloads_running": downloads.running_count(),
+        "llm_clears_total": healer.clears_done,
+        "llm_resets_total": healer.resets_done,
+        "llm_ollama_restarts_total": stats["ollama"]["restarts"],
+    }
+    single |= {f"llm_disk_{key}": disk.get(key) for key in DISK_METRICS}
+    for name, value in single.items():
+        samples[name].append(({}, value))
+    for outcome, count in downloads.counts.items():
+        samples["llm_downloads_total"].append(({"outcome": outcome}, count))
+    for what in ("runners", "ollama"):
+        samples["llm_healings_total"].append(({"what": what}, stats["healed"][what]))
+    add_gpu_samples(samples, stats["gpus"])
+    add_runner_samples(samples, stats["runners"])
+    return samples
+
+
+DISK_METRICS = ("free_bytes", "total_bytes", "partial_bytes", "unused_bytes")
+# The figure of a GPU, its metric, and what brings it to the base unit.
+GPU_METRICS = [
+    ("utilization_percent", "llm_gpu_utilization_ratio", 0.01),
+    ("memory_used_mb", "llm_gpu_memory_used_bytes", MB),
+    ("memory_total_mb", "llm_gpu_memory_total_bytes", MB),
+    ("temperature_c", "llm_gpu_temperature_celsius", 1),
+    ("power_w", "llm_gpu_power_watts", 1),
+]
+
+
+def add_gpu_samples(samples: dict[str, list], gpus: list[Json]) -> None:
+    for each in gpus:
+        for figure, name, factor in GPU_METRICS:
+            value = each[figure]
+            scaled = None if value is None else round(value * factor, 6)
+            samples[name].append(({"gpu": each["index"]}, scaled))
+
+
+def add_runner_samples(samples: dict[str, list], runners: list[Json]) -> None:
+    for runner in runners:
+        labels = {"model": runner["model"] or "unknown", "pid": runner["pid"]}
+        samples["llm_runner_state"].append(({**labels, "state": runner["state"]}, 1))
+        samples["llm_runner_memory_bytes"].append((labels, runner["memory_mb"] * MB))
+        speed = runner["tokens_per_second"]
+        samples["llm_runner_tokens_per_second"].append((labels, speed))
+        samples["llm_runner_tokens_total"].append((labels, runner["tokens"]))
+
+
+# ---------------------------------------------------------------------------------------
+# The watch
+# ---------------------------------------------------------------------------------------
+
+RUNNER_ASK_S = 0.5  # for a runner's own port
+LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
+GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
+STUCK_LOOKS = 10
+SILENT_LOOKS, SILENT_S = 3, 10
+GHOST_S = 10
+WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it computes
+SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
+HUNG_LOOKS = 15
+HEALINGS, HEALINGS_S = 3, 1800  # so many of one model in that time, then it is left alone
+DISK_LOOK_S = 60
+
+
+class Look(typing.NamedTuple):
+    """What one look at a runner saw. ``slots`` is None where it was not asked or has none."""
+
+    at: float  # monotonic
+    health: str = "unasked"  # or "ok", "loading", "silent", "dead", "orphan"
+    slots: list[Json] | None = None
+    late: bool = False  # /slots has not answered
+    main_cpu_s: float = 0.0  # CPU time of the main thread
+    used_cpu: bool = False  # since the last look
+    on_gpu: bool = False  # the model lies there wholly
+
+
+class RunnerState:
+    """One runner's state by the rules of the contract. It has no clock of its own."""
+
+    def __init__(self, process: psutil.Process, runner: Runner, now: float):
+        self.process, self.runner = process, runner
+        self.model: str | None = None
+        self.state, self.since = "loading", now
+        self.tokens, self.tokens_per_second = 0, 0.0
+        self.memory_mb, self.cpu_percent = 0, 0.0
+        self.cpu_s = 0.0  # at the last look
+        self.under_way = True  # at the last look
+        self.asked_at = now
+        self.evidence = ""
+        self._looked_at = now
+        self._counters: tuple = ()
+        self._tasks: dict[int, tuple[int, int]] = {}  # slot: (task, tokens decoded)
+        self._begin_count(now)
+
+    def note(self, look: Look) -> None:
+        """Note a look and come to the state that follows."""
+        if look.at - self._looked_at > GAP_S:
+            self._begin_count(look.at)
+        self._looked_at = look.at
+        state = self._judge(look)
+        if state != self.state:
+            self.state, self.since = state, look.at
+
+    def _begin_count(self, now: float) -> None:
+        self._progress_at = now
+        self._main_cpu = collections.deque(maxlen=STUCK_LOOKS)  # of (at, CPU seconds)
+        self._looks = 0  # since there was progress
+        self._silent_looks, self._silent_since = 0, now
+        self._dead_since: float | None = None
+
+    def _judge(self, look: Look) -> str:
+        if look.health == "dead":
+            self._dead_since = self._dead_since or look.at
+            return "ghost" if look.at - self._dead_since >= GHOST_S else self.state
+        if look.health == "silent":
+            return self._judge_silence(look)
+        if look.health != "unasked":
+            self._silent_looks = 0
+        if look.health == "ok" and (look.slots is not None or look.late):
+            return self._judge_slots(look)
+        self._note_progress(look)
+        if look.health == "unasked":
+            return self.state
+        if look.health in ("loading", "orphan"):
+            self.under_way = look.health == "loading"
+            return look.health
+        self.under_way = look.used_cpu  # it has no /slots
+        return "busy" if look.used_cpu else "idle"
+
+    def _judge_silence(self, look: Look) -> str:
+        if not self._silent_looks:
+            self._silent_since = look.at
+        self._silent_looks += 1
+        self.under_way = True  # so that it is asked again
+        silent_s = look.at - self._silent_since
+        if self._silent_looks < SILENT_LOOKS or silent_s < SILENT_S:
+            return self.state
+        self.evidence = f"its /health has not answered for {silent_s:.0f} s"
+        return "silent"
+
+    def _judge_slots(self, look: Look) -> str:
+        slots = look.slots or []
+        self.under_way = look.late or any(slot.get("is_processing") for slot in slots)
+        moved = not look.late and self._count_tokens(slots, look.at)
+        if not self.under_way:
+            self._note_progress(look)
+            self.tokens_per_second = 0.0
+            return "idle"
+        if moved:
+            self._note_progress(look)
+            return "busy"
+        self._looks += 1
+        self._main_cpu.append((look.at, look.main_cpu_s))
+        still_s = look.at - self._progress_at
+        if self._looks < STUCK_LOOKS or still_s < self._patience_s(look):
+            return "stuck" if self.state == "stuck" else "busy"
+        what = "its /slots does not answer" if look.late else f"counters {self._counters}"
+        self.evidence = f"no progress for {still_s:.0f} s, {what}"
+        return "stuck"
+
+    def _patience_s(self, look: Look) -> float:
+        """One batch of a large model takes minutes on a CPU, and moves no counter meanwhile."""
+        began, used_s = self._main_cpu[0]
+        share = (look.main_cpu_s - used_s) / max(look.at - began, 1)
+        computes = not look.on_gpu and share >= WORKING_SHARE
+        return STUCK_S * (SLOW_FACTOR if computes else 1)
+
+    def _note_progress(self, look: Look) -> None:
+        self._progress_at, self._looks = look.at, 0
+        self._main_cpu.clear()
+
+    def _count_tokens(self, slots: list[Json], now: float) -> bool:
+        """Count what was decoded since the last look; return whether any counter moved."""
+        counters, new = [], 0
+        for slot in slots:
+            number, task = slot.get("id", 0), slot.get("id_task", -1)
+            decoded = decoded_tokens(slot)
+            counters.append((task, slot.get("n_prompt_tokens_processed", 0), decoded))
+            before = self._tasks.get(number, (task, decoded))
+            new += decoded - before[1] if before[0] == task else decoded
+            self._tasks[number] = task, decoded
+        moved = tuple(counters) != self._counters
+        self._counters = tuple(counters)
+        self.tokens += max(0, new)
+        self.tokens_per_second = round(max(0, new) / max(now - self.asked_at, 0.1), 1)
+        return moved
+
+    def report(self, now: float) -> Json:
+        """Return the line of ``runners`` in /health and /api/stats."""
+        return {
+            "pid": self.process.pid,
+            "model": self.model,
+            "state": self.state,
+            "seconds": round(now - self.since),
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "memory_mb": self.memory_mb,
+            "cpu_percent": self.cpu_percent,
+        }
+
+
+def decoded_tokens(slot: Json) -> int:
+    """Return the tokens that a slot of llama.cpp's server has decoded for its task."""
+    token = slot.get("next_token") or {}
+    token = token[0] if isinstance(token, list) else token
+    count = token.get("n_decoded", 0)
+    return count if isinstance(count, int) else 0
+
+
+class ServerState:
+    """Whether the server has answered since it was started, and since when it is silent."""
 
     def __init__(self):
-        self._readings = {}
+        self.version: str | None = None
+        self._answered: psutil.Process | None = None
+        self._silent_looks = 0
 
-    def percent(self, key, seconds, cpus=1):
-        """Return the percent since the last reading; None at the first."""
+    def starting(self, server: psutil.Process) -> bool:
+        """Tell whether this server has not answered yet and still may take its time."""
+        age_s = time.time() - server.create_time()
+        return server != self._answered and age_s < STARTING_S
+
+    def hung(self) -> bool:
+        """Tell whether the server answered once and is silent for good."""
+        return self._silent_looks >= HUNG_LOOKS
+
+    def note_answer(self, server: psutil.Process | None) -> None:
+        """Note that this server has answered."""
+        self._answered, self._silent_looks = server, 0
+
+    def known_version(self) -> str | None:
+        """Return the version; asked for where no look has got it yet."""
+        if self.version is None:
+            self.look(processes.server())
+        return self.version
+
+    def look(self, server: psutil.Process | None) -> None:
+        """Ask the server whether it answers."""
+        try:
+            version = ollama.version(RUNNER_ASK_S)
+        except ServiceError as e:
+            known = server is not None and server == self._answered
+            silent = known and e.code in ("ollama_timeout", "ollama_unreachable")
+            self._silent_looks = self._silent_looks + 1 if silent else 0
+            return
+        self.version = version
+        self.note_answer(server)
+
+
+class Watch:
+    """Looks at the server, the runners, CPU and disk every LOOK_S; requests read what it saw."""
+
+    def __init__(self):
+        self.server = ServerState()
+        self.loaded: list[Json] = []  # /api/ps at the last look that got it
+        self.looked_at = time.time()
+        self.cpu_percent: float | None = None
+        self.process_memory_mb = 0
+        self.store_writable = True
+        self.disk: Json | None = None
+        self.healed: Json = {"runners": 0, "ollama": 0, "last": None}
+        self._lock = threading.Lock()
+        self._states: dict[psutil.Process, RunnerState] = {}
+        self._unmatched: set[str] = set()  # models without a process at the last look
+        self._healings: dict[str, collections.deque[float]] = {}
+        self._heal_failed = False
+        self._disk_key: object = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        psutil.cpu_percent()  # it counts from here
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def runners(self) -> list[Json]:
+        """Return the runners as of the last look."""
         now = time.monotonic()
-        at, then, percent = self._readings.get(key, (0, None, None))
-        if now - at >= CPU_WINDOW_S:
-            percent = None if then is None else round(max(0, seconds - then) / (now - at) / cpus * 100, 1)
-            self._readings[key] = now, seconds, percent
-        while len(self._readings) > 64:  # runners come and go
-            self._readings.pop(next(iter(self._readings)))
-        return percent
+        return [state.report(now) for state in list(self._states.values())]
 
+    def state_of(self, process: psutil.Process) -> str | None:
+        """Return the state that a runner was in at the last look."""
+        state = self._states.get(process)
+        return state.state if state else None
 
-@functools.lru_cache(64)
-def model_of(runner):
-    """Return the name of the model that a runner holds, by its blob; None if no name has it."""
-    return next((name for name, digests in store.models().items() if digests[0] == runner.digest), None)
+    def up(self) -> int:
+        """Return 1 where nothing was found to be wrong at the last look, else 0."""
+        server = processes.server()
+        answers = server is not None and not self.server.starting(server)
+        return int(answers and not self.server.hung() and not self._faults())
 
+    def raise_fault(self) -> None:
+        """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
+        for state in self._faults():
+            words = f"The runner of {state.model or state.process.pid} is {state.state}"
+            words += f": {state.evidence}." if state.evidence else "."
+            code = f"runner_{state.state}"
+            raise ServiceError(
+                code,
+                words,
+                reason=words,
+                recommended_action=self._action(state),
+                runners=self.runners(),
+            )
 
-def used_memory():
-    """Measure where the models lie: `(source, used_mb)`."""
-    used, _ = gpu.memory_mb(gpu.sample())
-    memory = psutil.virtual_memory()
-    return ("system", (memory.total - memory.available) // MB) if used is None else ("nvml", used)
-
-
-class Batch:
-    """Shares one piece of work among callers, and yet each gets an outcome begun after its call.
-
-    Who comes while the work runs shares the next run with all who came meanwhile.
-    """
-
-    def __init__(self, work):
-        self._work, self._lock, self._turn, self._next = work, threading.Lock(), threading.Lock(), None
-
-    def get(self):
+    def look(self) -> None:
+        """Look at everything once. Clear and reset do so before they answer."""
         with self._lock:
-            first = self._next is None
-            if first:
-                self._next = concurrent.futures.Future()
-            mine = self._next
-        if first:
-            with self._turn:
-                with self._lock:
-                    self._next = None
-                settle(mine, self._work)
-        return mine.result()
+            server = processes.server()
+            self.server.look(server)
+            with contextlib.suppress(ServiceError):
+                self.loaded = ollama.ps(RUNNER_ASK_S)
+            if server is None:
+                self.loaded = []
+            self._find_runners()
+            in_parallel(lambda state: self._look_at(state, server), self._states.values())
+            self._look_at_machine()
+            self.looked_at = time.time()
 
-
-class Lane:
-    """Runs one piece of work at a time; a call that fits the one under way shares its outcome."""
-
-    def __init__(self):
-        self._lock, self._run = threading.Lock(), None
-
-    def do(self, key, work, seconds, fits):
-        deadline = time.monotonic() + seconds
+    def _run(self) -> None:
         while True:
-            with self._lock:
-                run = self._run
-                if run is None:
-                    mine = self._run = concurrent.futures.Future()
-                    mine.key = key
-            if run is None:
-                settle(mine, work)
-                self._run = None
-                return mine.result()
-            if fits(run.key):
-                return run.result(deadline - time.monotonic() + SHARE_S)
-            if not concurrent.futures.wait([run], deadline - time.monotonic()).done:
-                raise concurrent.futures.TimeoutError
+            try:
+                self.look()
+                if SELF_HEAL:
+                    self._heal()
+            except Exception:
+                log.exception("the watch: a bug")
+            time.sleep(LOOK_S)
+
+    # Looking
+
+    def _find_runners(self) -> None:
+        """Keep a state for each runner; one that was reaped is forgotten."""
+        found = {runner.process: runner for runner in processes.runners()}
+        now, states = time.monotonic(), dict(self._states)
+        for process in [each for each in states if each not in found]:
+            if not is_zombie(process):
+                del states[process]
+        for process, runner in found.items():
+            if process not in states:
+                states[process] = RunnerState(process, runner, now)
+        names = model_names([state.runner for state in states.values()], self.loaded)
+        for state in states.values():
+            state.model = names.get(state.process) or state.model
+        self._states = states
+
+    def _look_at(self, state: RunnerState, server: psutil.Process | None) -> None:
+        """Look at one runner; its own port is asked only where something may have changed."""
+        now, cpu_s = time.monotonic(), 0.0
+        with contextlib.suppress(psutil.Error):
+            with state.process.oneshot():
+                cpu_s = sum(state.process.cpu_times()[:2])
+                state.memory_mb = state.process.memory_info().rss // MB
+                state.cpu_percent = state.process.cpu_percent()
+        look = Look(now, used_cpu=cpu_s - state.cpu_s > 0.02 * LOOK_S)
+        state.cpu_s = cpu_s
+        if not alive(state.process):
+            look = look._replace(health="dead")
+        elif not server or server.pid not in (state.process.ppid(), state.process.pid):
+            look = look._replace(health="orphan")
+        elif look.used_cpu or state.under_way or now - state.asked_at >= LONG_IDLE_S:
+            look = self._ask(state, look)
+        state.note(look)
+        if look.health != "unasked":
+            state.asked_at = now
+
+    def _ask(self, state: RunnerState, look: Look) -> Look:
+        """Ask a runner's own port. An idle one is asked for its health only: /slots is logged."""
+        port = state.runner.port
+        if not (look.used_cpu or state.under_way):
+            return look._replace(health=ollama.runner_health(port, RUNNER_ASK_S))
+        entry = next((each for each in self.loaded if each["name"] == state.model), {})
+        look = look._replace(
+            on_gpu=0 < entry.get("size", 0) <= entry.get("size_vram", 0),
+            main_cpu_s=main_thread_cpu_s(state.process),
+        )
+        try:
+            slots = ollama.runner_slots(port, RUNNER_ASK_S)
+            return look._replace(health="ok", slots=slots)
+        except ServiceError as e:
+            if e.code == "ollama_timeout":
+                health = ollama.runner_health(port, RUNNER_ASK_S)
+                return look._replace(health=health, late=True)
+            return look._replace(health="loading")
+
+    def _look_at_machine(self) -> None:
+        self.cpu_percent = psutil.cpu_percent()
+        memory = 0
+        for process in [*processes.all(), psutil.Process(), psutil.Process(os.getppid())]:
+            with contextlib.suppress(psutil.Error):
+                memory += process.memory_info().rss
+        self.process_memory_mb = memory // MB
+        key = (store.signature(), store.changed_ns(), time.monotonic() // DISK_LOOK_S)
+        if key != self._disk_key or downloads.running_count() or self.disk is None:
+            self.disk, self._disk_key = store.disk(PRUNE_AGE_S), key
+            self.store_writable = store.writable()
+
+    # Healing
+
+    def _faults(self) -> list[RunnerState]:
+        order = ("ghost", "stuck", "silent")
+        faults = [state for state in self._states.values() if state.state in order]
+        return sorted(faults, key=lambda state: order.index(state.state))
+
+    def _action(self, state: RunnerState) -> str:
+        if not SELF_HEAL:
+            return "reset_session"
+        if not self._may_heal(state.model):
+            return "restart_service"
+        return "reset_session" if self._heal_failed else "wait"
+
+    def _may_heal(self, model: str | None) -> bool:
+        times = self._healings.setdefault(model or "?", collections.deque(maxlen=HEALINGS))
+        return len(times) < HEALINGS or time.monotonic() - times[0] > HEALINGS_S
+
+    def _heal(self) -> None:
+        """End what is stuck, silent or a ghost, and only that."""
+        self._clean_list()
+        for state in self._faults():
+            if self._may_heal(state.model):
+                self._heal_failed = not self._heal_one(state)
+        if self.server.hung():
+            self._note_healing("ollama", "ollama", "it has not answered for 15 looks", 0)
+            healer.restart_server(time.monotonic() + RESET_S)
+            self.look()
+
+    def _heal_one(self, state: RunnerState) -> bool:
+        freed_mb = state.memory_mb
+        self._healings[state.model or "?"].append(time.monotonic())
+        if state.state == "ghost":
+            healed = healer.restart_server(time.monotonic() + RESET_S)
+        else:
+            healed = healer.end_runner(state.process, state.model)
+        if healed:
+            what = "ollama" if state.state == "ghost" else "runners"
+            why = f"{state.state}: {state.evidence or 'dead and not reaped'}"
+            self._note_healing(what, state.model, why, freed_mb)
+        self.look()
+        return healed
+
+    def _note_healing(self, what: str, name: str | None, why: str, freed_mb: int) -> None:
+        log.error("healing %s (%s): %s", name, what, why)
+        last = {"at": timestamp(time.time()), "what": name, "why": why, "freed_mb": freed_mb}
+        self.healed = {**self.healed, what: self.healed[what] + 1, "last": last}
+
+    def _clean_list(self) -> None:
+        """Have Ollama unload what it lists and what has had no process for two looks.
+
+        Its runner was killed from outside. With a runner whose model is unknown, nobody can
+        tell.
+        """
+        living = [state for state in self._states.values() if alive(state.process)]
+        held = {state.model for state in living}
+        unmatched = {model["name"] for model in self.loaded} - held
+        if len(living) >= len(self.loaded) or None in held:
+            unmatched = set()
+        for name in unmatched & self._unmatched:
+            log.warning("Ollama lists %s, which has no runner: unloading it", name)
+            with contextlib.suppress(ServiceError):
+                ollama.unload(name, ASK_S)
+        self._unmatched = unmatched
 
 
-def settle(future, work):
+def is_zombie(process: psutil.Process) -> bool:
+    """Tell whether a process is dead and not reaped, or has other threads yet."""
     try:
-        future.set_result(work())
-    except Exception as e:
-        future.set_exception(e)
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def main_thread_cpu_s(process: psutil.Process) -> float:
+    """Return the CPU time of the thread that decodes, whose id is the process's."""
+    with contextlib.suppress(psutil.Error):
+        for thread in process.threads():
+            if thread.id == process.pid:
+                return thread.user_time + thread.system_time
+    return 0.0
+
+
+def model_names(runners: list[Runner], loaded: list[Json]) -> dict[psutil.Process, str]:
+    """Map runners to their models' names: by the blob, else as the only one that is left."""
+    by_digest: dict[str, str] = {}
+    for key, digests in store.models().items():
+        by_digest.setdefault(digests[0], key)
+    listed = {name_key(model["name"]): model["name"] for model in loaded}
+    for key, digests in store.models().items():
+        if key in listed:  # of several names for one blob the one that Ollama shows
+            by_digest[digests[0]] = listed[key]
+    found = {
+        runner.process: by_digest[runner.digest] for runner in runners if runner.digest in by_digest
+    }
+    others = [runner for runner in runners if runner.process not in found]
+    left = [name for name in listed.values() if name not in found.values()]
+    if len(others) == 1 and len(left) == 1:
+        found[others[0].process] = left[0]
+    return found
+
+
+watch = Watch()
+
+# ---------------------------------------------------------------------------------------
+# Clear and reset
+# ---------------------------------------------------------------------------------------
 
 
 class Steps(list):
-    def run(self, step, work, detail):
+    """The steps of a clear or reset, as they are answered."""
+
+    def run(
+        self,
+        step: str,
+        work: typing.Callable[[], typing.Any],
+        detail: typing.Callable[[typing.Any], str],
+    ) -> typing.Any:
         """Do a step and note how it went; return its result, None if Ollama failed it."""
         began, result, ok = time.monotonic(), None, True
         try:
             result = work()
             words = detail(result)
-        except OllamaError as e:
+        except ServiceError as e:
             ok, words = False, str(e)
-        self.append({"step": step, "ok": ok and result is not False,
-                     "seconds": round(time.monotonic() - began, 3), "detail": words})
+        seconds = round(time.monotonic() - began, 3)
+        ok = ok and result is not False
+        self.append({"step": step, "ok": ok, "seconds": seconds, "detail": words})
         return result
 
 
+class Clearing:
+    """One clear: choose, unload, wait, end, measure, report."""
+
+    def __init__(self, model: str | None, force: bool, deadline: float):
+        self.steps = Steps()
+        self._model, self._force, self._deadline = model, force, deadline
+        self._there = processes.runners()
+        self._loaded: list[str] = []
+        self._names: dict[psutil.Process, str] = {}
+        self._killed: list[Json] = []
+        self._before_mb = used_mb(self._there)
+
+    def run(self) -> Json:
+        """Do it; return the report."""
+        mine, asked = self._choose()
+        if asked and self.steps.run("unload", lambda: unload(asked), lambda ok: ", ".join(asked)):
+            until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
+            self.steps.run(
+                "wait",
+                lambda: wait_until(lambda: not left_of(mine), until),
+                lambda ok: "all gone" if ok else "busy or hung ones stay",
+            )
+        if self._force and left_of(mine):
+            self._killed = self.steps.run(
+                "end_runners",
+                lambda: self._end_runners(left_of(mine)),
+                lambda ended: f"{len(ended)} ended",
+            )
+            unload(asked)  # Ollama lists a busy one that was killed until it is asked
+        names = asked if self._model else [*asked, *filter(None, map(self._name_of, mine))]
+        return self._report(mine, {name_key(name): name for name in names})
+
+    def _choose(self) -> tuple[list[Runner], list[str]]:
+        """Return the runners and the names that this clear is about."""
+        listed = self.steps.run(
+            "list", lambda: ollama.ps(0.4), lambda models: f"{len(models)} loaded"
+        )
+        self._names = model_names(self._there, listed or [])
+        self._loaded = [model["name"] for model in listed or []]
+        if not self._model:
+            return self._there, self._loaded
+        key = name_key(self._model)
+        digests = store.models().get(key, [])  # it may have been deleted meanwhile
+        mine = [
+            runner
+            for runner in self._there
+            if runner.digest in digests or name_key(self._name_of(runner) or "") == key
+        ]
+        listed_as = [name for name in self._loaded if name_key(name) == key]
+        return mine, listed_as or ([self._model] if mine else [])
+
+    def _name_of(self, runner: Runner) -> str | None:
+        return self._names.get(runner.process)
+
+    def _end_runners(self, runners: list[Runner]) -> list[Json]:
+        """End runners by SIGKILL; return ``[{"pid", "model", "reason"}]``."""
+        server = processes.server()
+        ended = []
+        for runner, reason in zip(
+            runners, in_parallel(lambda each: reason_to_end(each, server), runners), strict=True
+        ):
+            log.error(
+                "ending runner %d of %s: %s", runner.process.pid, self._name_of(runner), reason
+            )
+            end(runner.process)
+            entry = {"pid": runner.process.pid, "model": self._name_of(runner), "reason": reason}
+            ended.append(entry)
+        wait_until(lambda: not left_of(runners), time.monotonic() + KILL_WAIT_S)
+        return ended
+
+    def _report(self, mine: list[Runner], names: dict[str, str]) -> Json:
+        left = {name_key(self._name_of(r) or "") for r in left_of(mine)} & {*names}
+        new = [r for r in processes.runners() if r not in self._there]
+        new_names = model_names(new, [])
+        listed = self._still_listed(names, {name_key(name) for name in new_names.values()})
+        verified = bool(
+            self.steps.run(
+                "verify",
+                lambda: not left_of(mine) and not listed,
+                lambda ok: "gone" if ok else "still there",
+            )
+        )
+        reading = gpu.sample()
+        if reading["memory_shared"]:
+            store.drop_page_cache()
+        source, before_mb = self._before_mb
+        _, after_mb = used_mb([r for r in self._there if alive(r.process)])
+        unloaded = sorted(names[key] for key in {*names} - left - listed)
+        return {
+            "unloaded_models": unloaded,
+            "killed": self._killed,
+            "left": sorted(names[key] for key in left | listed),
+            "new_runners": [{"pid": r.process.pid, "model": new_names.get(r.process)} for r in new],
+            "memory": {
+                "source": source,
+                "before_mb": before_mb,
+                "after_mb": after_mb,
+                "freed_mb": max(0, before_mb - after_mb),
+            },
+            "verified": verified,
+            "survived": bool(left_of(mine)),
+            "managed": True,
+            "steps": self.steps,
+        }
+
+    def _still_listed(self, names: dict[str, str], new: set[str]) -> set[str]:
+        """Return the keys that Ollama lists though their runners are gone.
+
+        What others have started since does not count.
+        """
+
+        def listed() -> set[str]:
+            return {name_key(model["name"]) for model in ollama.ps(0.3)} & {*names} - new
+
+        with contextlib.suppress(ServiceError):  # one that does not answer lists nothing
+            if not self._force and left_of(self._there):
+                return set()
+            wait_until(lambda: not listed(), min(time.monotonic() + 0.6, self._deadline))
+            return listed()
+        return set()
+
+
 class Healer:
-    """Clear and reset, one run at a time; a call that comes meanwhile shares the run under way."""
+    """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
 
     def __init__(self):
-        self.load = None  # the last background load: {"model", "state", "error"}
-        self._clears, self._resets = Lane(), Lane()
-        self._resets_clear = None  # what the reset under way clears
+        self.load: Json | None = None  # the last background load: model, state, error
+        self.clears_done, self.resets_done = 0, 0
+        self._clears = SharedRun(clear_suits)
+        self._resets = SharedRun(reset_suits)
+        self._reset_began: float | None = None  # of the reset under way
+        self._restarted_at = 0.0
 
-    def clear(self, model=None, force=True):
-        """Unload all models or one; with `force` end the runners left. Returns the report."""
-        clearing = self._resets_clear
-        return clearing.result(CLEAR_S + SHARE_S) if clearing else self._clear_once(model, force)
-
-    def reset(self, model=None, restart=False):
-        """Clear all, restart Ollama where it must be, load the model that is due."""
-        key = (model and name_key(model), restart)
-        return self._resets.do(key, lambda: self._reset(model, restart), RESET_S, key.__eq__)
-
-    def _clear_once(self, model, force):
-        key = (model and name_key(model), force)
-        return self._clears.do(key, lambda: self._clear(model, force), CLEAR_S, {key, (None, True)}.__contains__)
-
-    def _clear(self, model, force):
-        must_exist(model)
-        steps, (source, before_mb) = Steps(), used_memory()
-        runners = {runner: model_of(runner) for runner in processes.runners()}
-        mine = [r for r in runners if not model or r.digest in installed()[name_key(model)]]
-        loaded = steps.run("list", list_loaded, lambda names: ", ".join(names) or "nothing is loaded") or []
-        asked = [model] if model and mine else [n for n in loaded if not model or name_key(n) == name_key(model)]
-
-        def left():
-            return [r for r in mine if processes.alive(r.process)]
-
-        def gone():
-            return not left() if processes.managed else not set(asked) & set(list_loaded())
-
-        deadline = time.monotonic() + UNLOAD_WAIT_S
-        if asked and steps.run("unload", lambda: unload(asked), lambda ok: ", ".join(asked)):
-            steps.run("wait", lambda: wait_until(gone, deadline), lambda ok: "all gone" if ok else "busy or hung ones stay")
-        killed = []
-        if force and left():
-            killed = steps.run("end_runners", lambda: end_runners(left(), runners), lambda ended: f"{len(ended)} ended")
-        verified = bool(steps.run("verify", gone, lambda ok: "gone" if ok else "still there"))
-        if gpu.sample()["state"] == "unified":
-            store.drop_page_cache()
-        after_mb = used_memory()[1]
-        listed = {name_key(name): name for name in loaded}  # as Ollama spells them
-        keys = {name_key(n) for n in asked} if model else {*map(name_key, asked), *filter(None, map(runners.get, mine))}
-        stay = keys & ({name_key(model)} if model else set(map(runners.get, left()))) if left() else set()
-        stay = stay if processes.managed or verified else keys
-        report = {
-            "unloaded_models": sorted(listed.get(k, k) for k in keys - stay), "killed": killed,
-            "left": sorted(listed.get(k, k) for k in stay),
-            "new_runners": [{"pid": r.process.pid, "model": model_of(r)} for r in processes.runners() if r not in runners],
-            "memory": {"source": source, "before_mb": before_mb, "after_mb": after_mb,
-                       "freed_mb": max(0, before_mb - after_mb)},
-            "verified": verified, "managed": processes.managed, "steps": steps}
-        if force and not verified and processes.managed:
-            raise ApiError(503, "runner_survived", "A runner does not end, not even by SIGKILL: reboot the host.",
-                           recommended_action="reboot_host", **report)
-        if force and not verified:
-            raise ApiError(409, "model_busy", "The model is in the middle of an answer: wait for its end, or restart that "
-                           f"Ollama. {FOREIGN}", **report)
+    def clear(self, model: str | None = None, force: bool = True) -> Json:
+        """Unload all models or one; with ``force`` end the runners left. Returns the report."""
+        report = self._clear(model, force, time.monotonic() + CLEAR_S)
+        if force and not report["verified"]:
+            raise clear_failure(report)
         return {"status": "success", "message": clear_message(report), **report}
 
-    def _reset(self, model, restart):
-        must_exist(model)
-        deadline = time.monotonic() + RESET_S
-        clearing = self._resets_clear = concurrent.futures.Future()
-        settle(clearing, lambda: self._clear_once(None, True))
-        try:
-            return self._restart_and_load(clearing.result(), model, restart, deadline)
-        finally:
-            self._resets_clear = None
+    def reset(self, model: str | None = None, restart: bool = False) -> Json:
+        """Clear all, restart Ollama where it must be, load the model that is due."""
+        came, key = time.monotonic(), (model and name_key(model), restart)
+        report = self._resets.get(lambda: self._reset(model, restart, came), RESET_S, key, came)
+        return report
 
-    def _restart_and_load(self, cleared, model, restart, deadline):
-        steps = Steps(cleared["steps"])
-        answers = steps.run("ask_ollama", lambda: ollama.version(0.4), "version {}".format)
-        if starting(processes.server()):
-            steps.run("start_ollama", lambda: True, lambda ok: "it is starting and answers nobody yet")
-        elif processes.managed and (restart or not answers):
-            downloads.reconnect()  # while Ollama still keeps their parts
-            ended = processes.server()  # None: it is dead, and the launcher is at work already
-            grace_s = min(1, deadline - time.monotonic() - 0.5) if answers else 0  # a hung one heeds no SIGTERM
-            steps.run("end_ollama", lambda: processes.end_server(grace_s), lambda ok: "ended" if ok else "it does not end")
-            steps.run("start_ollama", lambda: wait_until(answering, deadline),
-                      lambda ok: "answers" if ok else "being started by the launcher")
-            if ended and not steps[-1]["ok"]:
-                raise ApiError(503, "restart_incomplete", f"Ollama was ended, and {self._missing()}: ask /health, which says "
-                               "when it is there.", recommended_action="wait", steps=steps)
-        elif restart:
-            steps.run("end_ollama", lambda: False, lambda ok: FOREIGN)
-        there = installed()
-        due = next((m for m in [model, MODEL, *cleared["unloaded_models"]] if m and name_key(m) in there), None)
-        state = self._load(due, deadline) if due else "none"
+    def recover(self) -> Json:
+        """Clear what is idle; answer as the service that this one replaces does."""
+        report = self.clear(force=False)
+        total_mb = gpu.memory_totals(gpu.sample())[1]
+        memory = psutil.virtual_memory()
+        free_mb = total_mb - report["memory"]["after_mb"] if total_mb else memory.available // MB
+        return {
+            "status": "recovered",
+            "freed_mb": report["memory"]["freed_mb"],
+            "free_mb": free_mb,
+            "unloaded_models": report["unloaded_models"],
+            "can_retry": not report["left"],
+        }
+
+    def end_runner(self, process: psutil.Process, model: str | None) -> bool:
+        """End one runner, and only that one; return whether it is gone."""
+        with self._clears.turn(CLEAR_S):
+            if model:
+                unload([model])
+            end(process)
+            gone = wait_until(lambda: not alive(process), time.monotonic() + KILL_WAIT_S)
+            if model:
+                unload([model])
+            return gone
+
+    def restart_server(self, deadline: float) -> bool:
+        """End a server that hangs or has a ghost; return whether a new one answers in time."""
+        with self._resets.turn(deadline - time.monotonic()):
+            return self._restart(Steps(), deadline, grace_s=0)
+
+    def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
+        must_exist(model)
+        key = (model and name_key(model), force)
+
+        def work() -> Json:
+            self.clears_done += 1
+            report = Clearing(model, force, deadline).run()
+            watch.look()
+            return report
+
+        came = self._reset_began or time.monotonic()
+        return self._clears.get(work, deadline - time.monotonic() + 0.2, key, came)
+
+    def _reset(self, model: str | None, restart: bool, came: float) -> Json:
+        must_exist(model)
+        self._reset_began = came
+        try:
+            cleared = self._clear(None, True, came + CLEAR_S - 1)
+            steps = Steps(cleared["steps"])
+            self._restart_if_due(cleared, restart, came, steps)
+        finally:
+            self._reset_began = None
+        due = self._model_due(model, cleared["unloaded_models"])
+        state = self._load(due, came + RESET_S) if due else "none"
         said = f"{due} is {state}" if due else f"no model to load ({MODEL} is not downloaded)"
         steps.append({"step": "load", "ok": True, "seconds": 0, "detail": said})
-        return {"status": "success", "message": f"Session reset, {said}.{foreign()}", "steps": steps, "model": due,
-                "model_state": state, "memory": cleared["memory"], "managed": processes.managed}
+        self.resets_done += 1
+        return {
+            "status": "success",
+            "message": f"Session reset, {said}.",
+            "steps": steps,
+            "model": due,
+            "model_state": state,
+            "memory": cleared["memory"],
+            "managed": True,
+        }
 
-    def _missing(self):
-        return "the new one has not answered yet" if processes.server() else "the launcher has not started the new one yet"
+    def _restart_if_due(self, cleared: Json, restart: bool, came: float, steps: Steps) -> None:
+        """Restart a server that hangs, has a ghost, or shall be restarted."""
+        server, deadline = processes.server(), came + RESET_S
+        if server and watch.server.starting(server):
+            steps.run("start_ollama", lambda: True, lambda ok: "it is starting")
+            return
+        answers = steps.run("ask_ollama", lambda: ollama.version(0.4), "version {}".format)
+        healthy = answers and cleared["verified"]
+        if healthy and (not restart or self._restarted_at > came):
+            return
+        grace_s = min(1, deadline - time.monotonic() - 0.5) if healthy else 0
+        if not self._restart(steps, deadline, grace_s) and server:
+            missing = "the new server has not answered yet"
+            if not processes.server():
+                missing = "the launcher has not started the new server yet"
+            raise ServiceError(
+                "restart_incomplete",
+                f"Ollama was ended, and {missing}: ask /health, which says when it is there.",
+                recommended_action="wait",
+                steps=steps,
+            )
+        watch.look()
 
-    def _load(self, model, deadline):
+    def _restart(self, steps: Steps, deadline: float, grace_s: float) -> bool:
+        """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
+        downloads.reconnect()  # while Ollama still keeps their parts
+        steps.run(
+            "end_ollama",
+            lambda: processes.end_server(grace_s),
+            lambda ok: "ended" if ok else "it does not end",
+        )
+        answers = steps.run(
+            "start_ollama",
+            lambda: wait_until(answering, deadline),
+            lambda ok: "answers" if ok else "being started by the launcher",
+        )
+        self._restarted_at = time.monotonic()
+        return bool(answers)
+
+    def _model_due(self, model: str | None, unloaded: list[str]) -> str | None:
+        there = store.models()
+        for name in (model, MODEL, *unloaded):
+            if name and name_key(name) in there:
+                return name
+        return None
+
+    def _load(self, model: str, deadline: float) -> str:
         """Load in the background; return how it stands at the deadline, or after a moment."""
         load = self.load = {"model": model, "state": "loading", "error": None}
 
-        def work():
+        def work() -> None:
             wait_until(answering, time.monotonic() + STARTING_S)
             try:
                 if self.load is load:  # else a later reset has taken over
                     ollama.load(model)
                 load["state"] = "loaded"
-            except OllamaError as e:
+            except ServiceError as e:
                 log.error("load %s: %s", model, e)
                 load.update(state="failed", error=str(e))
 
         loader = threading.Thread(target=work, name=f"load {model}", daemon=True)
         loader.start()
-        loader.join(max(0, min(0.5, deadline - time.monotonic())))
+        loader.join(max(0, min(0.3, deadline - time.monotonic())))
         return "loaded" if load["state"] == "loaded" else "loading"
 
 
-def installed():
-    """Map the `name_key`s of the models on disk to their blobs' digests, or to () where those are out of sight."""
-    if processes.managed:
-        return store.models()
-    try:
-        return {name_key(m["name"]): () for m in ollama.tags(1)}
-    except OllamaError:
-        return {}
+def clear_suits(outcome: Outcome, key: object, came: float) -> bool:
+    """A clear serves who came before its end and asked for the same, or for less."""
+    return outcome.ended >= came and outcome.key in (key, (None, True))
 
 
-def must_exist(model):
-    if model and name_key(model) not in installed():
-        raise OllamaError("model_not_found", f"There is no model {model}: GET /api/models lists what is downloaded.")
+def reset_suits(outcome: Outcome, key: object, came: float) -> bool:
+    """A reset serves who came before its end and asked for the same."""
+    return outcome.ended >= came and outcome.key == key
 
 
-def list_loaded():
-    """Return the loaded models' names; none where an Ollama that is not ours is not there at all."""
-    try:
-        return [m["name"] for m in ollama.ps(0.4)]
-    except OllamaError as e:
-        if processes.managed:
-            raise
-        if e.code != "ollama_unreachable":
-            raise ApiError(e.status, e.code, f"Ollama does not answer: restart it. {FOREIGN}") from e
-        return []
+def left_of(runners: list[Runner]) -> list[Runner]:
+    """Return those that still live."""
+    return [runner for runner in runners if alive(runner.process)]
 
 
-def unload(names):
+def reason_to_end(runner: Runner, server: psutil.Process | None) -> str:
+    """Tell why a runner must be ended: "orphan", "hung" or "busy"."""
+    with contextlib.suppress(psutil.Error):
+        if not server or runner.process.ppid() != server.pid:
+            return "orphan"
+        if runner.process.status() == psutil.STATUS_STOPPED:
+            return "hung"
+    if watch.state_of(runner.process) in ("stuck", "silent"):
+        return "hung"
+    return "hung" if ollama.runner_health(runner.port, 0.2) == "silent" else "busy"
+
+
+def used_mb(runners: list[Runner]) -> tuple[str, int]:
+    """Measure where the models lie: the source and the MB in use.
+
+    Where the GPU does not tell, it is what the runners hold: the machine's figure moves by
+    itself.
+    """
+    source, used = gpu.memory_in_use(gpu.sample())
+    if used is not None:
+        return source, used
+    held = 0
+    for runner in runners:
+        with contextlib.suppress(psutil.Error):
+            held += runner.process.memory_info().rss
+    return "system", held // MB
+
+
+def unload(names: list[str]) -> bool:
     """Ask for all of them at once; return whether Ollama took at least one."""
-    def ask(name):
+
+    def ask(name: str) -> bool:
         try:
             ollama.unload(name, 0.4)
             return True
-        except OllamaError as e:
+        except ServiceError as e:
             log.warning("unload %s: %s", name, e)
+            return False
 
     return any(in_parallel(ask, names))
 
 
-def answering():
+def answering() -> bool:
+    """Tell whether Ollama answers."""
     try:
         return bool(ollama.version(0.5))
-    except OllamaError:
+    except ServiceError:
         return False
 
 
-def end_runners(runners, names):
-    """End runners by SIGKILL; return `[{"pid", "model", "reason": "busy|hung|orphan"}]`."""
-    server, ended = processes.server(), []
-    answers = in_parallel(lambda r: r.process.state not in "Tt" and ollama.runner_answers(r.port, 0.2), runners)
-    for runner, busy in zip(runners, answers):
-        orphan = not server or runner.process.parent != server.pid
-        why = "orphan" if orphan else "busy" if busy else "hung"
-        log.error("ending runner %d of %s: %s", runner.process.pid, names[runner], why)
-        processes.end(runner.process)
-        ended.append({"pid": runner.process.pid, "model": names[runner], "reason": why})
-    wait_until(lambda: not any(processes.alive(r.process) for r in runners), time.monotonic() + 0.9)
-    return ended
+def clear_message(report: Json) -> str:
+    """Say in a sentence what a clear did."""
+    done = []
+    if report["unloaded_models"] or report["killed"]:
+        done.append(f"{len(report['unloaded_models'])} unloaded")
+        done.append(f"{report['memory']['freed_mb']} MB came free")
+    elif not report["left"]:
+        done.append("nothing was loaded")
+    if report["killed"]:
+        done.append(f"{len(report['killed'])} runner(s) ended")
+    if report["left"]:
+        done.append(f"still busy: {', '.join(report['left'])}")
+    return f"Cache cleared: {', '.join(done)}."
 
 
-def clear_message(report):
-    done = [f"{len(report['unloaded_models'])} unloaded", f"{report['memory']['freed_mb']} MB came free"] \
-        if report["unloaded_models"] or report["killed"] else [] if report["left"] else ["nothing was loaded"]
-    done += [f"{len(report['killed'])} runner{'s' * (len(report['killed']) > 1)} ended"] * bool(report["killed"])
-    done += [f"still busy: {', '.join(report['left'])}"] * bool(report["left"])
-    return f"Cache cleared: {', '.join(done)}.{foreign()}"
+def clear_failure(report: Json) -> ServiceError:
+    """Make the 503 of a clear that did not free all."""
+    if report["survived"]:
+        words = "A runner does not end, not even by SIGKILL: reboot the host."
+        return ServiceError("runner_survived", words, recommended_action="reboot_host", **report)
+    words = "Ollama goes on listing a runner that is dead: POST /api/session/reset."
+    return ServiceError("runner_ghost", words, recommended_action="reset_session", **report)
 
 
-def foreign():
-    return "" if processes.managed else f" {FOREIGN}"
-
-
-def wait_until(condition, deadline):
-    while not condition():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-listing = Batch(list_models)
-cpu = CpuMeter()
-cpu.percent("machine", cpu_seconds())
 healer = Healer()
+
+# ---------------------------------------------------------------------------------------
+# gunicorn's worker
+# ---------------------------------------------------------------------------------------
+
+bind = f"[{API_HOST}]:{API_PORT}" if ":" in API_HOST else f"{API_HOST}:{API_PORT}"
+workers = 1
+threads = 256  # made on demand; a stream or a slow client holds one
+worker_connections = 1024
+timeout = 30  # of the worker's own loop, not of a request
+graceful_timeout = 5
+keepalive = 30
+control_socket_disable = True
+forwarded_allow_ips = ""  # nobody may rewrite scheme or path by headers
+
+
+def on_starting(server):
+    """End the start with one line where one of the two addresses is not free."""
+    ollama_host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
+    dialled = urllib.parse.urlsplit(ollama.url)
+    must_be_free(
+        f"LLM_API_HOST={API_HOST}, LLM_API_PORT={API_PORT}",
+        API_HOST,
+        API_PORT,
+        "stop what listens there, or set another address",
+    )
+    must_be_free(
+        f"OLLAMA_HOST={ollama_host}",
+        dialled.hostname or "127.0.0.1",
+        dialled.port or 11434,
+        "stop it (for example: systemctl stop ollama) and give this service its "
+        "OLLAMA_MODELS, or set another OLLAMA_HOST",
+    )
+
+
+def must_be_free(setting: str, host: str, port: int, advice: str) -> None:
+    """End the start where this address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as e:
+        reason = in_the_way(port) if e.errno == errno.EADDRINUSE else str(e)
+        sys.exit(f"llm-service: cannot listen at {setting} ({reason}): {advice}")
+
+
+def in_the_way(port: int) -> str:
+    """Name the process that listens on a port, as far as the system tells."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for each in psutil.net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
+                return f"{psutil.Process(each.pid).name()}, process {each.pid}, listens there"
+    return "another user's process listens there"
+
+
+def when_ready(server):
+    """Write what Ollama's environment needs, for the launcher, which waits for it."""
+    layers = {"-1": "all", "auto": ""}.get(GPU_LAYERS, GPU_LAYERS)
+    needed = {
+        "OLLAMA_CONTEXT_LENGTH": CONTEXT_LENGTH,
+        "OLLAMA_NOPRUNE": os.environ.get("OLLAMA_NOPRUNE") or "1",
+        "LLAMA_ARG_N_GPU_LAYERS": os.environ.get("LLAMA_ARG_N_GPU_LAYERS") or layers,
+    }
+    lines = [f"{name}={value}\n" for name, value in needed.items() if value]
+    if STATE_FILE != os.devnull:
+        pathlib.Path(f"{STATE_FILE}.env.new").write_text("".join(lines))
+        os.replace(f"{STATE_FILE}.env.new", f"{STATE_FILE}.env")
+    log.info("listening at http://%s", bind)
+
+
+def pre_fork(server, worker):
+    """Keep what is imported out of the collector's way: both processes share its pages."""
+    gc.freeze()
+
+
+def pre_request(worker, req):
+    """Close the connection, and say so, where the body may not be read to its end."""
+    fields = dict(req.headers)
+    if "TRANSFER-ENCODING" in fields or int(fields.get("CONTENT-LENGTH", 0)) > BODY_LIMIT_BYTES:
+        req.force_close()
+
+
+def post_worker_init(worker):
+    """Begin to watch, in the one process that answers."""
+    watch.start()
+
+
+class ServiceLogger(Logger):
+    """gunicorn's logger with one line a request, but none for what is asked all the time."""
+
+    QUIET_PATHS = ("/health", "/livez", "/metrics")
+
+    def access(self, resp, req, environ, request_time):
+        status = resp.status.partition(" ")[0]
+        if environ.get("PATH_INFO") in self.QUIET_PATHS and status == "200":
+            return
+        log.info(
+            "%s %s %s %s %s bytes %d ms",
+            environ.get("REMOTE_ADDR"),
+            environ.get("REQUEST_METHOD"),
+            ascii(environ.get("RAW_URI"))[1:-1],
+            status,
+            resp.sent,
+            request_time.total_seconds() * 1000,
+        )
+
+    def exception(self, msg, *args, **kwargs):
+        if isinstance(sys.exc_info()[1], BlockingIOError):
+            words = "a client neither sent nor took anything for %d s"
+            log.warning(words, SILENT_CLIENT_S)
+        else:
+            super().exception(msg, *args, **kwargs)
+
+
+class ServiceWorker(ThreadWorker):
+    """gunicorn's threaded worker, with JSON errors and no thread for a silent client."""
+
+    # What gunicorn refuses by itself, and its status; anything else of its parser is a 400.
+    REFUSALS = [
+        (http_errors.LimitRequestLine, 414, "URI Too Long"),
+        (http_errors.LimitRequestHeaders, 431, "Request Header Fields Too Large"),
+        (http_errors.ExpectationFailed, 417, "Expectation Failed"),
+        (http_errors.UnsupportedTransferCoding, 501, "Not Implemented"),
+        (http_errors.ParseException, 400, "Bad Request"),
+        (Exception, 500, "Internal Server Error"),
+    ]
+
+    def init_process(self):
+        """Let the connections inherit a limit: half a request holds a thread no longer."""
+        limit = struct.pack("ll", SILENT_CLIENT_S, 0)
+        for listener in self.sockets:
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        super().init_process()
+
+    def handle_exit(self, sig, frame):
+        """End the downloads, and so the streams, at SIGTERM."""
+        threading.Thread(target=downloads.close, daemon=True).start()
+        super().handle_exit(sig, frame)
+
+    def handle(self, conn):
+        """Give a client that has sent nothing back to the poller."""
+        if not conn.initialized and not conn.wait_for_data(DEFER_S):
+            return _DEFER
+        return super().handle(conn)
+
+    def finish_request(self, conn, fs):
+        """Wait for a client to close outside of the main loop, where it would stop others."""
+        if fs.cancelled() or fs.exception() or fs.result():
+            super().finish_request(conn, fs)
+        else:
+            self.nr_conns -= 1
+            threading.Thread(target=close_connection, args=(conn.sock,), daemon=True).start()
+
+    def handle_error(self, req, client, addr, exc):
+        """Answer what gunicorn refuses by itself as JSON."""
+        if not isinstance(exc, http_errors.ParseException):
+            self.log.exception("Error handling request")
+        else:
+            self.log.warning("Invalid request from %s: %s", (addr or ["?"])[0], ascii(str(exc)))
+        status, reason = next(
+            (status, reason) for kind, status, reason in self.REFUSALS if isinstance(exc, kind)
+        )
+        error = f"{reason}: check how the request is written."
+        body = json.dumps({"error": error, "code": "bad_request"})
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            client.sendall((head + body).encode())
+
+
+def close_connection(sock: socket.socket) -> None:
+    """Close a connection once its client has read the answer.
+
+    What the client still sends is taken, or the kernel would reset the connection and drop
+    the answer.
+    """
+    taken, deadline = 0, time.monotonic() + 2
+    with contextlib.suppress(OSError), sock:
+        sock.shutdown(socket.SHUT_WR)
+        while taken < LINGER_BYTES and time.monotonic() < deadline:
+            sock.settimeout(max(0.01, deadline - time.monotonic()))
+            piece = sock.recv(1 << 16)
+            if not piece:
+                return
+            taken += len(piece)
+
+
+worker_class = ServiceWorker
+logger_class = ServiceLogger

@@ -1,189 +1,308 @@
 """All that knows Ollama: its API, its model store, its processes and its downloads.
 
-`Ollama` is a thin client of the HTTP API, `Store` reads the models' files, `Processes` finds and
-ends what the launcher started, `Downloads` owns the pulls that callers listen to.
+- ``Ollama`` is a thin client of the HTTP API, ``Stream`` the progress lines of one pull.
+- ``Store`` reads and cleans the model files without asking Ollama.
+- ``Processes`` finds and ends what the launcher has started.
+- ``Progress`` is the arithmetic of a download, ``Download`` runs one, ``Downloads`` owns all.
+
+Everything raises ``ServiceError``.
 """
 
 import collections
 import contextlib
 import datetime
 import glob
+import hashlib
 import json
 import logging
 import os
 import pathlib
+import queue
 import re
 import shutil
 import signal
+import stat
 import threading
 import time
+import typing
 import urllib.parse
 
+import psutil
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
+Json = dict[str, typing.Any]
+
 CONNECT_S = 1
-ANSWER_S = 4  # callers, too, have a limit: the watchdog's is 5 s
+ANSWER_S = 4  # callers have a limit too: the watchdog's is 5 s
 LOAD_S = 600
-VERIFY_S = 1800  # Ollama is silent while it verifies: minutes for tens of gigabytes
-STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops what it had of it; a reconnect keeps it
+PULL_SILENCE_S = 1800  # Ollama is silent while it verifies: minutes for tens of gigabytes
+STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops its bytes; a reconnect keeps them
 MAX_RECONNECTS = 10
 RECONNECT_MAX_S = 8
-HEARTBEAT_S = 0.8  # two writes tell that a listener has left: below 2 s together
+HEARTBEAT_S = 0.8  # two writes show that a listener has left: within 2 s together
 PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
+PURGE_S = 2
+CHECK_BYTES = 1 << 20
 DISK_RESERVE_BYTES = 1 << 30
 ANSWER_LIMIT_BYTES = 1 << 25
 LINE_LIMIT_BYTES = 1 << 18
 LAYERS_LIMIT = 1000
 ENDED_KEPT = 20
 ENDED_KEPT_S = 3600
-TICKS = os.sysconf("SC_CLK_TCK")
-
-STATUS = {  # of the codes that are not 502, "Ollama or the registry answered with an error"
-    "bad_model_name": 400, "model_not_found": 404, "no_such_pull": 404, "model_busy": 409,
-    "model_being_pulled": 409, "cancelled": 409, "too_many_pulls": 429, "bug": 500,
-    "ollama_unreachable": 503, "shutting_down": 503, "ollama_timeout": 504, "disk_full": 507,
-}
-FAILURES = [  # what an error of Ollama's says, our code for it, what to do about it
-    (r"insecure protocol|HTTP response to HTTPS|not look like a TLS handshake", "registry_insecure",
-     'send "insecure": true for a registry without TLS'),
-    (r"invalid model name|name .* is invalid|not both", "bad_model_name", "check the name"),
-    (r"no space left", "disk_full", "delete a model or enlarge the disk, then pull again"),
-    (r"file does not exist|not found", "model_not_found", "check the name and the tag"),
-    (r"digest mismatch", "digest_mismatch", "the data was damaged on its way: pull again"),
-    (r"context canceled|max retries exceeded|unexpected EOF|connection reset|broken pipe",
-     "pull_interrupted", "pull again: it goes on from here"),
-    (r"no such host|connection refused|i/o timeout|unreachable|no route|deadline exceeded|"
-     r"server misbehaving|TLS handshake|\bEOF\b", "registry_unreachable", "check the network and the registry's name"),
-    (r"-partial", "parts_damaged", 'DELETE /api/models/pull with "purge": true, then pull again'),
-]
 
 log = logging.getLogger("llm-service")
 
+# ---------------------------------------------------------------------------------------
+# Errors and advice
+# ---------------------------------------------------------------------------------------
 
-class OllamaError(Exception):
-    """Root of this module's errors: a sentence that says what to do, a machine word, its HTTP status."""
+# The HTTP status of each code. A code that is not here is a 502: Ollama or the registry
+# answered with an error.
+STATUS = {
+    "bad_json": 400,
+    "bad_field": 400,
+    "bad_model_name": 400,
+    "model_missing": 400,
+    "token_wanted": 401,
+    "host_not_allowed": 403,
+    "origin_not_allowed": 403,
+    "cross_site": 403,
+    "model_not_found": 404,
+    "no_such_pull": 404,
+    "cancelled": 409,
+    "manifest_unreadable": 409,
+    "model_being_pulled": 409,
+    "model_busy": 409,
+    "encoding_not_supported": 415,
+    "too_many_pulls": 429,
+    "too_many_streams": 429,
+    "bug": 500,
+    "gpu_lost": 503,
+    "model_store_unreadable": 503,
+    "ollama_dead": 503,
+    "ollama_hung": 503,
+    "ollama_starting": 503,
+    "ollama_unreachable": 503,
+    "restart_incomplete": 503,
+    "runner_ghost": 503,
+    "runner_silent": 503,
+    "runner_stuck": 503,
+    "runner_survived": 503,
+    "shutting_down": 503,
+    "ollama_timeout": 504,
+    "timeout": 504,
+    "disk_full": 507,
+}
 
-    def __init__(self, code, message):
+# What an error of Ollama's says, our code for it, and what to do about it.
+FAILURES = [
+    (
+        r"insecure protocol|HTTP response to HTTPS|not look like a TLS handshake",
+        "registry_insecure",
+        'send "insecure": true for a registry without TLS',
+    ),
+    (r"invalid model name|name .* is invalid|not both", "bad_model_name", "check the name"),
+    (r"no space left", "disk_full", "delete a model or enlarge the disk, then pull again"),
+    (
+        r"permission denied|read-only file system|operation not permitted",
+        "store_not_writable",
+        "give the model store to the user that the service runs as (chown -R), then try again",
+    ),
+    (r"file does not exist|not found", "model_not_found", "check the name and the tag"),
+    (r"digest mismatch", "digest_mismatch", "the data was damaged on its way: pull again"),
+    (
+        r"context canceled|max retries exceeded|unexpected EOF|connection reset|broken pipe",
+        "pull_interrupted",
+        "pull again: it goes on from here",
+    ),
+    (
+        r"no such host|connection refused|i/o timeout|unreachable|no route|deadline exceeded|"
+        r"server misbehaving|TLS handshake|\bEOF\b",
+        "registry_unreachable",
+        "check the network and the registry's name",
+    ),
+    (
+        r"-partial",
+        "parts_damaged",
+        'DELETE /api/models/pull with "purge": true, then pull again',
+    ),
+]
+
+
+class ServiceError(Exception):
+    """What went wrong, as a caller is told it.
+
+    ``code`` is a machine word, the message a sentence that says what to do. ``fields`` go into
+    the answer beside them. ``status`` is the HTTP status of the code.
+    """
+
+    def __init__(self, code: str, message: str, **fields: object):
         super().__init__(message)
-        self.code, self.status = code, STATUS.get(code, 502)
+        self.code, self.fields = code, fields
+        self.status = STATUS.get(code, 502)
 
+
+def failure(message: object) -> ServiceError:
+    """Turn an error text of Ollama's into a ServiceError with advice."""
+    text = clean(message)
+    for pattern, code, advice in FAILURES:
+        if re.search(pattern, str(message), re.I):
+            return ServiceError(code, f"{text}: {advice}.")
+    return ServiceError("ollama_error", f"Ollama says: {text}.")
+
+
+def clean(text: object) -> str:
+    """Keep a text from outside to one short printable line."""
+    printable = re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", " ", str(text))
+    return printable[:300].strip().rstrip(".")
+
+
+# ---------------------------------------------------------------------------------------
+# Names and addresses
+# ---------------------------------------------------------------------------------------
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(
     r"(?:(?:(?:https?://)?(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349})/)?"
     rf"(?P<namespace>[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}})/)?(?P<model>{_WORD})"
-    rf"(?::(?P<tag>{_WORD}))?(?P<source>:(?:cloud|local))?")
-_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
+    rf"(?::(?P<tag>{_WORD}))?(?P<source>:(?:cloud|local))?"
+)
+_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.I)
 
 
-def check_name(name):
-    """Return the model name as Ollama takes it. Raises OllamaError `bad_model_name`."""
-    name = name.strip(" \t\r\n") if isinstance(name, str) else ""
-    if not _NAME.fullmatch(name):
-        raise OllamaError("bad_model_name", '"model" must be a model name such as llama3.1:8b, '
-                          "user/model:tag or hf.co/org/repo:Q4_K_M.")
-    return name
+def check_name(name: object) -> str:
+    """Return the model name as Ollama takes it. Raises ServiceError ``bad_model_name``."""
+    text = name.strip(" \t\r\n") if isinstance(name, str) else ""
+    if not _NAME.fullmatch(text):
+        raise ServiceError(
+            "bad_model_name",
+            '"model" must be a model name such as llama3.1:8b, user/model:tag or '
+            "hf.co/org/repo:Q4_K_M.",
+        )
+    return text
 
 
-def name_key(name):
-    """Reduce a name to what Ollama takes for the same model: defaults left out, case ignored."""
+def name_key(name: str) -> str:
+    """Reduce a name to what Ollama takes for the same model: no defaults, lower case."""
     parts = _NAME.fullmatch(name.lower())
     if not parts:
         return name.lower()
-    host, namespace = parts["host"] or "registry.ollama.ai", parts["namespace"] or "library"
-    place = f"{host}/{namespace}/".removeprefix("registry.ollama.ai/").removeprefix("library/")
+    host = parts["host"] or "registry.ollama.ai"
+    place = f"{host}/{parts['namespace'] or 'library'}/"
+    place = place.removeprefix("registry.ollama.ai/").removeprefix("library/")
     return f"{place}{parts['model']}:{parts['tag'] or 'latest'}{parts['source'] or ''}"
 
 
-def dial_url(ollama_host):
+def dial_url(ollama_host: str) -> str:
     """Turn OLLAMA_HOST, in any of the ways that Ollama takes it, into the URL to dial."""
     scheme, _, rest = ollama_host.strip(" '\"").rpartition("://")
     if rest.count(":") > 1 and not rest.startswith("["):
         rest = f"[{rest}]"
-    split, default = urllib.parse.urlsplit(f"//{rest}"), {"http": 80, "https": 443}.get(scheme, 11434)
-    host = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(split.hostname, split.hostname)
-    try:
-        port = split.port or default
-    except ValueError:  # Ollama, too, takes its default instead
-        port = default
+    split = urllib.parse.urlsplit(f"//{rest}")
+    dialled = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = dialled.get(split.hostname, split.hostname)
+    port = {"http": 80, "https": 443}.get(scheme, 11434)
+    with contextlib.suppress(ValueError):  # Ollama too takes its default then
+        port = split.port or port
     return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def timestamp(seconds):
+def timestamp(seconds: float | None) -> str | None:
     """Format a Unix time as ISO 8601 UTC; None stays None."""
-    return seconds and datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
+    if seconds is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------------------------------
+# Ollama: the API, thin
+# ---------------------------------------------------------------------------------------
 
 
 class Ollama:
-    """A client of Ollama's API at `url`; its methods raise OllamaError, after `timeout_s` at the latest."""
+    """A client of Ollama's API at ``url``. Methods raise ServiceError, in ``timeout_s``."""
 
-    def __init__(self, url):
+    def __init__(self, url: str):
         self.url = url
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy in the environment is not for loopback
         self._session.mount(url, HTTPAdapter(pool_maxsize=64))
-        self._prepared = {}
-        self.answered_at = float("-inf")  # by time.monotonic(), the last time
 
-    def version(self, timeout_s=ANSWER_S):
+    def version(self, timeout_s: float = ANSWER_S) -> str | None:
         """Return the server's version, such as "0.34.4"."""
         return self._json("GET", "/api/version", timeout_s=timeout_s).get("version")
 
-    def tags(self, timeout_s=ANSWER_S):
-        """Return the models on disk: `[{"name", "size", "modified_at", "digest", "details"}]`."""
+    def tags(self, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Return the models on disk: name, size, modified_at, digest, details."""
         return self._models("/api/tags", timeout_s)
 
-    def ps(self, timeout_s=ANSWER_S):
-        """Return the loaded models: `[{"name", "size", "size_vram", "context_length", "expires_at"}]`."""
+    def ps(self, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Return the loaded models: name, size, size_vram, context_length, expires_at."""
         return self._models("/api/ps", timeout_s)
 
-    def load(self, model, timeout_s=LOAD_S):
-        """Load a model; by `/api/embed` one that cannot generate."""
+    def load(self, model: str, timeout_s: float = LOAD_S) -> None:
+        """Load a model; by ``/api/embed`` one that cannot generate."""
         try:
             self._json("POST", "/api/generate", {"model": model}, timeout_s)
-        except OllamaError as e:
+        except ServiceError as e:
             if "does not support generate" not in str(e):
                 raise
             self._json("POST", "/api/embed", {"model": model, "input": []}, timeout_s)
 
-    def unload(self, model, timeout_s=ANSWER_S):
+    def unload(self, model: str, timeout_s: float = ANSWER_S) -> None:
         """Ask for the model's memory back. Ollama says yes at once, whatever comes of it."""
         self._json("POST", "/api/generate", {"model": model, "keep_alive": 0}, timeout_s)
 
-    def one_token(self, model, context_length, timeout_s):
-        """Generate one token, with the context it was loaded with: another value reloads it."""
-        self._json("POST", "/api/generate", {
-            "model": model, "prompt": "Hi", "raw": True, "stream": False,
-            "options": {"num_predict": 1, "num_ctx": context_length}}, timeout_s)
-
-    def delete(self, model, timeout_s=ANSWER_S):
+    def delete(self, model: str, timeout_s: float = ANSWER_S) -> None:
         """Delete a model's manifest, and the blobs that no other model shares."""
         self._request("DELETE", "/api/delete", {"model": model}, timeout_s).close()
 
-    def pull(self, model, insecure=False):
-        """Start or join a pull; return its progress as a `Stream`."""
-        return Stream(self._request("POST", "/api/pull", {
-            "model": model, "insecure": insecure, "stream": True}, VERIFY_S))
+    def pull(self, model: str, insecure: bool = False) -> "Stream":
+        """Start or join a pull; return its progress."""
+        body = {"model": model, "insecure": insecure, "stream": True}
+        return Stream(self._request("POST", "/api/pull", body, PULL_SILENCE_S))
 
-    def runner_answers(self, port, timeout_s=1):
-        """Tell whether a runner answers on its own port, which it does while it generates."""
+    def runner_health(self, port: str | None, timeout_s: float) -> str:
+        """Ask a runner's own port: "ok", "loading" (or nothing listens yet) or "silent"."""
         try:
-            self._request("GET", f"http://127.0.0.1:{port}/health", timeout_s=timeout_s).close()
-        except OllamaError as e:
-            return e.code not in ("ollama_timeout", "ollama_unreachable")
-        return True
+            self._request("GET", f"http://127.0.0.1:{port}/health", None, timeout_s).close()
+        except ServiceError as e:
+            states = {"ollama_timeout": "silent", "ollama_unreachable": "loading"}
+            starting = "loading" if "loading" in str(e).lower() else "ok"
+            return states.get(e.code, starting)
+        return "ok"
 
-    def _models(self, path, timeout_s):
+    def runner_slots(self, port: str | None, timeout_s: float) -> list[Json] | None:
+        """Return a runner's slots, as llama.cpp's server tells them; None if it has none.
+
+        Raises ServiceError ``ollama_timeout`` where it does not answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            url = f"http://127.0.0.1:{port}/slots"
+            with self._request("GET", url, None, timeout_s) as response:
+                slots = json.loads(_read(response, deadline))
+        except ServiceError as e:
+            if e.code == "ollama_timeout":
+                raise
+            return None
+        except ValueError:
+            return None
+        return slots if isinstance(slots, list) else None
+
+    def _models(self, path: str, timeout_s: float) -> list[Json]:
         models = self._json("GET", path, timeout_s=timeout_s).get("models")
-        if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("name"), str)
-                                                   and isinstance(m.get("digest", ""), str) for m in models):
-            raise OllamaError("bad_answer", f"Ollama's answer to {path} is not a list of models.")
+        if not isinstance(models, list) or not all(map(_is_model, models)):
+            raise ServiceError("bad_answer", f"Ollama's answer to {path} is not a list of models.")
         return models
 
-    def _json(self, method, path, body=None, timeout_s=ANSWER_S):
+    def _json(
+        self, method: str, path: str, body: Json | None = None, timeout_s: float = ANSWER_S
+    ) -> Json:
         deadline = time.monotonic() + timeout_s
         with self._request(method, path, body, timeout_s) as response:
             try:
@@ -191,207 +310,335 @@ class Ollama:
             except (ValueError, RecursionError):
                 answer = None
         if not isinstance(answer, dict):
-            raise OllamaError("bad_answer", f"The answer to {path} is no JSON object: is {self.url} an Ollama?")
+            raise ServiceError(
+                "bad_answer",
+                f"The answer to {path} is no JSON object: is {self.url} an Ollama?",
+            )
         return answer
 
-    def _request(self, method, path, body=None, timeout_s=ANSWER_S):
-        request = self._prepared.get((method, path)) if body is None else None
-        if request is None:
-            url = urllib.parse.urljoin(self.url, path)
-            request = self._session.prepare_request(requests.Request(method, url, json=body))
-            if body is None and path.startswith("/"):
-                self._prepared[method, path] = request
+    def _request(
+        self, method: str, path: str, body: Json | None, timeout_s: float
+    ) -> requests.Response:
         try:
-            response = self._session.send(request, timeout=(min(CONNECT_S, timeout_s), timeout_s),
-                                          stream=True, allow_redirects=False)
+            response = self._session.request(
+                method,
+                urllib.parse.urljoin(self.url, path),
+                json=body,
+                timeout=(min(CONNECT_S, timeout_s), timeout_s),
+                stream=True,
+                allow_redirects=False,
+            )
         except requests.Timeout as e:
-            raise OllamaError("ollama_timeout", "Ollama did not answer in time: if it stays so, "
-                              "POST /api/session/reset.") from e
+            raise ServiceError(
+                "ollama_timeout",
+                "Ollama did not answer in time: if it stays so, POST /api/session/reset.",
+            ) from e
         except requests.RequestException as e:
-            raise OllamaError("ollama_unreachable", f"Ollama is not reachable at {self.url}: if it is not "
-                              "just starting, POST /api/session/reset.") from e
-        if path.startswith("/"):  # else a runner's
-            self.answered_at = time.monotonic()
+            raise ServiceError(
+                "ollama_unreachable",
+                f"Ollama is not reachable at {self.url}: if it is not just starting, "
+                "POST /api/session/reset.",
+            ) from e
         if response.status_code >= 300:
             with response:
-                raise _error(response)
+                raise _refusal(response)
         return response
 
 
-def _read(response, deadline):
+def _is_model(model: object) -> bool:
+    return (
+        isinstance(model, dict)
+        and isinstance(model.get("name"), str)
+        and isinstance(model.get("digest", ""), str)
+    )
+
+
+def _read(response: requests.Response, deadline: float) -> bytes:
+    """Read a whole answer; the timeout of requests is for each byte only."""
     pieces, size = [], 0
     try:
         while piece := response.raw.read1(1 << 20, decode_content=True):
             pieces.append(piece)
             size += len(piece)
             if size > ANSWER_LIMIT_BYTES:
-                raise OllamaError("bad_answer", "Ollama's answer is larger than this service reads.")
+                raise ServiceError("bad_answer", "Ollama's answer is larger than 32 MiB.")
             if time.monotonic() > deadline:
-                raise OllamaError("ollama_timeout", "Ollama's answer took too long: try again.")
+                raise ServiceError("ollama_timeout", "Ollama's answer took too long: try again.")
     except (HTTPError, OSError) as e:
-        raise OllamaError("ollama_timeout", "Ollama broke off in mid-answer: try again.") from e
+        raise ServiceError("ollama_timeout", "Ollama broke off in mid-answer: try again.") from e
     return b"".join(pieces)
 
 
-def _error(response):
+def _refusal(response: requests.Response) -> ServiceError:
+    """Turn an answer that is no success into a ServiceError."""
     try:
         message = json.loads(_read(response, time.monotonic() + ANSWER_S))["error"]
-    except (ValueError, KeyError, TypeError, RecursionError, OllamaError):
-        return OllamaError("bad_answer", f"Ollama answered {response.status_code} without a reason: see its log.")
+    except (ValueError, KeyError, TypeError, RecursionError, ServiceError):
+        return ServiceError(
+            "bad_answer",
+            f"Ollama answered {response.status_code} without a reason: see its log.",
+        )
     if response.status_code == 404:
-        return OllamaError("model_not_found", f"{_clean(message)}: GET /api/models lists what is downloaded.")
-    return _failure(message)
+        return ServiceError(
+            "model_not_found",
+            f"{clean(message)}: GET /api/models lists what is downloaded.",
+        )
+    return failure(message)
 
 
-def _failure(message):
-    for pattern, code, advice in FAILURES:
-        if re.search(pattern, str(message), re.I):
-            return OllamaError(code, f"{_clean(message)}: {advice}.")
-    return OllamaError("ollama_error", f"Ollama says: {_clean(message)}.")
-
-
-def _clean(text):
-    """Keep a text from outside to one short printable line."""
-    return re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", " ", str(text))[:300].strip().rstrip(".")
+# ---------------------------------------------------------------------------------------
+# Stream: the progress lines of one pull
+# ---------------------------------------------------------------------------------------
 
 
 class Stream:
-    """The progress lines of one pull, as dicts; `close` may be called from another thread.
+    """The progress lines of one pull, as dicts. ``close`` may come from another thread.
 
-    Raises the error that a line carries, `pull_interrupted` where the connection breaks,
-    `bad_answer` for what is no progress line.
+    Raises the error that a line carries, ``pull_interrupted`` where the connection breaks,
+    ``bad_answer`` for what is no progress line.
     """
 
-    def __init__(self, response):
+    def __init__(self, response: requests.Response):
         self._response = response
 
-    def __iter__(self):
+    def __iter__(self) -> typing.Iterator[Json]:
         rest = b""
         try:
             for chunk in self._response.iter_content(1 << 16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > LINE_LIMIT_BYTES:
-                    raise OllamaError("bad_answer", "Ollama sent a progress line without an end.")
+                    raise ServiceError("bad_answer", "Ollama sent a line without an end.")
                 yield from map(_progress, filter(None, lines))
             if rest:
                 yield _progress(rest)
         except (requests.RequestException, AttributeError) as e:  # the latter: closed meanwhile
-            raise OllamaError("pull_interrupted", "The connection to Ollama broke: pull again, it goes on from here.") from e
+            raise ServiceError(
+                "pull_interrupted",
+                "The connection to Ollama broke: pull again, it goes on from here.",
+            ) from e
         finally:
             self._response.close()
 
-    def close(self):
-        try:
+    def close(self) -> None:
+        """End the connection, by which Ollama stops the pull."""
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended by itself
             self._response.raw.shutdown()
-        except (OSError, ValueError, RuntimeError):
-            pass  # it has ended by itself
 
 
-def _progress(line):
+def _progress(line: bytes) -> Json:
     try:
         progress = json.loads(line)
-        if "error" in progress:
-            raise _failure(progress["error"])
+        error = progress.get("error")
         sizes = [progress.get("total", 0), progress.get("completed", 0)]
-        words = [progress["status"], progress.get("digest", "")]
-        if any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes) or not all(isinstance(w, str) for w in words):
-            raise ValueError("not Ollama's types")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise OllamaError("bad_answer", "Ollama sent something that is not a progress line.") from e
+        words = [progress.get("status") if error is None else "", progress.get("digest", "")]
+        proper = all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)
+        proper = proper and all(isinstance(word, str) for word in words)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        error, proper = None, False
+    if error is not None:
+        raise failure(error)
+    if not proper:
+        raise ServiceError("bad_answer", "Ollama sent something that is no progress line.")
     return progress
 
 
-class Store:
-    """The model files under OLLAMA_MODELS, read without asking Ollama."""
+# ---------------------------------------------------------------------------------------
+# Store: the model files
+# ---------------------------------------------------------------------------------------
 
-    def __init__(self, path):
+# The names that Ollama gives to files in blobs/: a digest, a part, an upload under way.
+_BLOB_FILE = re.compile(r"sha256-(?:[0-9a-fA-F]{64}(?:-partial.*)?|\d+|.*\.tmp)")
+
+
+class Store:
+    """The model files under OLLAMA_MODELS, without asking Ollama. Sizes are bytes on disk."""
+
+    def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
 
-    def models(self):
-        """Map each model's `name_key` to the digests of its blobs, the model layer first."""
+    def models(self) -> dict[str, list[str]]:
+        """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
         root, found = self.path / "manifests", {}
-        for file in glob.iglob("*/*/*/*", root_dir=root):  # pathlib's fails where Ollama removes a folder meanwhile
+        # Not pathlib's glob: it fails where Ollama removes a folder meanwhile.
+        for file in glob.iglob("*/*/*/*", root_dir=root):
             try:
                 manifest = json.loads((root / file).read_bytes())
-                layers = sorted(manifest["layers"], key=lambda layer: not layer["mediaType"].endswith(".model"))
-                digests = [_DIGEST.fullmatch(blob["digest"])[1] for blob in [*layers, manifest["config"]]]
+                layers = [*manifest["layers"], manifest["config"]]
+                layers.sort(key=lambda layer: not layer["mediaType"].endswith(".model"))
+                digests = [_DIGEST.fullmatch(layer["digest"])[1].lower() for layer in layers]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
             place, _, tag = file.rpartition("/")
             found[name_key(f"{place}:{tag}")] = digests
         return found
 
-    def sizes(self, digests):
-        """Map these blobs' digests to their bytes, as far as they are there."""
-        found = {}
-        for digest in digests:
-            with contextlib.suppress(OSError):
-                found[digest] = (self.path / "blobs" / f"sha256-{digest}").stat().st_size
-        return found
-
-    def signature(self):
-        """Return what changes whenever a model is added, changed or deleted; None where that is not certain."""
+    def signature(self) -> tuple | None:
+        """Return what changes whenever a model does; None where that is not certain."""
         try:
             found = tuple(sorted(_entries(self.path / "manifests", 4)))
         except OSError:
             return None
-        # A file changed twice within one tick of the clock would look the same.
         latest = max(changed_ns for _, changed_ns, _ in found)
+        # A file that changes twice within one tick of the clock would look the same.
         return found if time.time() - latest / 1e9 > 1 else None
 
-    def free_bytes(self):
-        """Return the free bytes of the models' disk; None if the store is elsewhere."""
+    def blob(self, digest: str) -> pathlib.Path:
+        """Return the path of the blob with this digest (hex)."""
+        return self.path / "blobs" / f"sha256-{digest}"
+
+    def sizes(self, digests: typing.Iterable[str]) -> dict[str, int]:
+        """Map these digests to their blobs' bytes, as far as they are there."""
+        found = {}
+        for digest in digests:
+            with contextlib.suppress(OSError):
+                found[digest] = self.blob(digest).stat().st_size
+        return found
+
+    def changed_ns(self) -> int:
+        """Return when a blob or part was last added or removed."""
+        try:
+            return (self.path / "blobs").stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def free_bytes(self) -> int | None:
+        """Return the free bytes of the models' disk; None if there is no store."""
         try:
             return shutil.disk_usage(self.path).free
         except OSError:
             return None
 
-    def disk(self):
-        """Return `{"path", "total_bytes", "free_bytes", "partial_bytes"}`; None if the store is elsewhere."""
-        if (free := self.free_bytes()) is None:
-            return None
-        return {"path": str(self.path), "total_bytes": shutil.disk_usage(self.path).total, "free_bytes": free,
-                "partial_bytes": sum(map(_size, self._parts("*")))}
+    def disk(self, older_than_s: float) -> Json | None:
+        """Return total, free, partial and unused bytes; None if there is no store.
 
-    def purge(self, digests):
-        """Remove the parts of these blobs; return the bytes that came free.
+        ``unused_bytes`` is what a prune with this age would free, None where a manifest
+        cannot be read.
+        """
+        free = self.free_bytes()
+        if free is None:
+            return None
+        try:
+            unused = sum(size for _, size in self._unused(older_than_s))
+        except ServiceError:
+            unused = None
+        return {
+            "path": str(self.path),
+            "total_bytes": shutil.disk_usage(self.path).total,
+            "free_bytes": free,
+            "partial_bytes": sum(map(_size, self.parts("*"))),
+            "unused_bytes": unused,
+        }
+
+    def writable(self) -> bool:
+        """Tell whether the service's user may write where models lie."""
+        folders = [self.path, self.path / "blobs", self.path / "manifests"]
+        folders += [folder for folder, _, _ in os.walk(self.path / "manifests")]
+        there = filter(os.path.isdir, folders)
+        return all(os.access(folder, os.W_OK | os.X_OK) for folder in there)
+
+    def parts(self, digest: str) -> list[pathlib.Path]:
+        """Return the files of an unfinished download of this digest ("*": of all)."""
+        return list((self.path / "blobs").glob(f"sha256-{digest}-partial*"))
+
+    def prune(
+        self,
+        older_than_s: float,
+        held: set[str],
+        dry_run: bool = False,
+        only: set[str] | None = None,
+    ) -> tuple[int, int]:
+        """Remove blobs and parts that no manifest names; return (freed bytes, files).
+
+        ``held`` are names of files that a process has open, ``only`` limits it to blobs of
+        these digests. Raises ServiceError ``manifest_unreadable``, with nothing removed.
+        """
+        freed, files = 0, 0
+        for path, size in self._unused(older_than_s):
+            if path.name in held or (only is not None and path.name[7:] not in only):
+                continue
+            if not dry_run:
+                path.unlink(missing_ok=True)
+            freed, files = freed + size, files + 1
+        return freed, files
+
+    def purge(self, digests: typing.Iterable[str], held: typing.Callable[[], set[str]]) -> int:
+        """Remove the parts of these digests that no process has open; return freed bytes.
 
         While a cancelled pull dies, Ollama may still write the record of a part, and a record
-        without its data would corrupt the next pull: so this looks again until none reappears.
+        without its data would corrupt the next pull. So this looks until none reappears, for
+        PURGE_S at the most.
         """
-        freed, quiet = 0, 0
-        while quiet < 2:
+        freed, quiet, deadline = 0, 0, time.monotonic() + PURGE_S
+        while quiet < 2 and time.monotonic() < deadline - 0.3:
             time.sleep(0.3)
-            parts = [part for digest in digests for part in self._parts(digest)]
+            parts = [part for digest in digests for part in self.parts(digest)]
             quiet = 0 if parts else quiet + 1
+            names = held() if parts else set()
             for part in parts:
-                freed += _size(part)
-                part.unlink(missing_ok=True)
+                if part.name not in names:
+                    freed += _size(part)
+                    part.unlink(missing_ok=True)
         return freed
 
-    def drop_page_cache(self):
-        """Give the page cache of the blobs back: shared memory counts it as used by the GPU."""
+    def drop_page_cache(self) -> None:
+        """Give the page cache of the blobs back: shared memory counts it as the GPU's."""
         for file in (self.path / "blobs").glob("sha256-*"):
             with contextlib.suppress(OSError), file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _parts(self, digest):
-        return (self.path / "blobs").glob(f"sha256-{digest}-partial*")
+    def _named(self) -> set[str]:
+        """Return every digest that any manifest file names, whatever its place and form."""
+        found: set[str] = set()
+        for folder, _, files in os.walk(self.path / "manifests", followlinks=True):
+            for file in files:
+                try:
+                    text = pathlib.Path(folder, file).read_text()
+                    json.loads(text)
+                except (OSError, ValueError, RecursionError) as e:
+                    raise ServiceError(
+                        "manifest_unreadable",
+                        f"The manifest {clean(file)} in {clean(folder)} cannot be read, so what "
+                        "it needs is unknown: pull or delete that model, then try again.",
+                    ) from e
+                found.update(digest.lower() for digest in _DIGEST.findall(text))
+        return found
+
+    def _unused(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
+        """Return (path, bytes) of what a prune may remove; no bytes where a link stays.
+
+        The manifests are read after the blobs, so right before a removal.
+        """
+        found = []
+        for entry in self._blob_files():
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= older_than_s:
+                    size = about.st_blocks * 512 if about.st_nlink == 1 else 0
+                    found.append((pathlib.Path(entry.path), size))
+        named = self._named()
+        return [(path, size) for path, size in found if path.name[7:71].lower() not in named]
+
+    def _blob_files(self) -> list[os.DirEntry]:
+        try:
+            with os.scandir(self.path / "blobs") as entries:
+                return [entry for entry in entries if _BLOB_FILE.fullmatch(entry.name)]
+        except FileNotFoundError:
+            return []
 
 
-def _entries(folder, depth):
-    """Yield (path, changed_ns, size) of a folder and of all in it; os.scandir, for this is on the hot path."""
+def _entries(folder: str | os.PathLike, depth: int) -> typing.Iterator[tuple[str, int, int]]:
+    """Yield (path, changed_ns, size) of a folder and of all in it. It is on the hot path."""
     yield str(folder), os.stat(folder).st_mtime_ns, 0
     with os.scandir(folder) as entries:
         for entry in entries:
             if depth > 1 and entry.is_dir():
                 yield from _entries(entry.path, depth - 1)
             elif depth == 1:
-                stat = entry.stat()
-                yield entry.path, stat.st_mtime_ns, stat.st_size
+                about = entry.stat()
+                yield entry.path, about.st_mtime_ns, about.st_size
 
 
-def _size(file):
+def _size(file: pathlib.Path) -> int:
     """Return the bytes that a file takes on the disk (parts are sparse), 0 if it is gone."""
     try:
         return file.stat().st_blocks * 512
@@ -399,140 +646,318 @@ def _size(file):
         return 0
 
 
-Process = collections.namedtuple("Process", "pid started parent state")  # started: in ticks after boot
-Runner = collections.namedtuple("Runner", "process digest port")
+# ---------------------------------------------------------------------------------------
+# Processes: the server and the runners
+# ---------------------------------------------------------------------------------------
+
+
+class Runner(typing.NamedTuple):
+    """A process that holds one model. ``process`` is its identity: pid and start time."""
+
+    process: psutil.Process
+    digest: str | None  # of the weights; None where the command line names another file
+    name: str | None  # what follows --model, without its folder
+    port: str | None
 
 
 class Processes:
-    """The Ollama servers that the launcher recorded in `state_file`, and their runners.
+    """The servers that the launcher has recorded in ``state_file``, and their runners.
 
-    Each server runs in a session of its own: by its session a runner shows whose it is also when
-    its server has died. Without a state file the Ollama is not ours: nothing is found or ended.
+    Each server leads a session of its own. By its session a runner shows whose it is, also
+    when its server has died. A line of the file is "pid start restarts", the start in ticks
+    since boot.
     """
 
-    def __init__(self, state_file):
-        self.managed = bool(state_file)
-        self._state_file = pathlib.Path(state_file or os.devnull)
+    def __init__(self, state_file: str | os.PathLike):
+        self.state_file = pathlib.Path(state_file)
 
-    def server(self):
-        """Return the running server's Process, or None."""
+    def server(self) -> psutil.Process | None:
+        """Return the running server, or None."""
         records = self._records()
-        return _process(*records[-1][:2]) if records else None
+        if not records or _start_ticks(records[-1][0]) != records[-1][1]:
+            return None
+        with contextlib.suppress(psutil.Error):
+            server = psutil.Process(records[-1][0])
+            if alive(server):
+                return server
+        return None
 
-    def restarts(self):
+    def restarts(self) -> int:
         """Return how often the launcher has started Ollama anew."""
         records = self._records()
         return records[-1][2] if records else 0
 
-    def all(self):
-        """Return every living Process of the recorded sessions."""
-        sessions = {pid for pid, started, _ in self._records()
-                    if (leader := _stat(pid)) is None or leader.started == started}
+    def all(self) -> list[psutil.Process]:
+        """Return every process of the recorded sessions, zombies included."""
+        sessions = set()
+        for pid, started, _ in self._records():
+            if _start_ticks(pid) in (started, None):  # None: the leader died, the rest may live
+                sessions.add(pid)
         found = []
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if sessions else ():
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(pid) in sessions and (process := _process(pid)):
-                    found.append(process)
+        for pid in psutil.pids() if sessions else ():
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                if os.getsid(pid) in sessions:
+                    found.append(psutil.Process(pid))
         return found
 
-    def runners(self):
-        """Return a Runner for each `llama-server --model …` or `ollama runner …` among them."""
+    def runners(self) -> list[Runner]:
+        """Return the living ``llama-server --model …`` and ``ollama runner --model …``."""
         found = []
         for process in self.all():
-            try:
-                words = pathlib.Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace").split("\0")
-            except OSError:
-                continue
-            if "--model" in words and ("llama-server" in words[0] or "runner" in words):
-                options = dict(zip(words, words[1:]))
-                digest = _DIGEST.search(options["--model"])
-                found.append(Runner(process, digest and digest[1], options.get("--port")))
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline() if alive(process) else []
+                if "--model" in words and ("llama-server" in words[0] or "runner" in words):
+                    found.append(_runner(process, dict(zip(words, words[1:], strict=False))))
         return found
 
-    def alive(self, process):
-        return _process(process.pid, process.started) is not None
+    def held_files(self) -> tuple[set[str], set[str]]:
+        """Return the names of files that the processes hold: (open or mapped, being written).
 
-    def uptime_s(self, process):
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / TICKS
+        Raises ServiceError ``model_being_pulled`` where a process does not let itself be read.
+        """
+        held, written = set(), set()
+        for process in [*self.all(), psutil.Process()]:
+            try:
+                for file in process.open_files():
+                    held.add(os.path.basename(file.path))
+                    if file.mode != "r":
+                        written.add(os.path.basename(file.path))
+                held.update(_mapped_files(process.pid))
+            except psutil.NoSuchProcess:
+                continue
+            except (psutil.Error, OSError) as e:
+                raise ServiceError(
+                    "model_being_pulled",
+                    f"What process {process.pid} has open cannot be read: try again.",
+                ) from e
+        return held, written
 
-    def end(self, process, sig=signal.SIGKILL):
-        """Signal a process, unless its number has passed to another."""
-        if self.alive(process):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, sig)
+    def end_server(self, term_s: float) -> bool:
+        """End the server on purpose: the launcher starts a new one at once.
 
-    def end_server(self, term_s):
-        """End the server on purpose, so that the launcher starts a new one at once.
-
-        SIGTERM gets `term_s`, then it is SIGKILL's turn. Returns whether the server is gone.
+        SIGTERM gets ``term_s``, then it is SIGKILL's turn. Returns whether it is gone.
         """
         server = self.server()
         if server is None:
             return True
-        self._state_file.with_name(f"{self._state_file.name}.ended").write_text(f"{server.pid}\n")
+        self.state_file.with_name(f"{self.state_file.name}.ended").write_text(f"{server.pid}\n")
         for sig, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, 0.5)):
-            deadline = time.monotonic() + seconds
-            self.end(server, sig)
-            while time.monotonic() < deadline:
-                if not self.alive(server):
-                    return True
-                time.sleep(0.02)
+            end(server, sig)
+            if wait_until(lambda: not alive(server), time.monotonic() + seconds):
+                return True
         return False
 
-    def _records(self):
+    def _records(self) -> list[tuple[int, int, int]]:
         try:
-            words = map(str.split, self._state_file.read_text().splitlines())
+            words = map(str.split, self.state_file.read_text().splitlines())
             return [(int(pid), int(started), int(restarts)) for pid, started, restarts in words]
         except (OSError, ValueError):
             return []
 
 
-def _stat(pid):
-    try:
-        stat = pathlib.Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    fields = stat.rpartition(b")")[2].split()  # the name before may hold anything
-    return Process(pid, int(fields[19]), int(fields[1]), fields[0].decode())
+def alive(process: psutil.Process) -> bool:
+    """Tell whether a process lives.
 
-
-def _process(pid, started=None):
-    """Return the Process, or None if it is dead or, by its start time, another.
-
-    A zombie is dead once its other threads are gone too: until then they hold the memory.
+    A zombie is dead, unless it has other threads yet: they hold its memory.
     """
-    process = _stat(pid)
-    if process is None or started not in (None, process.started):
-        return None
     try:
-        return process if process.state not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1 else None
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return process.num_threads() > 1
+        return process.is_running()
+    except psutil.Error:
+        return False
+
+
+def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:
+    """Signal a process, unless its number has passed to another."""
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(sig)
+
+
+def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
+    """Wait for the condition until ``deadline`` (monotonic); return whether it came true."""
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _runner(process: psutil.Process, options: dict[str, str]) -> Runner:
+    model = options["--model"]
+    digest = _DIGEST.search(model)
+    return Runner(
+        process, digest and digest[1].lower(), os.path.basename(model), options.get("--port")
+    )
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process was started; None if there is none.
+
+    Read by hand: psutil gives the start as a time of day, which moves with the clock.
+    """
+    try:
+        about = pathlib.Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
+    return int(about.rpartition(b")")[2].split()[19])  # the name before may hold anything
+
+
+def _mapped_files(pid: int) -> set[str]:
+    """Return the names of the files that a process has mapped.
+
+    Read by hand: psutil measures every mapping, which takes seconds for a large model.
+    """
+    lines = pathlib.Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+    return {line.rpartition("/")[2].removesuffix(" (deleted)") for line in lines if "/" in line}
+
+
+# ---------------------------------------------------------------------------------------
+# Progress: the arithmetic of a download
+# ---------------------------------------------------------------------------------------
+
+
+class Progress:
+    """What a download has of each layer, and how fast it comes. Times are monotonic seconds."""
+
+    def __init__(self, now: float):
+        self.layers: dict[str, list[int]] = {}  # digest: [completed, total], as Ollama shows them
+        self.moved_at = now  # when the last byte came, or the last change of status
+        self._percent = 0.0
+        self._from, self._to = 0.0, 100.0  # the part of the whole work that goes on now
+        self._received = 0
+        self._speed: collections.deque[tuple[float, int]] = collections.deque()
+
+    def note(self, line: Json, now: float) -> None:
+        """Note one of Ollama's progress lines."""
+        digest = line.get("digest")
+        if digest:
+            self._note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
+        if digest or not line["status"].startswith("pulling"):
+            self._complete_layers_before(digest)
+        if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
+            self._speed.append((now, self._received))
+            while now - self._speed[0][0] > SPEED_WINDOW_S:
+                self._speed.popleft()
+
+    def begin_part(self, start: float, end: float) -> None:
+        """Let what comes now count from ``start`` to ``end`` percent of the whole."""
+        self._from, self._to = start, end
+
+    def set_layers(self, layers: dict[str, list[int]]) -> None:
+        """Replace the layers: by the model's files, to check them or at the end."""
+        self.layers = layers
+
+    def completed_bytes(self) -> int:
+        return sum(completed for completed, _ in self.layers.values())
+
+    def missing_bytes(self) -> int:
+        return sum(total - completed for completed, total in self.layers.values())
+
+    def figures(self, now: float, ended: bool = False, succeeded: bool = False) -> Json:
+        """Return percent (never falls, 100 only with success), bytes, speed and ETA."""
+        completed, missing = self.completed_bytes(), self.missing_bytes()
+        total = completed + missing
+        if total:
+            percent = self._from + (self._to - self._from) * completed / total
+            self._percent = max(self._percent, min(99.9, int(percent * 10) / 10))
+        speed = 0
+        if self._speed and not ended:
+            began, received = self._speed[0]
+            speed = int((self._received - received) / max(now - began, PROGRESS_S))
+        return {
+            "percent": 100.0 if succeeded else self._percent,
+            "completed_bytes": completed,
+            "total_bytes": total,
+            "bytes_per_second": speed,
+            "eta_seconds": missing // speed if speed else None,
+        }
+
+    def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
+        before = self.layers.get(digest)
+        self.layers[digest] = [min(completed, total), total]
+        gained = self.layers[digest][0] - before[0] if before else 0
+        self._received += max(0, gained)
+        if gained > 0 or not before:
+            self.moved_at = now
+        if len(self.layers) > LAYERS_LIMIT:
+            raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
+
+    def _complete_layers_before(self, digest: str | None) -> None:
+        """Ollama has gone on to this layer. The last line of a layer may stay below its total."""
+        for layer, sizes in self.layers.items():
+            if layer == digest:
+                return
+            sizes[0] = sizes[1]
+
+
+# ---------------------------------------------------------------------------------------
+# Download: one pull of one model
+# ---------------------------------------------------------------------------------------
+
+
+class Reader(threading.Thread):
+    """Puts the progress lines of one connection into ``lines``; at its end a ServiceError.
+
+    Reading may block: ``requests`` fixes the timeout when the request is sent, and Ollama is
+    silent while it verifies.
+    """
+
+    def __init__(self, ollama: Ollama, model: str, insecure: bool):
+        super().__init__(name=f"read {model}", daemon=True)
+        self.lines: queue.SimpleQueue[Json | ServiceError] = queue.SimpleQueue()
+        self._pull = (ollama, model, insecure)
+        self._stream: Stream | None = None
+        self._closed = False
+        self.start()
+
+    def run(self) -> None:
+        ollama, model, insecure = self._pull
+        try:
+            self._stream = ollama.pull(model, insecure)
+            if self._closed:
+                self._stream.close()
+            for line in self._stream:
+                self.lines.put(line)
+            raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
+        except ServiceError as e:
+            self.lines.put(e)
+        except Exception as e:
+            log.exception("pull %s: a bug", model)
+            self.lines.put(ServiceError("bug", f"The download broke on a bug: {clean(e)}."))
+
+    def close(self) -> None:
+        """End the connection, also one that is not open yet."""
+        self._closed = True
+        if self._stream:
+            self._stream.close()
 
 
 class Download:
     """One pull of one model, owned by the service; any number of listeners attach to it.
 
-    A link thread reads Ollama's stream and may hang; the download's own thread watches it,
-    reconnects, and decides the one end: `state` "success", "error" or "cancelled".
+    Its thread decides on stop, stall, disk and reconnect. ``state`` is "running", then
+    "success", "error" or "cancelled".
     """
 
-    def __init__(self, ollama, store, model, insecure, on_end):
-        self.model, self.insecure = model, insecure
+    def __init__(self, tools: "Downloads", model: str, insecure: bool, verify: bool):
+        self.model, self.verify = model, verify
         self.state, self.error, self.ended_at = "running", None, None
-        self.layers = {}  # digest: [completed, total], in the manifest's order
-        self.known = threading.Event()  # how it stands: a layer was seen, or it has ended
+        self.first_news = threading.Event()  # a layer was seen, or it has ended
         self.ended = threading.Event()
-        self._ollama, self._store, self._on_end = ollama, store, on_end
-        self._listeners, self._detached, self._started_at = 0, False, time.time()
+        self._tools, self._insecure = tools, insecure
+        self._progress = Progress(time.monotonic())
+        self._started_at = time.time()
+        self._listeners, self._detached = 0, False
         self._changed = threading.Condition()
-        self._line, self._said, self._said_count = {"status": "starting"}, collections.deque(maxlen=64), 0
-        self._link, self._stop = None, None
-        self._percent, self._received, self._moved_at = 0.0, 0, time.monotonic()
-        self._speed = collections.deque()
+        self._line: Json = {"status": "starting"}
+        self._said: collections.deque[Json] = collections.deque(maxlen=64)
+        self._said_count = 0
+        self._reader: Reader | None = None
+        self._stop: ServiceError | None = None
         threading.Thread(target=self._run, name=f"pull {model}", daemon=True).start()
 
-    def join(self, detach):
+    def join(self, detach: bool, verify: bool) -> typing.Iterable[Json] | None:
         """Attach a listener and return its lines; None if the download is about to end.
 
         Detached, there are no lines, and the download goes on without listeners.
@@ -540,258 +965,333 @@ class Download:
         with self._changed:
             if self._stop or self.state != "running":
                 return None
+            self.verify = self.verify or verify
             self._detached = self._detached or detach
             self._listeners += not detach
             return () if detach else self._lines(self._said_count)
 
-    def leave(self):
+    def leave(self) -> None:
         """Take a listener away; with the last one the download stops."""
         with self._changed:
             self._listeners -= 1
             if self._listeners == 0 and not self._detached:
-                self.stop(OllamaError("cancelled", "The last listener left: pull again, it goes on from here."))
+                words = "The last listener left: pull again, it goes on from here."
+                self.stop(ServiceError("cancelled", words))
 
-    def stop(self, error):
-        """End the download with this error; `ended` tells when it has."""
+    def stop(self, error: ServiceError) -> None:
+        """End the download with this error; ``ended`` tells when it has."""
         with self._changed:
             self._stop = self._stop or error
             self._changed.notify_all()
 
-    def summary(self):
-        """Return what `GET /api/models/pull` says of it."""
-        with self._changed:
-            return {"model": self.model, "state": self.state, "status": self._line["status"], **self._figures(),
-                    "listeners": self._listeners, "detached": self._detached,
-                    "error": self.error and str(self.error), "code": self.error and self.error.code,
-                    "started_at": timestamp(self._started_at), "ended_at": timestamp(self.ended_at)}
+    def reconnect(self) -> None:
+        """Break the connection to Ollama; the download makes a new one."""
+        if self._reader:
+            self._reader.close()
 
-    def last_line(self):
+    def digests(self) -> set[str]:
+        """Return the digests (hex) of the layers seen so far."""
+        with self._changed:
+            found = map(_DIGEST.fullmatch, self._progress.layers)
+            return {digest[1] for digest in found if digest}
+
+    def summary(self) -> Json:
+        """Return what ``GET /api/models/pull`` says of it."""
+        with self._changed:
+            return {
+                "model": self.model,
+                "state": self.state,
+                "status": self._line["status"],
+                **self._figures(),
+                "listeners": self._listeners,
+                "detached": self._detached,
+                "error": self.error and str(self.error),
+                "code": self.error and self.error.code,
+                "started_at": timestamp(self._started_at),
+                "ended_at": timestamp(self.ended_at),
+            }
+
+    def last_line(self) -> Json:
+        """Return the one line that ends the stream."""
         if self.error:
             return {"error": str(self.error), "code": self.error.code}
         return {"status": "success", **self._figures()}
 
-    def take(self, link, progress):
-        """Note one of Ollama's progress lines, unless its link was given up."""
-        digest, status, now = progress.get("digest"), progress["status"], time.monotonic()
-        with self._changed:
-            if link is not self._link:
-                return
-            if digest:
-                total = progress.get("total", 0)
-                before, self.layers[digest] = self.layers.get(digest), [min(progress.get("completed", 0), total), total]
-                gained = self.layers[digest][0] - before[0] if before else 0
-                self._received += max(0, gained)
-                if gained > 0 or not before:
-                    self._moved_at = now
-                if len(self.layers) > LAYERS_LIMIT:
-                    raise OllamaError("bad_answer", "Ollama speaks of more layers than a model has.")
-            if digest or not status.startswith("pulling"):
-                for layer, sizes in self.layers.items():
-                    if layer == digest:
-                        break
-                    sizes[0] = sizes[1]  # Ollama has gone on: a layer's last line may stay below its total
-            if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
-                self._speed.append((now, self._received))
-                while now - self._speed[0][0] > SPEED_WINDOW_S:
-                    self._speed.popleft()
-            changed = status != self._line["status"]
-            self._line = {k: progress[k] for k in ("status", "digest", "total", "completed") if k in progress}
-            if changed:
-                self._say(self._line)
-        if changed and digest:
-            self._guard_disk()
-        if digest or not status.startswith("pulling"):
-            self.known.set()
+    # The listeners' side
 
-    def reconnect(self):
-        if self._link:
-            self._link.close()
-
-    def wake(self):
-        with self._changed:
-            self._changed.notify_all()
-
-    def _lines(self, seen):
-        shown, shown_at, late = None, 0, seen > 0
+    def _lines(self, seen: int) -> typing.Iterator[Json]:
+        """Yield what is said, the figures between, and the last line."""
+        shown, shown_at, at_once = None, 0.0, seen > 0
         while True:
-            with self._changed:
-                if shown or not late:
-                    self._changed.wait_for(lambda: self._said_count > seen or self.ended.is_set(), PROGRESS_S)
-                lines = list(self._said)[seen - self._said_count:] if self._said_count > seen else []
-                seen, line, ended = self._said_count, self._line, self.state != "running"
-                if not lines and not ended and (line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S):
-                    lines = [{**line, **self._figures()}]
+            lines, line, ended = self._wait_for_news(seen, 0 if at_once else PROGRESS_S)
+            seen += len(lines)
+            late = line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S
+            if late and not lines and not ended:
+                lines = [{**line, **self._figures()}]
             if lines:
                 yield from lines
                 shown, shown_at = line, time.monotonic()
             if ended:
                 yield self.last_line()
                 return
+            at_once = False
 
-    def _say(self, line):
-        self._line = line
-        self._moved_at = time.monotonic()
-        self._said.append({**line, **self._figures()})
-        self._said_count += 1
-        self._changed.notify_all()
-
-    def _figures(self):
-        completed, total = (sum(sizes) for sizes in zip([0, 0], *self.layers.values()))
-        if total:
-            self._percent = max(self._percent, min(99.9, completed * 1000 // total / 10))
-        speed = 0
-        if self._speed and self.state == "running":
-            began, received = self._speed[0]
-            speed = int((self._received - received) / max(time.monotonic() - began, PROGRESS_S))
-        return {"percent": 100.0 if self.state == "success" else self._percent, "completed_bytes": completed,
-                "total_bytes": total, "bytes_per_second": speed, "eta_seconds": (total - completed) // speed if speed else None}
-
-    def _run(self):
-        error = _error_of(self.model, self._pull)
-        if error:
-            log.log(logging.INFO if error.code == "cancelled" else logging.WARNING,
-                    "pull %s: %s: %s", self.model, error.code, error)
+    def _wait_for_news(self, seen: int, timeout_s: float) -> tuple[list[Json], Json, bool]:
+        """Return the lines that were said since, the newest line, and whether it has ended."""
         with self._changed:
-            if not error:  # Ollama shows no line of a layer that comes at once
-                blobs = self._store.sizes(self._store.models().get(name_key(self.model), ()))
-                self.layers.update({f"sha256:{digest}": [size, size] for digest, size in blobs.items()})
+            self._changed.wait_for(lambda: self._has_news(seen), timeout_s)
+            new = self._said_count - seen
+            return list(self._said)[-new:] if new else [], self._line, self.state != "running"
+
+    def _has_news(self, seen: int) -> bool:
+        return self._said_count > seen or self.state != "running"
+
+    def _say(self, line: Json) -> None:
+        """Show a change of status to every listener at once."""
+        with self._changed:
+            self._line = line
+            self._progress.moved_at = time.monotonic()
+            self._said.append({**line, **self._figures()})
+            self._said_count += 1
+            self._changed.notify_all()
+
+    def _figures(self) -> Json:
+        ended, succeeded = self.state != "running", self.state == "success"
+        return self._progress.figures(time.monotonic(), ended, succeeded)
+
+    # The owner's side
+
+    def _run(self) -> None:
+        error = None
+        try:
+            self._work()
+        except ServiceError as e:
+            error = e
+        except Exception as e:
+            log.exception("pull %s: a bug", self.model)
+            error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
+        if error:
+            level = logging.INFO if error.code == "cancelled" else logging.WARNING
+            log.log(level, "pull %s: %s: %s", self.model, error.code, error)
+        with self._changed:
+            if not error:
                 self._line = {"status": "success"}
             self.error, self.ended_at = error, time.time()
-            self.state = "success" if not error else "cancelled" if error.code == "cancelled" else "error"
-        self._on_end(self)
+            ends = {None: "success", "cancelled": "cancelled"}
+            self.state = ends.get(error and error.code, "error")
+        self._tools.note_end(self)
         self.ended.set()
-        self.known.set()
-        self.wake()
+        self.first_news.set()
+        with self._changed:
+            self._changed.notify_all()
 
-    def _pull(self):
+    def _work(self) -> None:
+        store, key = self._tools.store, name_key(self.model)
+        replaced = set(store.models().get(key, ()))
+        self._progress.begin_part(0, 50 if self.verify else 100)
+        try:
+            self._pull()
+        except ServiceError as e:
+            if e.code == "model_not_found" and self.verify:
+                self._name_damage(e)
+            raise
+        if self.verify and self._remove_damaged():
+            self._pull()
+        blobs = store.sizes(store.models().get(key, ()))
+        with self._changed:  # Ollama shows no line of a layer that comes at once
+            layers = {f"sha256:{digest}": [size, size] for digest, size in blobs.items()}
+            self._progress.set_layers(layers)
+        self._tools.remove_replaced(self, replaced - set(store.models().get(key, ())))
+
+    def _pull(self) -> None:
+        """Pull until success, over as many connections as it takes."""
         failures, mark = 0, 0
         while True:
-            link = self._link = _Link(self._ollama, self)
             try:
-                return self._watch(link)
-            except OllamaError as e:
-                begun = self.layers and e.code in ("ollama_unreachable", "ollama_timeout", "registry_unreachable")
-                if e.code != "pull_interrupted" and not begun:
+                return self._follow_connection()
+            except ServiceError as e:
+                if not self._goes_on_after(e):
                     raise
-                completed = self._figures()["completed_bytes"]
+                completed = self._progress.completed_bytes()
                 failures, mark = (1, completed) if completed > mark else (failures + 1, mark)
                 if failures > MAX_RECONNECTS:
-                    raise OllamaError(e.code, f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; "
-                                      f"the next pull goes on from here. The last reason: {e}") from e
-                log.warning("pull %s: reconnecting: %s", self.model, e)
-                with self._changed:
-                    self._say({"status": f"reconnecting ({failures} of {MAX_RECONNECTS}): {e}"})
-                    self._changed.wait_for(lambda: self._stop, min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1)))
-            finally:
-                link.close()
+                    raise ServiceError(
+                        e.code,
+                        f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
+                        f"next pull goes on from here. The last reason: {e}",
+                    ) from e
+                self._pause_before_reconnect(failures, e)
 
-    def _watch(self, link):
-        while link.outcome is None:
-            with self._changed:
-                self._changed.wait_for(lambda: link.outcome or self._stop, 1)
-                silent_s, status = time.monotonic() - self._moved_at, self._line["status"]
-            if self._stop:
-                raise self._stop
-            self._guard_disk()
-            if silent_s > STALL_S and status.startswith(("pulling", "starting", "reconnecting")):
-                raise OllamaError("pull_interrupted", f"No byte came for {STALL_S} s.")
-        if link.outcome is not True:
-            raise link.outcome
+    def _goes_on_after(self, error: ServiceError) -> bool:
+        passing = ("ollama_unreachable", "ollama_timeout", "registry_unreachable")
+        begun = bool(self._progress.layers)
+        return error.code == "pull_interrupted" or (begun and error.code in passing)
 
-    def _guard_disk(self):
-        free, layers = self._store.free_bytes(), list(self.layers.values())
-        missing = sum(total - completed for completed, total in layers)
+    def _pause_before_reconnect(self, failures: int, reason: ServiceError) -> None:
+        log.warning("pull %s: reconnecting: %s", self.model, reason)
+        status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
+        self._say({"status": status, "reason": str(reason)})
+        pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
+        with self._changed:
+            self._changed.wait_for(lambda: self._stop, pause_s)
+
+    def _follow_connection(self) -> None:
+        """Note the lines of one connection; return with Ollama's success."""
+        reader = self._reader = Reader(self._tools.ollama, self.model, self._insecure)
+        try:
+            while True:
+                self._check_stop()
+                self._check_disk()
+                line = self._next_line(reader)
+                if line and line["status"] == "success":
+                    return
+                if line:
+                    self._note(line)
+                elif self._stalled():
+                    raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+        finally:
+            reader.close()
+
+    def _next_line(self, reader: Reader) -> Json | None:
+        try:
+            line = reader.lines.get(timeout=PROGRESS_S)
+        except queue.Empty:
+            return None
+        if isinstance(line, ServiceError):
+            raise line
+        return line
+
+    def _note(self, line: Json) -> None:
+        kept = {key: line[key] for key in ("status", "digest", "total", "completed") if key in line}
+        with self._changed:
+            self._progress.note(line, time.monotonic())
+            if line["status"] != self._line["status"]:
+                self._say(kept)
+            self._line = kept
+        if "digest" in line or not line["status"].startswith("pulling"):
+            self.first_news.set()
+
+    def _stalled(self) -> bool:
+        fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
+        return fetching and time.monotonic() - self._progress.moved_at > STALL_S
+
+    def _check_stop(self) -> None:
+        if self._stop:
+            raise self._stop
+
+    def _check_disk(self) -> None:
+        free, missing = self._tools.store.free_bytes(), self._progress.missing_bytes()
         if free is not None and missing and free - missing < DISK_RESERVE_BYTES:
-            raise OllamaError("disk_full", f"The rest of {self.model} needs {missing >> 20} MB and "
-                              f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._store.path} has {free >> 20} MB: "
-                              "delete a model or enlarge the disk.")
+            raise ServiceError(
+                "disk_full",
+                f"The rest of {self.model} needs {missing >> 20} MB and "
+                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._tools.store.path} has "
+                f"{free >> 20} MB: delete a model or enlarge the disk.",
+            )
+
+    # Checking what is there
+
+    def _remove_damaged(self) -> list[str]:
+        """Remove the files that differ from their digests, and say so; return their digests."""
+        damaged = self._find_damaged()
+        for digest in damaged:
+            self._tools.store.blob(digest).unlink(missing_ok=True)
+        if damaged:
+            names = ", ".join(digest[:12] for digest in damaged)
+            log.warning("pull %s: removed damaged files: %s", self.model, names)
+            self._say({"status": f"removed {len(damaged)} damaged: {names}"})
+        return damaged
+
+    def _name_damage(self, error: ServiceError) -> None:
+        """Check a model that the registry does not know; raise what is wrong with its files."""
+        if name_key(self.model) not in self._tools.store.models():
+            return
+        damaged = self._find_damaged()
+        names = ", ".join(digest[:12] for digest in damaged)
+        found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
+        code = "model_damaged" if damaged else error.code
+        words = f"The registry does not know {self.model}, so nothing was removed; {found}."
+        raise ServiceError(code, words)
+
+    def _find_damaged(self) -> list[str]:
+        """Read the model's files; return the digests of those whose content has another one."""
+        store = self._tools.store
+        sizes = store.sizes(store.models().get(name_key(self.model), ()))
+        with self._changed:
+            self._progress.begin_part(50, 100)
+            layers = {f"sha256:{digest}": [0, size] for digest, size in sizes.items()}
+            self._progress.set_layers(layers)
+        self.first_news.set()
+        return [digest for digest in sizes if not self._is_whole(digest, layers)]
+
+    def _is_whole(self, digest: str, layers: dict[str, list[int]]) -> bool:
+        status = f"checking {digest[:12]}"
+        self._say({"status": status, "digest": f"sha256:{digest}"})
+        checksum, buffer = hashlib.sha256(), bytearray(CHECK_BYTES)
+        with self._tools.store.blob(digest).open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                self._check_stop()
+                checksum.update(memoryview(buffer)[:size])
+                sizes = layers[f"sha256:{digest}"]
+                sizes[0] = min(sizes[0] + size, sizes[1])
+        whole = checksum.hexdigest() == digest
+        if not whole:
+            layers[f"sha256:{digest}"][0] = 0
+        return whole
 
 
-class _Link(threading.Thread):
-    """The reader of one connection; its `outcome` becomes True for success, or an OllamaError."""
-
-    def __init__(self, ollama, download):
-        super().__init__(name=f"link {download.model}", daemon=True)
-        self.outcome, self._stream, self._closed = None, None, False
-        self._ollama, self._download = ollama, download
-        self.start()
-
-    def run(self):
-        self.outcome = _error_of(self._download.model, self._read) or True
-        self._download.wake()
-
-    def _read(self):
-        self._stream = self._ollama.pull(self._download.model, self._download.insecure)
-        if self._closed:
-            self._stream.close()
-        for progress in self._stream:
-            if progress["status"] == "success":
-                return
-            self._download.take(self, progress)
-        raise OllamaError("pull_interrupted", "Ollama ended the pull without success: pull again, it goes on from here.")
-
-    def close(self):
-        self._closed = True
-        if self._stream:
-            self._stream.close()
-
-
-def _error_of(model, work):
-    """Do the work; return the OllamaError that it ended with, or None."""
-    try:
-        work()
-    except OllamaError as e:
-        return e
-    except Exception as e:
-        log.exception("pull %s: a bug", model)
-        return OllamaError("bug", f"The download broke on a bug: {_clean(e)}.")
+# ---------------------------------------------------------------------------------------
+# Downloads: all of them
+# ---------------------------------------------------------------------------------------
 
 
 class Downloads:
-    """The downloads under way, at most `limit`, and the last ended ones."""
+    """The downloads under way, at most ``limit``, and the last ended ones."""
 
-    def __init__(self, ollama, store, limit):
-        self._ollama, self._store, self._limit = ollama, store, limit
+    def __init__(self, ollama: Ollama, store: Store, processes: Processes, limit: int):
+        self.ollama, self.store = ollama, store
+        self._processes, self._limit = processes, limit
         self._lock = threading.Lock()
-        self._running, self._ended = {}, collections.deque(maxlen=ENDED_KEPT)
-        self._closing = None
+        self._running: dict[str, Download] = {}
+        self._ended: collections.deque[Download] = collections.deque(maxlen=ENDED_KEPT)
+        self._closing: ServiceError | None = None
+        self.counts = {"success": 0, "error": 0, "cancelled": 0}  # since the start
 
-    def pull(self, model, insecure=False, detach=False):
-        """Start a download or join the one under way; return it and its lines. Raises OllamaError."""
-        key = name_key(model)
+    def pull(
+        self, model: str, insecure: bool = False, detach: bool = False, verify: bool = False
+    ) -> tuple[Download, typing.Iterable[Json]]:
+        """Start a download or join the one under way; return it and its lines."""
         for _ in range(3):
             with self._lock:
-                if self._closing:
-                    raise self._closing
-                if key not in self._running:
-                    if len(self._running) >= self._limit:
-                        raise OllamaError("too_many_pulls", f"{self._limit} downloads are under way: wait for one, "
-                                          "cancel one, or raise LLM_MAX_PULLS.")
-                    self._running[key] = Download(self._ollama, self._store, model, insecure, self._on_end)
-                download = self._running[key]
-                lines = download.join(detach)
+                download = self._running_or_new(model, insecure, verify)
+                lines = download.join(detach, verify)
             if lines is not None:
                 return download, lines
             download.ended.wait(2)
-        raise OllamaError("model_being_pulled", "A download of this model is just being cancelled: try again.")
+        raise ServiceError(
+            "model_being_pulled",
+            "A download of this model is just being cancelled: try again.",
+        )
 
-    def cancel(self, model, purge=False):
-        """Cancel a download; return the bytes that `purge` freed of its parts. Raises OllamaError."""
-        key = name_key(model)
-        with self._lock:
-            unfinished = [d for d in self._ended if name_key(d.model) == key and d.state != "success"]
-            download = self._running.get(key) or (unfinished[-1] if purge and unfinished else None)
+    def cancel(self, model: str, purge: bool = False) -> int:
+        """Cancel a download; return the bytes that ``purge`` freed of its parts."""
+        download = self._find(model, ended=purge)
         if download is None:
-            raise OllamaError("no_such_pull", f"No download of {model} is under way: GET /api/models/pull lists them.")
+            raise ServiceError(
+                "no_such_pull",
+                f"No download of {model} is under way: GET /api/models/pull lists them.",
+            )
         next_pull = "its parts are removed" if purge else "pull again, it goes on from here"
-        download.stop(OllamaError("cancelled", f"Cancelled by request: {next_pull}."))
+        download.stop(ServiceError("cancelled", f"Cancelled by request: {next_pull}."))
         download.ended.wait(2)
+        if not purge:
+            return 0
         with self._lock:
-            others = {digest for d in self._running.values() for digest in d.layers}
-        digests = [found[1] for found in map(_DIGEST.fullmatch, set(download.layers) - others) if found]
-        return self._store.purge(digests) if purge else 0
+            others = list(self._running.values())
+        digests = download.digests().difference(*(other.digests() for other in others))
+        return self.store.purge(digests, lambda: self._processes.held_files()[0])
 
-    def list(self):
+    def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""
         with self._lock:
             while self._ended and time.time() - self._ended[0].ended_at > ENDED_KEPT_S:
@@ -799,23 +1299,98 @@ class Downloads:
             downloads = [*self._running.values(), *reversed(self._ended)]
         return [download.summary() for download in downloads]
 
-    def reconnect(self):
-        """Break every download's connection: before Ollama is ended, so that it keeps the parts."""
-        for download in list(self._running.values()):
-            download.reconnect()
+    def running_count(self) -> int:
+        """Return how many downloads are under way."""
+        return len(self._running)
 
-    def running(self, model):
+    def running(self, model: str) -> bool:
+        """Tell whether this model is being downloaded."""
         return name_key(model) in self._running
 
-    def close(self):
+    def prune(self, older_than_s: float, dry_run: bool) -> tuple[int, int]:
+        """Remove what no model uses; return (freed bytes, files).
+
+        Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
+        """
+        with self._lock:
+            if self._running:
+                raise ServiceError(
+                    "model_being_pulled",
+                    "A download is under way: wait for its end, or cancel it.",
+                )
+            return self.store.prune(older_than_s, self._held_unless_written(), dry_run)
+
+    def remove_replaced(self, download: Download, digests: set[str]) -> None:
+        """Remove these blobs of a model's old version, if nothing could need them yet."""
+        if not digests:
+            return
+        with self._lock:
+            if [*self._running.values()] != [download]:
+                return
+            try:
+                held = self._held_unless_written()
+                freed, _ = self.store.prune(0, held, only=digests)
+            except (ServiceError, OSError) as e:
+                log.warning("pull %s: the old version stays: %s", download.model, e)
+                return
+        log.info("pull %s: the old version is removed: %d bytes", download.model, freed)
+
+    def reconnect(self) -> None:
+        """Break every download's connection: before Ollama is ended, so that it keeps the parts."""
+        with self._lock:
+            downloads = list(self._running.values())
+        for download in downloads:
+            download.reconnect()
+
+    def close(self) -> None:
         """End all downloads: the service stops."""
         with self._lock:
-            self._closing = OllamaError("shutting_down", "The service is stopping: pull again later, it goes on from here.")
+            self._closing = ServiceError(
+                "shutting_down",
+                "The service is stopping: pull again later, it goes on from here.",
+            )
             downloads = list(self._running.values())
         for download in downloads:
             download.stop(self._closing)
 
-    def _on_end(self, download):
+    def note_end(self, download: Download) -> None:
+        """Move a download to the ended ones."""
         with self._lock:
             del self._running[name_key(download.model)]
             self._ended.append(download)
+            self.counts[download.state] += 1
+
+    def _running_or_new(self, model: str, insecure: bool, verify: bool) -> Download:
+        key = name_key(model)
+        if self._closing:
+            raise self._closing
+        if key not in self._running:
+            if len(self._running) >= self._limit:
+                raise ServiceError(
+                    "too_many_pulls",
+                    f"{self._limit} downloads are under way: wait for one, cancel one, or "
+                    "raise LLM_MAX_PULLS.",
+                )
+            self._running[key] = Download(self, model, insecure, verify)
+        return self._running[key]
+
+    def _find(self, model: str, ended: bool) -> Download | None:
+        """Return the download under way; else, if asked for, the last one that failed."""
+        key = name_key(model)
+        with self._lock:
+            if key in self._running or not ended:
+                return self._running.get(key)
+            for download in reversed(self._ended):
+                if name_key(download.model) == key and download.state != "success":
+                    return download
+        return None
+
+    def _held_unless_written(self) -> set[str]:
+        """Return the files that processes hold; refuse while one of the store is written."""
+        held, written = self._processes.held_files()
+        if any(map(_BLOB_FILE.fullmatch, written)):
+            raise ServiceError(
+                "model_being_pulled",
+                "Ollama is writing to the model store: wait for the pull or create to end.",
+            )
+        return held
