@@ -1,30 +1,39 @@
-"""The GPU through NVML; nothing else in this service knows of it.
+"""The machine's GPUs: what NVML says of them, and on a Jetson what the system's files say.
 
-Source: NVIDIA's NVML by the package nvidia-ml-py (import name pynvml). What raises what:
+NVML is NVIDIA's library, here through the package nvidia-ml-py (import name pynvml).
 
-- no library on the machine: ``nvmlInit`` raises LibraryNotFound; a library without its driver:
-  DriverNotLoaded
-- driver updated under a running container: LibRmVersionMismatch; until the host reboots
-- fallen off the bus: GpuIsLost or Unknown; Unknown also when the host's systemd reloaded its
-  device rules under a container, which a restart of the container heals
-- GB10: memory info is NotSupported (the memory is the system's), the rest works; Jetson Orin
-  says little, older Jetsons have no NVML at all
-- MIG: utilization NotSupported; in a container memory NoPermission
-- a broken driver: the call never returns
+- No library on the machine: ``nvmlInit`` raises LibraryNotFound. A library without its
+  driver: DriverNotLoaded.
+- Driver updated under a running container: LibRmVersionMismatch, until the host reboots.
+- Off the bus: GpuIsLost or Unknown. Unknown also when the host's systemd has reloaded its
+  device rules under a container, which a restart of the container heals.
+- Device nodes closed to the user: NoPermission at ``nvmlInit``.
+- MIG: utilization is NotSupported, and in a container memory is NoPermission.
+- GB10, Jetson Thor: memory is NotSupported, since it is the system's; processes are listed.
+- Jetson Orin: name and UUID at most. The rest is NotSupported, or zeros that count as
+  success. JetPack 5 and older have no NVML.
+- A broken driver: the call never returns.
 
-Seen on an H200 (driver 580): device nodes closed to the user give NoPermission at ``nvmlInit``, and
-nodes that are no devices neither that nor DriverNotLoaded (so: lost); memory info of version 1
-counts 615 MB of the driver's own as used; a sample takes 0.03 ms, the first one 25 ms.
+Seen on an H200 (driver 580): memory info of version 1 counts 615 MB of the driver's own as
+used; a sample takes 0.03 ms, the first one 25 ms.
+
+A Jetson's files are in sysfs, and everyone may read them, in a container too. Sources:
+jetson_stats, tegrastats, NVIDIA's Jetson Linux guide. None of it was tried on a board.
 """
 
 import contextlib
-import pathlib
+import dataclasses
+import glob
+import os
+import re
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pynvml
 
 TIMEOUT_S = 0.4
-ACTIONS = {
+ACTIONS: dict[str, str] = {  # recommended_action of each state
     "ok": "none",
     "none": "none",
     "unified": "none",
@@ -33,27 +42,38 @@ ACTIONS = {
     "no_permission": "restart_service",
     "unresponsive": "reboot_host",
 }
+FIGURES = (
+    "name",
+    "uuid",
+    "utilization_percent",
+    "memory_used_mb",
+    "memory_total_mb",
+    "temperature_c",
+    "power_w",
+    "board_power_w",
+    "power_rail",
+)
 MB = 1024 * 1024
+ROOT = "/"  # where the system's files are
 
-_lock = threading.Lock()
-_probe = None
-
-
-class GpuError(Exception):
-    """Root of this module's errors; `state` is one of ACTIONS."""
-
-    def __init__(self, state):
-        super().__init__(state)
-        self.state = state
+# ------------------------------------------------------------ what callers use
 
 
-def sample(timeout_s=TIMEOUT_S):
-    """Read every GPU once.
+def sample(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    """Read every GPU once; never raises.
 
-    Returns ``{"state": str, "gpus": [{"index", "name", "uuid", "utilization_percent",
-    "memory_used_mb", "memory_total_mb", "temperature_c", "power_w"}]}``; None where the device
-    does not say. Never raises. The NVML calls run in a thread of their own, one at a time, so
-    that a call that does not return costs its caller `timeout_s` once, and one thread in all.
+    Returns ``{"state", "memory_shared", "memory_source", "gpus": [{"index", "name", "uuid",
+    "utilization_percent", "memory_used_mb", "memory_total_mb", "temperature_c", "power_w",
+    "board_power_w", "power_rail"}]}``, None where the device does not say.
+
+    `state` is one of ACTIONS. `memory_shared`: GPU and system share one memory, as on a Jetson
+    and GB10. The total is then the system's, and used is by `memory_source`: "nvmap" (the
+    GPU's part by the Jetson's own count), "nvml" (the sum of the GPU's processes), or "system"
+    (all that is in use). `board_power_w` is what the board's rail `power_rail` carries, never
+    the GPU alone.
+
+    One thread reads at a time, so that a call or a file that does not return costs its callers
+    `timeout_s` once. Until it returns, the state is "unresponsive".
     """
     global _probe
     with _lock:
@@ -64,103 +84,329 @@ def sample(timeout_s=TIMEOUT_S):
     if not probe.overdue:
         probe.join(timeout_s)
         probe.overdue = probe.is_alive()
-    return probe.result
+    return probe.reading or _reading("unresponsive", [])
 
 
-def memory_mb(reading):
-    """Sum a reading's memory over its GPUs: `(used, total)`; (None, None) where no GPU says."""
-    told = [g for g in reading["gpus"] if g["memory_total_mb"] is not None]
+def memory_totals(reading: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return the used and the total MB of all GPUs that say both; (None, None) if none does."""
+    figures = [(gpu["memory_used_mb"], gpu["memory_total_mb"]) for gpu in reading["gpus"]]
+    told = [(used, total) for used, total in figures if None not in (used, total)]
     if not told:
         return None, None
-    return sum(g["memory_used_mb"] for g in told), sum(g["memory_total_mb"] for g in told)
+    return sum(used for used, _ in told), sum(total for _, total in told)
+
+
+def memory_in_use(reading: dict[str, Any]) -> tuple[str, int | None]:
+    """Return where the models' memory was measured, "nvml" or "system", and the MB in use.
+
+    None: only the whole system's figure is known, which moves by itself, or nothing.
+    """
+    source = reading["memory_source"]
+    if source not in ("nvml", "nvmap"):
+        return "system", None
+    used = sum(gpu["memory_used_mb"] or 0 for gpu in reading["gpus"])
+    return ("nvml" if source == "nvml" else "system"), used
+
+
+# ------------------------------------------------------------ the reading thread
 
 
 class _Probe(threading.Thread):
-    def __init__(self):
-        super().__init__(name="nvml", daemon=True)
+    """Takes one reading; `reading` is None until then."""
+
+    def __init__(self) -> None:
+        super().__init__(name="gpu", daemon=True)
         self.overdue = False
-        self.result = {"state": "unresponsive", "gpus": []}
+        self.reading: dict[str, Any] | None = None
 
-    def run(self):
-        try:
-            self.result = _read_all()
-        except GpuError as e:
-            self.result = {"state": e.state, "gpus": []}
+    def run(self) -> None:
+        self.reading = _read_machine()
 
 
-_initialised = False
+@dataclasses.dataclass
+class _Known:
+    """What earlier readings have shown."""
+
+    initialised: bool = False  # NVML
+    memory_shared: bool = False
+    lists_processes: bool = False  # NVML has listed one: an empty list then means none
 
 
-def _read_all():
-    global _initialised
-    try:
-        if not _initialised:
-            pynvml.nvmlInit()
-            _initialised = True
-        gpus = [_read(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as e:
-        # A device that comes back is seen only by a fresh initialisation.
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
-        _initialised = False
-        raise GpuError(_state(e)) from e
-    states = [state for state, _ in gpus]
-    return {"state": next((s for s in states if s != "ok"), "ok" if states else "none"),
-            "gpus": [figures for _, figures in gpus]}
+_lock = threading.Lock()
+_probe: _Probe | None = None
+_known = _Known()
 
 
-def _read(index):
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    state, memory = _memory(handle)
-    utilization = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
-    power_mw = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
-    return state, {
-        "index": index,
-        "name": _ask(pynvml.nvmlDeviceGetName, handle),
-        "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
-        "utilization_percent": utilization and utilization.gpu,
-        "memory_used_mb": memory and round(memory.used / MB),
-        "memory_total_mb": memory and round(memory.total / MB),
-        "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        "power_w": None if power_mw is None else round(power_mw / 1000, 1),
+def _read_machine() -> dict[str, Any]:
+    jetson = _is_jetson()
+    _known.memory_shared |= jetson
+    state, gpus = _read_nvml(jetson)
+    if jetson:
+        state, gpus = _add_files(state, gpus)
+    if state == "unified":
+        _known.memory_shared = True
+    return _reading(state, gpus)
+
+
+def _reading(state: str, gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put a reading together; on a machine with shared memory, fill in the memory."""
+    source = None
+    for gpu in gpus:
+        if gpu["memory_total_mb"] is not None:
+            source = source or "nvml"
+        elif _known.memory_shared:
+            source = _fill_memory(gpu)
+    return {
+        "state": state,
+        "memory_shared": _known.memory_shared,
+        "memory_source": source,
+        "gpus": gpus,
     }
 
 
-def _memory(handle):
-    """Ask by version 2, which leaves the driver's reserve out as nvidia-smi does; older drivers know one version."""
+def _unknown(index: int) -> dict[str, Any]:
+    """Return the figures of a GPU that says nothing."""
+    return {"index": index, **dict.fromkeys(FIGURES)}
+
+
+# ------------------------------------------------------------ NVML
+
+
+def _read_nvml(jetson: bool) -> tuple[str, list[dict[str, Any]]]:
+    """Return NVML's state and the figures of each GPU; never raises."""
+    try:
+        if not _known.initialised:
+            pynvml.nvmlInit()
+            _known.initialised = True
+        count = pynvml.nvmlDeviceGetCount()
+        answers = [_read_device(index, jetson) for index in range(count)]
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
+        # A device that comes back is seen only by a fresh initialisation.
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+        _known.initialised = False
+        return _state(error), []
+    states = [state for state, _ in answers]
+    worst = next((state for state in states if state != "ok"), "ok" if states else "none")
+    return worst, [figures for _, figures in answers]
+
+
+def _read_device(index: int, jetson: bool) -> tuple[str, dict[str, Any]]:
+    """Return a GPU's state and figures; where memory is shared, used is its processes' sum."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    figures = _unknown(index)
+    name = figures["name"] = _ask(pynvml.nvmlDeviceGetName, handle)
+    figures["uuid"] = _ask(pynvml.nvmlDeviceGetUUID, handle)
+    # Orin's driver, nvgpu, answers zeros for what it does not know.
+    stub = "nvgpu" in name if name else jetson
+    if stub:
+        return "unified", figures
+    utilization = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    figures["utilization_percent"] = utilization and utilization.gpu
+    figures["temperature_c"] = _ask(
+        pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU
+    )
+    power_mw = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
+    figures["power_w"] = None if power_mw is None else round(power_mw / 1000, 1)
+    state, memory = ("unified", None) if jetson else _memory(handle)
+    if memory:
+        figures["memory_used_mb"] = round(memory.used / MB)
+        figures["memory_total_mb"] = round(memory.total / MB)
+    elif state == "unified":
+        figures["memory_used_mb"] = _processes_mb(handle)
+    return state, figures
+
+
+def _memory(handle: Any) -> tuple[str, Any]:
+    """Return the state that a GPU's memory shows, and its memory info or None.
+
+    Version 2 leaves the driver's reserve out, as nvidia-smi does. Older drivers know one
+    version.
+    """
     try:
         try:
-            return "ok", pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2)
         except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_ArgumentVersionMismatch):
-            return "ok", pynvml.nvmlDeviceGetMemoryInfo(handle)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError_NotSupported:
         return "unified", None
     except pynvml.NVMLError_NoPermission:
         return "no_permission", None
+    return ("ok", memory) if memory.total else ("unified", None)
 
 
-def _ask(call, *args):
+def _processes_mb(handle: Any) -> int | None:
+    """Return the MB that a GPU's processes hold; None unless NVML tells it of each of them.
+
+    An empty list means 0 only where NVML has listed a process before: in some containers it
+    lists none at all. A process that computes and draws is in both lists.
+    """
+    computing = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)
+    drawing = _ask(pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3, handle) or []
+    if computing is None:
+        return None
+    held = {process.pid: process.usedGpuMemory for process in drawing + computing}
+    _known.lists_processes |= bool(held)
+    if None in held.values() or not _known.lists_processes:
+        return None
+    return round(sum(held.values()) / MB)
+
+
+def _ask(call: Callable[..., Any], *args: Any) -> Any:
     """Call NVML; None where this device does not offer the figure."""
     try:
         return call(*args)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission,
-            pynvml.NVMLError_FunctionNotFound):
+    except (
+        pynvml.NVMLError_NotSupported,
+        pynvml.NVMLError_NoPermission,
+        pynvml.NVMLError_FunctionNotFound,
+    ):
         return None
 
 
-def _state(error):
-    if isinstance(error, (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)):
-        return "unified" if _is_tegra() else "none"
-    if isinstance(error, (pynvml.NVMLError_LibRmVersionMismatch, pynvml.NVMLLibraryMismatchError)):
+def _state(error: Exception) -> str:
+    absent = (
+        pynvml.NVMLError_LibraryNotFound,
+        pynvml.NVMLError_DriverNotLoaded,
+        pynvml.NVMLError_NotSupported,
+    )
+    mismatch = (pynvml.NVMLError_LibRmVersionMismatch, pynvml.NVMLLibraryMismatchError)
+    if isinstance(error, absent):
+        return "none"
+    if isinstance(error, mismatch):
         return "driver_mismatch"
     if isinstance(error, pynvml.NVMLError_NoPermission):
         return "no_permission"
     return "lost"
 
 
-def _is_tegra():
-    """Tell a Jetson, whose older releases have no NVML, by its device tree."""
+# ------------------------------------------------------------ a Jetson's files
+
+LOADS = ("sys/devices/platform/gpu.0/load", "sys/devices/gpu.0/load")  # up to Orin
+THOR_LOAD = "sys/class/devfreq/gpu-gpc-0/load"
+ZONES = ("gpu-thermal", "gpu-therm", "tj-thermal")  # the last one is the whole chip's
+RAILS = ("VDD_IN", "VIN", "VDD_GPU_SOC", "VDD_GPU", "VDD_CPU_GPU_CV")  # the first two: the board
+
+
+def _is_jetson() -> bool:
+    """Tell a Jetson, in a container too, where /proc/device-tree is masked."""
+    family = _text("sys/devices/soc0/family") or ""
+    signs = ("etc/nv_tegra_release", *LOADS)
+    return family.startswith("Tegra") or any(map(_exists, signs))
+
+
+def _add_files(state: str, gpus: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Put the figures of a Jetson's files before NVML's; without NVML they stand alone.
+
+    NVML's error is the state only where the GPU's own load file does not speak against it.
+    """
+    figures = gpus[0] if gpus else _unknown(0)
+    load, temperature, (watts, rail) = _load(*LOADS), _temperature(), _board_power()
+    if load is not None or state in ("ok", "none"):
+        state = "unified"
+    if load is not None:
+        figures["utilization_percent"] = load
+    elif figures["utilization_percent"] is None:
+        figures["utilization_percent"] = _load(THOR_LOAD)
+    if temperature is not None:
+        figures["temperature_c"] = temperature
+    if figures["name"] is None:
+        figures["name"] = _text("sys/devices/soc0/machine")
+    figures["board_power_w"], figures["power_rail"] = watts, rail
+    return state, [figures]
+
+
+def _load(*paths: str) -> int | None:
+    """Return the percent of the first load file that tells; the files are per mille."""
+    for path in paths:
+        load = _number(path)
+        if load is not None and 0 <= load <= 1000:
+            return round(load / 10)
+    return None
+
+
+def _temperature() -> int | None:
+    """Return the °C of the first of ZONES; None where it cannot be read.
+
+    A GPU that is gated off answers EAGAIN or −256 °C. No other zone's temperature is read:
+    that can hang.
+    """
+    zones = {}
+    for path in _find("sys/class/thermal/thermal_zone*/type"):
+        zones[(_text(path) or "").lower()] = os.path.dirname(path)
+    zone = next((zones[name] for name in ZONES if name in zones), None)
+    millidegrees = _number(f"{zone}/temp") if zone else None
+    if millidegrees is None or not -60_000 < millidegrees < 200_000:
+        return None
+    return round(millidegrees / 1000)
+
+
+def _board_power() -> tuple[float | None, str | None]:
+    """Return the watts and the name of the first of RAILS that the board measures."""
+    channels = {}
+    for path in _find("sys/class/hwmon/hwmon*/name"):
+        chip, folder = _text(path), os.path.dirname(path)
+        if chip == "ina3221":
+            for number in (1, 2, 3):
+                channels[_text(f"{folder}/in{number}_label")] = folder, number
+        elif chip == "ina238":
+            channels["VIN"] = folder, 1
+    rail = next((name for name in RAILS if name in channels), None)
+    if rail is None:
+        return None, None
+    folder, number = channels[rail]
+    millivolts = _number(f"{folder}/in{number}_input")
+    milliamperes = _number(f"{folder}/curr{number}_input")
+    if millivolts is None or milliamperes is None:
+        return None, None
+    watts = round(millivolts * milliamperes / 1e6, 1)
+    return (watts, rail) if 0 <= watts < 1000 else (None, None)
+
+
+def _fill_memory(figures: dict[str, Any]) -> str | None:
+    """Fill in the memory of a GPU that shares the system's; return the source of used."""
+    text = _text("proc/meminfo") or ""
+    system = {
+        name: int(kb) // 1024 for name, kb in re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)
+    }
+    figures["memory_total_mb"] = system.get("MemTotal")
+    if "NvMapMemUsed" in system:
+        figures["memory_used_mb"] = system["NvMapMemUsed"]
+        return "nvmap"
+    if figures["memory_used_mb"] is not None:
+        return "nvml"
+    if not {"MemTotal", "MemAvailable"} <= system.keys():
+        return None
+    figures["memory_used_mb"] = system["MemTotal"] - system["MemAvailable"]
+    return "system"
+
+
+# ------------------------------------------------------------ reading files
+
+
+def _exists(name: str) -> bool:
+    return os.path.exists(os.path.join(ROOT, name))
+
+
+def _find(pattern: str) -> list[str]:
+    """Return the names below ROOT that fit; none where a folder is missing or closed."""
+    return sorted(glob.glob(pattern, root_dir=ROOT))
+
+
+def _number(name: str) -> int | None:
     try:
-        return "nvidia,tegra" in pathlib.Path("/proc/device-tree/compatible").read_text()
+        return int(_text(name) or "")
+    except ValueError:
+        return None
+
+
+def _text(name: str) -> str | None:
+    """Return a file's text; None where it is missing, empty, unreadable or would block."""
+    try:
+        file = os.open(os.path.join(ROOT, name), os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return os.read(file, 65536).decode().strip() or None
+        finally:
+            os.close(file)
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
