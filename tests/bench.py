@@ -5,6 +5,7 @@
 
 Requests come from `wrk` where it is installed, else from a loop in this process, which itself takes a core.
 """
+
 import contextlib
 import functools
 import http.client
@@ -21,7 +22,11 @@ import time
 if "LLM_TEST_OLLAMA" not in os.environ:  # by hand: with the packages and the Ollama of the tests
     here = os.path.dirname(os.path.abspath(__file__))
     python, os.environ["LLM_TEST_OLLAMA"] = subprocess.run(
-        [f"{here}/../start.sh", "--setup", f"{here}/requirements.txt"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+        [f"{here}/../start.sh", "--setup", f"{here}/requirements.txt"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.split()
     os.execv(python, [python, os.path.abspath(__file__), *sys.argv[1:]])
 
 import psutil
@@ -34,7 +39,10 @@ SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 3
 
 
 def row(*cells):
-    print("  ".join(f"{cell:<34}" if n == 0 else f"{cell:>11}" for n, cell in enumerate(cells)), flush=True)
+    print(
+        "  ".join(f"{cell:<34}" if n == 0 else f"{cell:>11}" for n, cell in enumerate(cells)),
+        flush=True,
+    )
 
 
 def title(text, *cells):
@@ -45,10 +53,16 @@ def title(text, *cells):
 def load(url, connections, seconds=SECONDS):
     """Return (requests per second, p50 ms, p99 ms)."""
     if wrk := shutil.which("wrk"):
-        said = subprocess.run([wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url],
-                              capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         unit = {"us": 1e-3, "ms": 1, "s": 1e3}
-        p50, p99 = (float(n) * unit[u] for n, u in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said))
+        p50, p99 = (
+            float(n) * unit[u] for n, u in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said)
+        )
         return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), p50, p99
     host, _, path = url.removeprefix("http://").partition("/")
     times, until = [], time.monotonic() + seconds
@@ -84,14 +98,35 @@ def cpu_seconds(pids):
 
 
 def endpoints(service, note=""):
-    title(f"Requests{note} (requests/s, p50 ms, p99 ms)", "1 conn.", "4 conn.", "32 conn.", "p50 at 1", "p99 at 4")
+    title(
+        f"Requests{note} (requests/s, p50 ms, p99 ms)",
+        "1 conn.",
+        "4 conn.",
+        "32 conn.",
+        "p50 at 1",
+        "p99 at 4",
+    )
     rates = {}
-    for name, url in [("Ollama /api/tags", service.ollama_url + "/api/tags"), ("Ollama /api/version", service.ollama_url + "/api/version"),
-                      *((f"service {path}", service.url + path) for path in ("/api/models", "/health", "/api/stats", "/api/info"))]:
+    for name, url in [
+        ("Ollama /api/tags", service.ollama_url + "/api/tags"),
+        ("Ollama /api/version", service.ollama_url + "/api/version"),
+        *(
+            (f"service {path}", service.url + path)
+            for path in ("/api/models", "/health", "/api/stats", "/api/info")
+        ),
+    ]:
         found = [load(url, connections) for connections in (1, 4, 32)]
         rates[name] = found[1][0]
-        row(name, *(f"{rate:.0f}" for rate, _, _ in found), f"{found[0][1]:.2f}", f"{found[1][2]:.2f}")
-    row("/api/models over /api/tags, 4 conn.", f"{rates['service /api/models'] / rates['Ollama /api/tags']:.1%}")
+        row(
+            name,
+            *(f"{rate:.0f}" for rate, _, _ in found),
+            f"{found[0][1]:.2f}",
+            f"{found[1][2]:.2f}",
+        )
+    row(
+        "/api/models over /api/tags, 4 conn.",
+        f"{rates['service /api/models'] / rates['Ollama /api/tags']:.1%}",
+    )
 
 
 def listing(make, gguf):
@@ -99,8 +134,13 @@ def listing(make, gguf):
     for count in (1, 100, 1000):
         with servers(make) as start:
             service = start(models={f"m{n}": gguf for n in range(count)})
-            row(f"{count} models", *(f"{load(url, 1)[1]:.2f}" for url in
-                                     (service.ollama_url + "/api/tags", service.url + "/api/models")))
+            row(
+                f"{count} models",
+                *(
+                    f"{load(url, 1)[1]:.2f}"
+                    for url in (service.ollama_url + "/api/tags", service.url + "/api/models")
+                ),
+            )
 
 
 def pull_lines(url, name):
@@ -113,10 +153,19 @@ def pulling(make):
     with Registry() as registry, servers(make) as start:
         service = start()
         pids = api_pids(service)
-        pull_lines(service.url + "/api/models/pull", registry.add_random("ns/warm:latest", 5, seed=99))
-        before, times, cpu = pss_mb(pids), {"/api/pull": [], "/api/models/pull": []}, cpu_seconds(pids)
+        pull_lines(
+            service.url + "/api/models/pull", registry.add_random("ns/warm:latest", 5, seed=99)
+        )
+        before, times, cpu = (
+            pss_mb(pids),
+            {"/api/pull": [], "/api/models/pull": []},
+            cpu_seconds(pids),
+        )
         for n in range(5):
-            for path, base in (("/api/pull", service.ollama_url), ("/api/models/pull", service.url)):
+            for path, base in (
+                ("/api/pull", service.ollama_url),
+                ("/api/models/pull", service.url),
+            ):
                 name = registry.add_random(f"ns/{n}{path[5]}:latest", 300, seed=n * 2 + len(path))
                 began = time.perf_counter()
                 last = pull_lines(base + path, name)
@@ -124,7 +173,12 @@ def pulling(make):
                 times[path].append(time.perf_counter() - began)
                 requests.delete(service.ollama_url + "/api/delete", json={"model": name})
         own, relayed = (statistics.median(times[path]) for path in times)
-        row("median seconds", f"{own:.2f}", f"{relayed:.2f}", f"{statistics.median(b / a for a, b in zip(*times.values())):.2f}")
+        row(
+            "median seconds",
+            f"{own:.2f}",
+            f"{relayed:.2f}",
+            f"{statistics.median(b / a for a, b in zip(*times.values())):.2f}",
+        )
         row("API's CPU seconds per GB", "", f"{(cpu_seconds(pids) - cpu) / 1.5:.2f}")
         row("API's memory growth, MB (PSS)", "", f"{pss_mb(pids) - before:.1f}")
 
@@ -164,8 +218,13 @@ def footprint(service):
         registry.rate = 20e6
         name = registry.add_random("ns/eight:latest", 300)
         for _ in range(8):
-            answer = stack.enter_context(requests.post(service.url + "/api/models/pull", stream=True,
-                                                       json={"model": name, "insecure": True}))
+            answer = stack.enter_context(
+                requests.post(
+                    service.url + "/api/models/pull",
+                    stream=True,
+                    json={"model": name, "insecure": True},
+                )
+            )
             threading.Thread(target=list, args=(answer.iter_lines(),), daemon=True).start()
         show("with 8 streams", 5)
         requests.delete(service.url + "/api/models/pull", json={"model": name, "purge": True})
@@ -179,7 +238,12 @@ def listeners(make):
         for count in (1, 30):
             registry.rate = 20e6
             name = registry.add_random(f"ns/l{count}:latest", 300, seed=count)
-            threads = [threading.Thread(target=pull_lines, args=(service.url + "/api/models/pull", name), daemon=True) for _ in range(count)]
+            threads = [
+                threading.Thread(
+                    target=pull_lines, args=(service.url + "/api/models/pull", name), daemon=True
+                )
+                for _ in range(count)
+            ]
             for thread in threads:
                 thread.start()
             time.sleep(2)
@@ -197,16 +261,24 @@ def busy_health(make):
         service = start()
 
         def both(when):
-            for name, url in (("service /health", service.url + "/health"), ("Ollama /api/version", service.ollama_url + "/api/version")):
+            for name, url in (
+                ("service /health", service.url + "/health"),
+                ("Ollama /api/version", service.ollama_url + "/api/version"),
+            ):
                 row(f"{name}, {when}", *(f"{ms:.2f}" for ms in load(url, 1, 3 * SECONDS)[1:]))
 
         both("idle")
         registry.rate = 8e6
         for n in range(4):
             model = registry.add_random(f"ns/b{n}:latest", 200 * SECONDS, seed=n)
-            service.post("/api/models/pull", json={"model": model, "insecure": True, "detach": True})
+            service.post(
+                "/api/models/pull", json={"model": model, "insecure": True, "detach": True}
+            )
         wait_for(lambda: registry.active >= 4, 10, "four transfers")
-        for mb in (2, 20):  # the registry's stand-in and Ollama share the machine: the faster, the less is left for anyone
+        for mb in (
+            2,
+            20,
+        ):  # the registry's stand-in and Ollama share the machine: the faster, the less is left for anyone
             registry.rate = 4 * mb * 1e6
             both(f"4 of {mb} MB/s")
             assert registry.active >= 4, "the downloads ended too early"
@@ -215,7 +287,11 @@ def busy_health(make):
 def clearing(make):
     title("Clear, from the call to the answer (median of 5, ms)", "ms")
     with servers(make) as start:
-        service = start(models={f"m{n}": model_variant(n) for n in (1, 2, 3)}, OLLAMA_MAX_LOADED_MODELS=3, OLLAMA_CONTEXT_LENGTH=1024)
+        service = start(
+            models={f"m{n}": model_variant(n) for n in (1, 2, 3)},
+            OLLAMA_MAX_LOADED_MODELS=3,
+            OLLAMA_CONTEXT_LENGTH=1024,
+        )
         for count in (1, 3):
             times = []
             for _ in range(5):
@@ -231,7 +307,9 @@ def clearing(make):
 def main():
     binary, gguf = os.environ["LLM_TEST_OLLAMA"], real_model()
     make = functools.partial(Service, binary=binary)
-    print(f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores, {'wrk' if shutil.which('wrk') else 'own loop'}, {SECONDS:.0f} s each")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores, {'wrk' if shutil.which('wrk') else 'own loop'}, {SECONDS:.0f} s each"
+    )
     with servers(make) as start:
         service = start(models={"gemma": gguf})
         endpoints(service)

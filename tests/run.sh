@@ -1,7 +1,36 @@
 #!/usr/bin/env bash
-# Runs the tests on a fresh machine; arguments go to pytest.
+# Checks how the code is written, then runs the tests.
+#   tests/run.sh                      everything
+#   tests/run.sh unit|api|faults|slow one folder; more arguments go to pytest
+#   tests/run.sh ARGUMENT…            pytest's own, such as `-k clear` or a file
+# LINT=off leaves the checks out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-mapfile -t paths < <(./start.sh --setup tests/requirements.txt)
-export LLM_TEST_OLLAMA=${paths[1]:?the set-up failed: see above}
-exec "${paths[0]}" -m pytest -p no:cacheprovider -ra "${@:-tests}"
+
+say() { printf 'tests: %s\n' "$*" >&2; }
+
+setup=--setup
+if [[ ${1:-} == unit ]] && grep -q -e --setup-python start.sh; then
+    setup=--setup-python # which needs no Ollama
+fi
+mapfile -t paths < <(./start.sh "$setup" tests/requirements.txt)
+python=${paths[0]:?the set-up failed: see above}
+export LLM_TEST_OLLAMA=${paths[1]:-}
+bin=$(dirname "$python")
+
+lint() {
+    local scripts
+    mapfile -t scripts < <(grep -rlI --exclude-dir=.git '^#!.*sh$' .)
+    "$bin/ruff" check -q . && "$bin/ruff" format -q --check . && "$bin/mypy" --no-error-summary &&
+        "$bin/shellcheck" -e SC2317,SC2329 "${scripts[@]}" # of functions called by a trap or by name
+}
+if [[ ${LINT:-} != off ]]; then
+    lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }
+fi
+
+case ${1:-} in
+unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
+esac
+workers=3 # on two cores: most tests wait
+[[ ${1:-} != *.py* ]] || workers=0
+exec "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

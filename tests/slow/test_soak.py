@@ -1,20 +1,25 @@
-"""Two hundred random faults and calls, after which all is well and nothing is left over."""
+"""Random faults and calls, after which all is well and nothing is left over."""
+
 import concurrent.futures
 import contextlib
+import os
 import random
 import signal
 import time
 from collections import Counter
 
 import psutil
+import pytest
 import requests
 
-from conftest import Generation, wait_for
+from helpers.answers import CLEAR, RESET, ask
+from helpers.generation import Generation
+from helpers.listener import PULL
+from helpers.waiting import wait_for
 
-SEED, STEPS, SECONDS = 5, 200, 240
+SEED, STEPS = 5, int(os.environ.get("LLM_TEST_SOAK_STEPS") or 100)
 ANSWER_S = 5  # the watchdog's patience
 MODELS = ["m1:latest", "m2:latest"]
-CLEAR, RESET = "/api/cache/clear", "/api/session/reset"
 
 
 class Soak:
@@ -27,9 +32,10 @@ class Soak:
         registry.rate = 5e6
 
     def call(self, path, healthy=(200,), method="POST", **fields):
+        send = getattr(self.service, method.lower())
         began = time.monotonic()
         try:
-            answer = getattr(self.service, method.lower())(path, timeout=30, **({"json": fields} if fields else {}))
+            answer = send(path, timeout=30, **({"json": fields} if fields else {}))
             status, text = answer.status_code, answer.text
         except requests.RequestException as error:
             status, text = None, repr(error)
@@ -68,11 +74,19 @@ class Soak:
         self.call(self.random.choice([CLEAR, RESET]), (404,), model="absent:1b")
 
     def several_at_once(self):
-        calls = [(CLEAR,), (RESET,), (CLEAR,), (RESET,), ("/health", (200, 503), "GET"), ("/api/stats", (200,), "GET")]
+        calls = [
+            (CLEAR,),
+            (RESET,),
+            (CLEAR,),
+            (RESET,),
+            ("/health", (200, 503), "GET"),
+            ("/api/stats", (200,), "GET"),
+        ]
         list(self.pool.map(lambda one: self.call(*one), calls))
 
     def generate(self):
-        self.generations.append(Generation(self.service.ollama_port, self.random.choice(MODELS)))
+        model = self.random.choice(MODELS)
+        self.generations.append(Generation(self.service.ollama_port, model))
 
     def leave(self):
         if self.generations:
@@ -80,10 +94,12 @@ class Soak:
                 self.generations.pop(0).close()
 
     def pull_and_leave(self):
-        with contextlib.suppress(requests.RequestException):
-            with self.service.post("/api/models/pull", json={"model": self.pullable, "insecure": True}, stream=True,
-                                   timeout=(2, 2)) as answer:
-                next(answer.iter_content(100), None)
+        body = {"model": self.pullable, "insecure": True}
+        with (
+            contextlib.suppress(requests.RequestException),
+            self.service.post(PULL, json=body, stream=True, timeout=(2, 2)) as answer,
+        ):
+            next(answer.iter_content(100), None)
 
     # What goes wrong
 
@@ -112,57 +128,87 @@ class Soak:
             self.signal_ollama(signal.SIGKILL)
 
 
-CALLS = {Soak.clear: 5, Soak.clear_gently: 3, Soak.clear_one: 3, Soak.reset: 4, Soak.reset_with_restart: 2,
-         Soak.health: 5, Soak.stats: 4, Soak.absent: 1, Soak.several_at_once: 2,
-         Soak.generate: 9, Soak.leave: 2, Soak.pull_and_leave: 1,
-         Soak.stop_a_runner: 5, Soak.kill_a_runner: 2, Soak.stop_ollama: 2, Soak.kill_ollama: 1}
+# What is done, and how often compared with the others.
+CALLS = {
+    Soak.clear: 5,
+    Soak.clear_gently: 3,
+    Soak.clear_one: 3,
+    Soak.reset: 4,
+    Soak.reset_with_restart: 2,
+    Soak.health: 5,
+    Soak.stats: 4,
+    Soak.absent: 1,
+    Soak.several_at_once: 2,
+    Soak.generate: 9,
+    Soak.leave: 2,
+    Soak.pull_and_leave: 1,
+    Soak.stop_a_runner: 5,
+    Soak.kill_a_runner: 2,
+    Soak.stop_ollama: 2,
+    Soak.kill_ollama: 1,
+}
 
 
 def held(worker):
-    """Threads and open files of the worker once all its threads have been made, and are idle."""
+    """Return the threads and open files of the worker."""
     return worker.num_threads(), worker.num_fds()
 
 
-def test_two_hundred_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf_variant, registry):
-    service = make_service(models={name: make_gguf_variant(n) for n, name in enumerate(MODELS, 1)}, LLM_MODEL="m1",
-                           LLM_CONTEXT_LENGTH=1024)
+def wait_default_loaded(service):
+    def loaded():
+        return service.get("/health").json().get("loaded") == ["m1:latest"]
+
+    wait_for(loaded, 30, "the default model is loaded")
+
+
+def take_steps(soak):
+    for number in range(1, STEPS + 1):
+        (step,) = soak.random.choices(list(CALLS), CALLS.values())
+        step(soak)
+        # So that faults and calls meet models that load, answer and unload.
+        time.sleep(soak.random.uniform(0, 1))
+        print(f"{number}: {step.__name__}")
+        assert not soak.late and not soak.wrong, f"{soak.late} {soak.wrong}"
+        assert soak.service.process.poll() is None, "start.sh ended"
+    print(f"{dict(soak.statuses)}, longest: {soak.longest}")
+
+
+def assert_one_of_each_is_left(service):
+    (loaded,) = service.runners()
+    shown = service.get("/api/stats").json()["runners"]
+    assert [runner["pid"] for runner in shown] == [loaded.pid]
+    running = [" ".join(process.cmdline()) for process in service.processes()]
+    assert sum("llama-server" in line for line in running) == 1, running
+    assert sum(line.endswith(" serve") for line in running) == 1, running
+
+
+@pytest.mark.timeout(120 + 4 * STEPS)
+def test_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf_variant, registry):
+    models = {name: make_gguf_variant(n) for n, name in enumerate(MODELS, 1)}
+    service = make_service(models=models, LLM_MODEL="m1", LLM_CONTEXT_LENGTH=1024)
     soak = Soak(service, registry)
     soak.pull_and_leave()
     for _ in range(3):
         soak.several_at_once()
     worker = psutil.Process(service.worker_pid())
-    # gunicorn makes its threads on demand and keeps them: as many as are ever asked at once, before the count.
+    # The server makes its threads on demand and keeps them: as many as are ever asked at once,
+    # before the count.
     list(soak.pool.map(lambda _: soak.call("/health", method="GET"), range(64)))
-    wait_for(lambda: service.get("/health").json()["loaded"] == ["m1:latest"], 30, "the default model is loaded")
+    wait_default_loaded(service)
     threads, files = held(worker)
 
-    until, steps = time.monotonic() + SECONDS, 0
-    while steps < STEPS and time.monotonic() < until:
-        step, = soak.random.choices(list(CALLS), CALLS.values())
-        step(soak)
-        steps += 1
-        time.sleep(soak.random.uniform(0, 1))  # so that faults and calls meet models that load, answer and unload
-        print(f"{steps}: {step.__name__}")
-        assert not soak.late and not soak.wrong, f"{soak.late} {soak.wrong}"
-        assert service.process.poll() is None, "start.sh ended"
-    print(f"{steps} steps, {SECONDS - until + time.monotonic():.0f} s, {dict(soak.statuses)}, longest: {soak.longest}")
+    take_steps(soak)
 
     while soak.generations:
         soak.leave()
     soak.call(RESET)
     service.wait_healthy(10)
-    wait_for(lambda: service.get("/health").json()["loaded"] == ["m1:latest"], 30, "the default model is loaded")
+    wait_default_loaded(service)
     assert not soak.late and not soak.wrong
     assert service.worker_pid() == worker.pid
-    loaded, = service.runners()
-    assert [runner["pid"] for runner in service.get("/api/stats").json()["runners"]] == [loaded.pid]
-    ask = {"model": "m1", "prompt": "1 2 3", "stream": False, "options": {"num_predict": 3}}
-    assert service.ollama("POST", "/api/generate", json=ask).json()["eval_count"] > 0
-    running = [" ".join(process.cmdline()) for process in service.processes()]
-    assert sum("llama-server" in line for line in running) == 1, running
-    assert sum(line.endswith(" serve") for line in running) == 1, running
+    ask(service, "m1")
+    assert_one_of_each_is_left(service)
     soak.pool.shutdown()
     wait_for(lambda: held(worker)[0] <= threads, 15, f"no more than {threads} threads")
     # A few more connections to Ollama may be kept open.
     wait_for(lambda: held(worker)[1] <= files + 4, 15, f"no more than {files} open files")
-    print(f"threads {threads} before, {held(worker)[0]} after; open files {files}, {held(worker)[1]}")

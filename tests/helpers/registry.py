@@ -1,38 +1,33 @@
-"""Stand-ins for what lies beyond the service: a model registry and a misbehaving Ollama.
-
-Registry: what `ollama pull` asks of a registry, with faults that take effect at once, transfers under way included.
+"""A model registry with faults: what `ollama pull` asks of one.
 
     with Registry() as registry:
-        name = registry.add("ns/gemma:latest", gguf, params={"temperature": 0})   # path or bytes; loadable if a real GGUF
-        name = registry.add_random("ns/big:latest", 300)     # MB (10^6), layers of 60, 30 and 10 %; pullable, not loadable
+        name = registry.add("ns/gemma:latest", gguf)       # a path, or bytes
+        name = registry.add_random("ns/big:latest", 300)   # MB, layers of 60, 30 and 10 %
         requests.post(ollama + "/api/pull", json={"model": name, "insecure": True})
 
+A random model can be pulled, and not loaded. Faults take effect at once, also on transfers under
+way:
+
     registry.rate = 20e6            bytes/s over all connections; None: as fast as it goes
-    registry.stall = True           connections are accepted, no byte more is sent; False: go on
-    registry.stall_after(5_000_000) the same once that many more bytes of blobs went out
-    registry.cut()                  ends the connections (unexpected EOF: Ollama keeps the bytes of the part);
-    registry.cut(reset=True)        by RST, after which Ollama takes the part's bytes off its count again
-    registry.down(); registry.up()  connection refused; there again, same port
-    registry.corrupt.add(digest)    flips bytes of a blob; .discard(digest) or .clear() heals
+    registry.stall = True           connections are taken, no byte more is sent; False: go on
+    registry.stall_after(count)     the same, once that many more bytes of blobs went out
+    registry.cut()                  ends the connections; Ollama keeps the bytes of the part
+    registry.cut(reset=True)        by RST: Ollama takes the part's bytes off its count again
+    registry.down(), registry.up()  connections are refused; there again, at the same port
+    registry.corrupt.add(digest)    flips bytes of a blob; .discard(digest) heals
     registry.manifest_delay = 3     seconds before a manifest is answered
     registry.manifest_status = 500  None: the manifest itself
 
-    registry.layers(name)           [{"mediaType", "digest", "size"}, …], the config last; registry.size(name): their sum
-    registry.bytes_sent(digest)     bytes handed to the kernel (a few MB of them may die in socket buffers); None: in all
+What it tells:
+
+    registry.layers(name)           [{"mediaType", "digest", "size"}, …], the config last
+    registry.size(name)             the sum of their sizes
+    registry.bytes_sent(digest)     bytes handed to the kernel; None: of all blobs.
+                                    A few MB of them may die in socket buffers
     registry.requests[key]          GETs so far, of a digest or of "ns/big:latest" (the manifest)
     registry.active                 blob transfers open now
-
-FakeOllama: answers each path with raw bytes, or by a callable that gets the socket; closes the connection after it.
-
-    with FakeOllama({"/api/tags": http("<html>"), "/api/pull": ndjson({"status": "x"}) + b'{"sta',
-                     "/api/version": never, "/api/ps": drip(http("{}"), 0.1), "/api/show": b""}) as fake:
-        fake.url, fake.routes (may be changed while it runs), fake.calls [(method, path, body), …], fake.active
-
-A path that is not in the dict gets Ollama's 404. `http(body, status=200, type="application/json")` is a whole answer,
-`ndjson(*objects)` a 200 whose body lasts until the connection closes, `chunked(*pieces, end=True)` one in chunks (end=False:
-cut off), `never` answers nothing until the client leaves, `drip(data, seconds)` sends a byte at a time.
 """
-import functools
+
 import hashlib
 import json
 import math
@@ -40,57 +35,21 @@ import mmap
 import random
 import select
 import socket
-import socketserver
 import struct
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from helpers.models import MEDIA, config_json, config_layer, file_digest, manifest_json
+from helpers.ports import free_port
+
 MIB = 1 << 20
-MEDIA = "application/vnd.ollama.image."
-_given = set()
-
-
-def free_port():
-    """A port that nothing listens on, below the range from which the kernel takes the ports of outgoing connections."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in _given:
-            _given.add(port)
-            return port
-
-
-@functools.lru_cache(maxsize=None)
-def file_digest(path):
-    with open(path, "rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def config_json(family="gemma3", size="268.10M", quantization="Q4_K_M"):
-    return json.dumps({"model_format": "gguf", "model_family": family, "model_families": [family],
-                       "model_type": size, "file_type": quantization}).encode()
-
-
-def manifest_json(layers):
-    """The manifest of layers as Registry.layers() gives them: the config comes last."""
-    return json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-                       "config": layers[-1], "layers": layers[:-1]}).encode()
-
-
-def config_layer(data):
-    return {"mediaType": "application/vnd.docker.container.image.v1+json",
-            "digest": "sha256:" + hashlib.sha256(data).hexdigest(), "size": len(data)}
+MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 
 
 class _Random:
-    """Seeded content of any size from one block, in which only the first bytes differ from block to block."""
+    """Seeded content of any size from one block; only the first bytes of each block differ."""
 
     def __init__(self, size, seed):
         self.size = size
@@ -107,7 +66,7 @@ class _Random:
         number, inside = divmod(offset, MIB)
         if inside < 8:
             return memoryview(number.to_bytes(8, "big"))[inside:][:count]
-        return self.block[inside:inside + count]
+        return self.block[inside : inside + count]
 
 
 class _Bytes:
@@ -117,7 +76,7 @@ class _Bytes:
         self.digest = digest or "sha256:" + hashlib.sha256(data).hexdigest()
 
     def read(self, offset, count):
-        return self.view[offset:offset + min(count, MIB)]
+        return self.view[offset : offset + min(count, MIB)]
 
 
 class _Server(ThreadingHTTPServer):
@@ -164,7 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.head(404, 0)
         except OSError:
             if self.registry.resets:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
 
     def head(self, status, length, **headers):
         self.send_response(status)
@@ -178,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wait(0, 0.02)
         status = self.registry.manifest_status or 200
         data = manifest_json(layers) if status == 200 else b"injected by the test"
-        self.head(status, len(data), Content_Type="application/vnd.docker.distribution.manifest.v2+json")
+        self.head(status, len(data), Content_Type=MANIFEST)
         if body:
             self.push(memoryview(data))
 
@@ -196,7 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.registry.count(active=1)
         try:
             while start < end:
-                piece = blob.read(start, self.registry.allow(self, min(end - start, MIB - start % MIB)))
+                piece = blob.read(
+                    start, self.registry.allow(self, min(end - start, MIB - start % MIB))
+                )
                 if blob.digest in self.registry.corrupt:
                     piece = memoryview(bytes([piece[0] ^ 255]) + piece[1:])
                 self.push(piece)
@@ -209,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         while data:
             if self.wait(select.POLLOUT, 0.05):
                 try:
-                    data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
+                    data = data[self.connection.send(data, socket.MSG_DONTWAIT) :]
                 except BlockingIOError:
                     pass
 
@@ -251,12 +214,14 @@ class Registry:
         self.down()
 
     def add(self, name, gguf, params=None, template=None, extra_layers=(), config=None):
-        """extra_layers: [(media type, bytes), …]. Returns the name to pull by."""
+        """Publish a model; return the name to pull by. extra_layers: [(media type, bytes), …]."""
         if isinstance(gguf, bytes):
             model = _Bytes(gguf)
         else:
             with open(gguf, "rb") as file:
-                model = _Bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), file_digest(str(gguf)))
+                model = _Bytes(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), file_digest(str(gguf))
+                )
         layers = [(MEDIA + "model", model)]
         layers += [(MEDIA + "template", _Bytes(template.encode()))] if template else []
         layers += [(MEDIA + "params", _Bytes(json.dumps(params).encode()))] if params else []
@@ -264,10 +229,15 @@ class Registry:
         return self._publish(name, layers, config or config_json())
 
     def add_random(self, name, size_mb, seed=None, shares=(0.6, 0.3, 0.1)):
-        """A model of its own content for each name, or for each seed."""
+        """Publish a model with content of its own for each name, or for each seed."""
         size = int(size_mb * 1e6)
-        layers = [(MEDIA + ("adapter" if n else "model"),
-                   _Random(max(1, int(size * share)), f"{seed or name} {n}")) for n, share in enumerate(shares)]
+        layers = [
+            (
+                MEDIA + ("adapter" if n else "model"),
+                _Random(max(1, int(size * share)), f"{seed or name} {n}"),
+            )
+            for n, share in enumerate(shares)
+        ]
         return self._publish(name, layers, config_json())
 
     def _publish(self, name, layers, config):
@@ -276,7 +246,9 @@ class Registry:
         self.blobs.update({blob.digest: blob for _, blob in layers})
         last = config_layer(config)
         self.blobs[last["digest"]] = _Bytes(config)
-        self.models[name] = [{"mediaType": media, "digest": blob.digest, "size": blob.size} for media, blob in layers] + [last]
+        self.models[name] = [
+            {"mediaType": media, "digest": blob.digest, "size": blob.size} for media, blob in layers
+        ] + [last]
         return f"localhost:{self.port}/{name}"
 
     def layers(self, name):
@@ -318,7 +290,7 @@ class Registry:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def find(self, path):
-        """What a path names: ("manifests", name), ("blobs" or "direct", digest) or (None, …)."""
+        """Return what a path names: a "manifests" and name, a "blobs" or "direct" and digest."""
         *front, kind, last = path.split("/")
         if kind in ("blobs", "direct") and last in self.blobs:
             return kind, last
@@ -334,16 +306,19 @@ class Registry:
                 self._sent[sent] += bytes
 
     def allow(self, handler, wanted):
-        """How many of the wanted bytes may go out now; waits until it is at least one (with 0: until nothing stalls)."""
+        """Wait until bytes may go out; return how many of the wanted ones.
+
+        With 0 wanted it waits until nothing stalls.
+        """
         while True:
             with self._lock:
                 room = min(wanted or 1, self._limit - self._granted)
                 if self.rate and wanted:
                     now, most = time.monotonic(), max(1, self.rate / 20)
-                    # At most 50 ms' worth is saved up, so that the rate holds at once whatever went before.
+                    # At most 50 ms' worth is saved up: the rate holds at once, whatever went on.
                     self._credit = min(self._credit + (now - self._credited) * self.rate, most)
                     self._credited = now
-                    # Nor a few bytes at a time, which would cost the machine more than the transfer itself.
+                    # Nor a few bytes at a time, which would cost more than the transfer itself.
                     enough = self._credit >= min(room, most, 1 << 15)
                     room = min(room, int(self._credit)) if enough else 0
                     self._credit -= max(room, 0)
@@ -351,64 +326,3 @@ class Registry:
                     self._granted += room if wanted else 0
                     return room
             handler.wait(0, 0.01)
-
-
-def http(body, status=200, type="application/json"):
-    body = body if isinstance(body, bytes) else body.encode()
-    return b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (status, type.encode(), len(body)) + body
-
-
-def ndjson(*objects):
-    return (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n"
-            + b"".join(json.dumps(each).encode() + b"\n" for each in objects))
-
-
-def chunked(*pieces, end=True):
-    return (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
-            + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + (b"0\r\n\r\n" if end else b""))
-
-
-def never(sock):
-    while sock.recv(4096):
-        pass
-
-
-def drip(data, seconds):
-    def send(sock):
-        for n in range(len(data)):
-            sock.sendall(data[n:n + 1])
-            time.sleep(seconds)
-    return send
-
-
-class FakeOllama(socketserver.ThreadingTCPServer):
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, routes):
-        self.routes, self.calls, self.active = routes, [], 0
-        super().__init__(("127.0.0.1", free_port()), self.Connection)
-        self.url = "http://127.0.0.1:%d" % self.server_address[1]
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def __exit__(self, *exc):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address):
-        pass  # a client that leaves is what these tests are about
-
-    class Connection(socketserver.StreamRequestHandler):
-        def handle(self):
-            self.server.active += 1
-            try:
-                method, path, _ = self.rfile.readline().decode().split(" ", 2)
-                length = 0
-                while (line := self.rfile.readline().strip()):
-                    key, _, value = line.partition(b":")
-                    length = int(value) if key.lower() == b"content-length" else length
-                self.server.calls.append((method, path, self.rfile.read(length)))
-                answer = self.server.routes.get(path.partition("?")[0], http("404 page not found", 404, "text/plain"))
-                answer(self.connection) if callable(answer) else self.connection.sendall(answer)
-            finally:
-                self.server.active -= 1

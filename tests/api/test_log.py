@@ -1,0 +1,57 @@
+"""What the log says of requests and of what the service does by itself."""
+
+import re
+
+import pytest
+
+from helpers.answers import CLEAR, GEMMA, TOKEN, clear, error
+from helpers.ports import NOWHERE
+from helpers.waiting import call, wait_for
+
+
+def request_lines(service, start, path):
+    return [line for line in service.log()[start:].splitlines() if f" {path}" in line]
+
+
+def own_lines(log, words):
+    """Return the service's own lines with these words, each split at blanks."""
+    lines = [line.split() for line in log.splitlines() if words in line]
+    return [line for line in lines if len(line) > 2]
+
+
+@pytest.mark.parametrize(
+    "method, path, status", [("GET", "/api/info", 200), ("POST", CLEAR, 200), ("GET", "/none", 404)]
+)
+def test_a_request_has_one_line_with_its_duration(guarded, method, path, status):
+    start = len(guarded.log())
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    secret = {"secret": "in-the-body"}
+    assert call(method, guarded.url + path, headers=bearer, json=secret).status_code == status
+    # A later request's line: a second one of this would have come before.
+    guarded.get("/health?after")
+    wait_for(lambda: request_lines(guarded, start, "/health?after"), 5, "the line after")
+    (line,) = request_lines(guarded, start, path)
+    assert re.search(rf"{method} {path}\b.* {status} .*\b\d+ ms", line)
+    assert not re.search(f"{TOKEN}|in-the-body", guarded.log())
+
+
+def test_a_guessed_token_reaches_no_log_line(guarded):
+    guarded.get("/api/info", headers={"Authorization": "Bearer guess-of-a-token"})
+    assert "guess-of-a-token" not in guarded.log()
+
+
+def test_a_refused_pull_is_a_warning(service):
+    model = f"{NOWHERE}/ns/refused:t"
+    error(service.post("/api/models/pull", json={"model": model, "insecure": True}), 502)
+    levels = {line[2] for line in own_lines(service.log(), model)}
+    assert "WARNING" in levels and "ERROR" not in levels
+
+
+def test_an_ended_runner_is_an_error_with_its_pid(service):
+    runner = service.load(GEMMA)
+    generation = service.generate(GEMMA)
+    start = len(service.log())
+    assert [each["pid"] for each in clear(service)["killed"]] == [runner.pid]
+    generation.wait(10)
+    (line,) = [line for line in service.log()[start:].splitlines() if " ERROR " in line]
+    assert str(runner.pid) in line and "busy" in line and GEMMA in line

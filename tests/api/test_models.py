@@ -1,0 +1,155 @@
+"""Info, health, stats, lists and delete of a working service, and the whole job in one go."""
+
+import json
+
+import psutil
+import pytest
+
+from helpers.answers import GEMMA, clear, health, stats
+from helpers.waiting import wait_for
+
+
+@pytest.fixture
+def quiet(service):
+    """The shared service with nothing loaded."""
+    clear(service)
+    return service
+
+
+def names(service):
+    answer = service.get("/api/models").json()
+    assert answer["count"] == len(answer["models"])
+    return {model["name"] for model in answer["models"]}
+
+
+def entry(service, name=GEMMA):
+    return next(m for m in service.get("/api/models").json()["models"] if m["name"] == name)
+
+
+def copy(service, source, destination):
+    body = {"source": source, "destination": destination}
+    assert service.ollama("POST", "/api/copy", json=body).ok
+
+
+def delete(service, model, **fields):
+    return service.delete("/api/models/delete", json={"model": model, **fields})
+
+
+def test_info_says_what_runs(service):
+    info = service.get("/api/info").json()
+    wanted = {
+        "service": "llm-service",
+        "ollama_url": service.ollama_url,
+        "default_model": GEMMA,
+        "api_port": service.port,
+        "context_length": 4096,
+        "models_path": str(service.models),
+    }
+    assert info.items() >= wanted.items()
+    assert info["ollama_version"] == service.ollama("GET", "/api/version").json()["version"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/health?deep=1"])
+def test_health_of_a_working_service(quiet, path):
+    quiet.load(GEMMA)
+    answer = quiet.get(path)
+    assert answer.status_code == 200
+    wanted = {
+        "status": "healthy",
+        "models_count": 1,
+        "models": [GEMMA],
+        "loaded": [GEMMA],
+        "gpu": "none",
+        "recommended_action": "none",
+    }
+    assert answer.json().items() >= wanted.items()
+
+
+def test_the_list_follows_changes_made_through_either_port(service):
+    assert names(service) == {GEMMA}
+    for name in ("one", "two"):
+        copy(service, "gemma", name)
+        assert f"{name}:latest" in names(service)
+    assert service.ollama("DELETE", "/api/delete", json={"model": "one"}).ok
+    assert names(service) == {GEMMA, "two:latest"}
+    assert delete(service, "two").json()["status"] == "success"
+    assert names(service) == {GEMMA}
+
+
+def test_a_loaded_model_shows_as_such(quiet):
+    quiet.load("gemma")
+    model = entry(quiet)
+    assert model["loaded"] is True
+    assert model["expires_at"].endswith("Z")
+    assert isinstance(model["size_vram"], int)
+    (loaded,) = quiet.get("/api/models/loaded").json()["loaded_models"]
+    assert loaded["name"] == GEMMA and loaded["context_length"] == 4096
+    assert clear(quiet)["unloaded_models"] == [GEMMA]
+    model = entry(quiet)
+    assert model["loaded"] is False and model["expires_at"] is None
+
+
+def test_stats_of_a_loaded_model(quiet):
+    runner = quiet.load("gemma")
+    told = stats(quiet)
+    (shown,) = told["runners"]
+    assert shown["pid"] == runner.pid and shown["model"] == GEMMA
+    assert shown["memory_mb"] == pytest.approx(runner.memory_info().rss / 2**20, rel=0.1)
+    assert told["process_memory_mb"] >= shown["memory_mb"]
+    assert told["ollama"]["pid"] == quiet.ollama_pid() and told["ollama"]["restarts"] == 0
+    assert told["gpu_utilization"] == told["gpu_memory"] == told["gpu_temperature"] == "N/A"
+    assert told["memory"]["total_mb"] == psutil.virtual_memory().total >> 20
+
+
+def test_the_cpu_use_of_a_generating_runner_shows(quiet):
+    generation = quiet.generate("gemma")
+
+    def cpu_percent():
+        return stats(quiet)["runners"][0]["cpu_percent"] or 0
+
+    wait_for(lambda: cpu_percent() > 30, 20, "the CPU use of a generating runner")
+    generation.close()
+
+
+def test_delete_unloads_first_and_counts_what_came_free(quiet, make_gguf_variant):
+    gguf = make_gguf_variant(1)
+    quiet.add_model("own", gguf)
+    copy(quiet, "own", "twin")
+    runner = quiet.load("own")
+    # The weights are those of the other name, too.
+    answer = quiet.delete("/api/models/delete?model=twin").json()
+    assert answer["status"] == "success" and answer["freed_bytes"] < 10_000
+    assert delete(quiet, "own").json()["freed_bytes"] >= gguf.stat().st_size
+    assert not runner.is_running()
+    assert names(quiet) == {GEMMA}
+    gone = delete(quiet, "own")
+    assert gone.status_code == 404 and gone.json()["code"] == "model_not_found"
+
+
+def test_delete_refuses_a_busy_model_unless_forced(quiet, make_gguf_variant):
+    quiet.add_model("own", make_gguf_variant(1))
+    generation = quiet.generate("own")
+    busy = delete(quiet, "own")
+    assert busy.status_code == 409 and busy.json()["code"] == "model_busy"
+    assert not generation.done
+    assert delete(quiet, "own", force=True).status_code == 200
+    assert generation.wait(10).error
+    assert names(quiet) == {GEMMA}
+
+
+def test_the_main_job_from_pull_to_delete(quiet, registry, make_gguf_variant):
+    gguf = make_gguf_variant(2)
+    name = registry.add("ns/gemma:latest", gguf)
+    answer = quiet.post("/api/models/pull", json={"model": name, "insecure": True})
+    last = json.loads(list(answer.iter_lines())[-1])
+    assert last["status"] == "success" and last["percent"] == 100
+    assert name in names(quiet)
+    body = {"model": name, "prompt": "1 2 3 4", "raw": True, "stream": False}
+    said = quiet.ollama(
+        "POST", "/api/generate", json={**body, "options": {"num_predict": 4}}
+    ).json()
+    assert said["done"] and said["response"]
+    cleared = clear(quiet)
+    assert cleared["verified"] and cleared["unloaded_models"] == [name]
+    assert delete(quiet, name).json()["freed_bytes"] >= gguf.stat().st_size
+    assert health(quiet)["models"] == [GEMMA]

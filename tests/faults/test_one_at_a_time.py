@@ -1,0 +1,110 @@
+"""Clear and reset run one at a time; who comes meanwhile shares what fits."""
+
+import time
+
+import pytest
+
+from helpers.answers import (
+    CLEAR,
+    GEMMA,
+    RESET,
+    assert_works,
+    clear,
+    heal,
+    reset,
+    stats,
+    wait_loaded,
+)
+from helpers.causes import Waiting, hung_runner
+from helpers.processes import is_gone, suspend
+
+
+def killed_pids(report):
+    return [killed["pid"] for killed in report["killed"]]
+
+
+@pytest.mark.parametrize("path", [CLEAR, RESET])
+def test_twenty_at_once_share_one_run(idle, others, path):
+    waiting = hung_runner(idle)
+    answers = list(others.map(lambda _: heal(idle, path), range(20)))
+    details = [step["detail"] for step in answers[0]["steps"] if step["step"] == "end_runners"]
+    assert details == ["1 ended"]
+    assert len({str(each) for each in answers}) == 1
+    assert waiting.status() == 500
+    assert_works(idle)
+
+
+def test_restarts_at_once_share_one_restart(idle, others):
+    restarts = stats(idle)["ollama"]["restarts"]
+    list(others.map(lambda _: reset(idle, restart=True), range(20)))
+    wait_loaded(idle, GEMMA)
+    assert stats(idle)["ollama"]["restarts"] == restarts + 1
+
+
+def test_clear_and_reset_of_all_sorts_at_once(idle, others):
+    hung_runner(idle)
+    calls = [
+        (CLEAR, {}),
+        (RESET, {}),
+        (CLEAR, {"force": False}),
+        (RESET, {"restart": True}),
+        (CLEAR, {"model": GEMMA}),
+        (RESET, {"model": GEMMA}),
+    ]
+
+    def send(one):
+        path, fields = one
+        answer = idle.post(path, json=fields)
+        assert answer.elapsed.total_seconds() < 5
+        return answer.status_code, answer.text
+
+    for status, text in others.map(send, calls * 3):
+        assert status == 200, text
+    wait_loaded(idle, GEMMA)
+    assert_works(idle)
+
+
+def test_a_clear_during_a_reset_answers_with_the_resets_clearing(idle, others):
+    waiting = hung_runner(idle)
+    resetting = others.submit(reset, idle, restart=True)
+    time.sleep(0.4)  # it shall be under way
+    cleared = clear(idle)
+    assert is_gone(waiting.runner)
+    assert killed_pids(cleared) == [waiting.runner.pid]
+    assert resetting.result()["steps"][: len(cleared["steps"])] == cleared["steps"]
+    wait_loaded(idle, GEMMA)
+
+
+def test_a_reset_during_a_clear_takes_it_as_its_first_step(idle, others):
+    waiting = hung_runner(idle)
+    clearing = others.submit(clear, idle)
+    time.sleep(0.4)  # it shall be under way
+    report = reset(idle)
+    cleared = clearing.result()
+    assert killed_pids(cleared) == [waiting.runner.pid]
+    assert report["steps"][: len(cleared["steps"])] == cleared["steps"]
+    assert report["memory"] == cleared["memory"]
+    wait_loaded(idle, GEMMA)
+
+
+def test_a_reset_during_a_clear_of_one_model_clears_all(trio, others):
+    hung = hung_runner(trio, "m1:latest")
+    other = trio.load("m2")
+    clearing = others.submit(clear, trio, model="m1")
+    time.sleep(0.4)  # it shall be under way
+    report = reset(trio, model="m3")
+    assert clearing.result()["verified"] is True
+    assert is_gone(hung.runner) and is_gone(other)
+    assert report["model"] == "m3"
+    wait_loaded(trio, "m3:latest")
+
+
+def test_a_clear_of_all_after_one_of_a_model_under_way_clears_all_in_time(trio, others):
+    hung, busy = Waiting(trio, "m1:latest"), Waiting(trio, "m2:latest")
+    suspend(hung.runner)
+    clearing = others.submit(clear, trio, model="m1")
+    time.sleep(0.2)  # it shall be under way
+    report = clear(trio)
+    assert report["verified"] is True
+    assert is_gone(busy.runner)
+    clearing.result()

@@ -1,0 +1,19 @@
+"""What the tests are written with; fixtures stand in conftest.py.
+
+answers         assertions on answers: the one error shape, clear, reset, health, stats
+browser         a headless Chromium
+causes          hung, dead and busy Ollamas and runners, made on purpose
+fake_ollama     an Ollama that answers whatever a test wants
+generation      a long answer under way
+listener        a client of a streamed pull
+models          a real small model, and model stores written without Ollama
+nvml            a stand-in for NVIDIA's library
+ollama_server   a real Ollama without the service
+places          folders, and the mark by which a run's processes are found
+ports           free ports
+processes       finding and ending what a test has started
+raw             requests written byte by byte
+registry        a model registry with faults
+service         the service as ./start.sh starts it
+waiting         one HTTP call, and waiting for something to become true
+"""

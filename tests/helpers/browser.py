@@ -1,0 +1,34 @@
+"""A headless Chromium."""
+
+import shutil
+import subprocess
+
+import pytest
+from selenium import webdriver
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+def start_browser(folder, *flags):
+    """Start one with its profile in this folder; skip the test where none is installed."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no browser: chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in [*FLAGS, f"--user-data-dir={folder}", *flags]:
+        options.add_argument(flag)
+    service = webdriver.ChromeService(driver, log_output=subprocess.DEVNULL)
+    browser = webdriver.Chrome(options, service)
+    browser.set_script_timeout(30)
+    return browser

@@ -1,0 +1,90 @@
+"""Hung, dead and busy Ollamas and runners, made on purpose."""
+
+import contextlib
+import threading
+
+import psutil
+import requests
+
+from helpers.answers import GEMMA
+from helpers.generation import ENDLESS, PROMPT
+from helpers.processes import is_gone, suspend
+from helpers.waiting import call, wait_for
+
+
+class Waiting:
+    """A caller who waits for the whole of a long answer, as n8n does.
+
+    It is there once its .runner is in the middle of the answer.
+    """
+
+    def __init__(self, service, name=GEMMA):
+        self.answer = None
+        self._thread = threading.Thread(target=self._run, args=(service, name), daemon=True)
+        self.runner = service.load(name)
+        self._thread.start()
+        words = self.runner.cmdline()
+        slots = f"http://127.0.0.1:{words[words.index('--port') + 1]}/slots"
+        wait_for(
+            lambda: any(slot["is_processing"] for slot in call("GET", slots).json()),
+            30,
+            "an answer under way",
+        )
+
+    def _run(self, service, name):
+        body = {"model": name, "prompt": PROMPT, "raw": True, "stream": False, "options": ENDLESS}
+        with contextlib.suppress(requests.RequestException):
+            self.answer = service.ollama("POST", "/api/generate", json=body, timeout=120)
+
+    def status(self, timeout=5):
+        """Wait for the answer; return its status."""
+        self._thread.join(timeout)
+        assert self.answer is not None, f"the waiting caller got no answer within {timeout} s"
+        return self.answer.status_code
+
+
+def hung_runner(service, name=GEMMA):
+    """Stop a runner in mid-answer; return its caller."""
+    waiting = Waiting(service, name)
+    suspend(waiting.runner)
+    return waiting
+
+
+@contextlib.contextmanager
+def ollama_dead(service):
+    """Kill Ollama, with nobody there to start it again until the end."""
+    stopped = service.launcher()
+    for process in stopped:
+        process.suspend()
+    server = psutil.Process(service.ollama_pid())
+    server.kill()
+    # Its parent is stopped, so it stays as a zombie; its threads end a moment later.
+    wait_for(lambda: is_gone(server), 5, "Ollama is dead")
+    try:
+        yield
+    finally:
+        for process in stopped:
+            process.resume()
+    service.wait_healthy(20)
+
+
+@contextlib.contextmanager
+def ollama_hung(service):
+    """Stop Ollama by SIGSTOP."""
+    server = psutil.Process(service.ollama_pid())
+    suspend(server)
+    try:
+        yield server
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server.resume()
+
+
+def slow_ollama(folder, binary, seconds):
+    """Write an `ollama` whose server listens late; return its path."""
+    program = folder / "ollama"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = serve ] && sleep {seconds}\nexec {binary} "$@"\n', encoding="utf-8"
+    )
+    program.chmod(0o755)
+    return program

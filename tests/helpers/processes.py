@@ -1,0 +1,88 @@
+"""Finding and ending what a test has started."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from helpers.places import MARK, RUN, RUNS
+from helpers.waiting import wait_for
+
+# What has a log to show when a test fails.
+started = []
+
+
+def mark(port):
+    """Return the value of MARK for what listens on this port."""
+    return f"{RUN}/{port}"
+
+
+def marked(value=RUN):
+    """Return the living processes of this run, or of one mark in it."""
+    found, wanted = [], f"{MARK}={value}".encode()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            # A zombie's environment is empty.
+            if wanted in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.append(process)
+    return found
+
+
+def kill(processes):
+    """End processes that may have ended by themselves."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def suspend(process):
+    """Stop a process by SIGSTOP, and wait until each of its threads stands."""
+    process.suspend()
+    tasks = Path(f"/proc/{process.pid}/task")
+
+    def stands():
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in tasks.glob("*/stat")]
+        return set(states) <= {"T"}
+
+    wait_for(stands, 5, f"{process} stands")
+
+
+def is_gone(process):
+    """Tell whether a process is dead, and with it all of its threads.
+
+    Where its parent hangs or has died, it may stay as a zombie, which holds no memory.
+    """
+    try:
+        return not process.is_running() or (
+            process.status() == psutil.STATUS_ZOMBIE
+            and len(os.listdir(f"/proc/{process.pid}/task")) <= 1
+        )
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
+
+
+@contextlib.contextmanager
+def servers(make):
+    """Give a factory by make(folder, …).
+
+    What it made is stopped, and its folder removed, at the end.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(*args, **options):
+            RUNS.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="run-", dir=RUNS))
+            one = make(folder, *args, **options)
+            started.append(one)
+            stack.callback(started.remove, one)
+            stack.callback(one.stop)
+            try:
+                one.start()
+            except BaseException:
+                print(one.log()[-6000:])
+                raise
+            return one
+
+        yield start

@@ -1,0 +1,346 @@
+"""The client of Ollama's API, against an Ollama that answers whatever a test wants."""
+
+import contextlib
+import json
+import time
+
+import psutil
+import pytest
+
+from helpers.fake_ollama import FakeOllama, chunked, drip, http, ndjson, never
+from helpers.ports import NOWHERE, free_port
+from ollama_client import Ollama, OllamaError
+
+PATHS = ["version", "tags", "ps", "generate", "embed", "delete", "pull"]
+CALLS = {
+    "version": lambda ollama: ollama.version(),
+    "tags": lambda ollama: ollama.tags(),
+    "ps": lambda ollama: ollama.ps(),
+    "load": lambda ollama: ollama.load("m"),
+    "unload": lambda ollama: ollama.unload("m"),
+    "delete": lambda ollama: ollama.delete("m"),
+    "pull": lambda ollama: list(ollama.pull("m")),
+}
+every_call = pytest.mark.parametrize("do", CALLS.values(), ids=list(CALLS))
+LISTS = {
+    "tags": lambda ollama, seconds: ollama.tags(timeout_s=seconds),
+    "ps": lambda ollama, seconds: ollama.ps(timeout_s=seconds),
+    "version": lambda ollama, seconds: ollama.version(timeout_s=seconds),
+}
+every_list = pytest.mark.parametrize("do", LISTS.values(), ids=list(LISTS))
+
+
+@contextlib.contextmanager
+def refused(code, status=None):
+    """Expect an OllamaError whose sentence a person can read."""
+    with pytest.raises(OllamaError) as caught:
+        yield caught
+    assert caught.value.code == code, str(caught.value)
+    assert status in (None, caught.value.status)
+    assert str(caught.value).isprintable() and 20 < len(str(caught.value)) < 600
+
+
+@pytest.fixture
+def fake():
+    with FakeOllama({}) as one:
+        yield one
+
+
+@pytest.fixture
+def ollama(fake):
+    return Ollama(fake.url)
+
+
+def answer_all(fake, raw):
+    fake.routes = {f"/api/{path}": raw for path in PATHS}
+
+
+def connections(port):
+    return [c for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == port]
+
+
+# How a call fails
+
+
+@every_call
+def test_every_call_says_that_ollama_is_not_there(do):
+    with refused("ollama_unreachable", 503):
+        do(Ollama(f"http://{NOWHERE}"))
+
+
+@every_call
+def test_every_call_says_that_the_connection_broke(fake, ollama, do):
+    answer_all(fake, b"")
+    with refused("ollama_unreachable", 503):
+        do(ollama)
+
+
+@pytest.mark.parametrize(
+    "status, message, code, answered",
+    [
+        (404, "model 'm' not found", "model_not_found", 404),
+        (400, "invalid model name", "bad_model_name", 400),
+        (500, "write /x: no space left on device", "disk_full", 507),
+        (500, "something new", "ollama_error", 502),
+        (500, "\x1b[31mred\nline", "ollama_error", 502),
+        (503, "server busy, please try again", "ollama_error", 502),
+    ],
+)
+def test_ollamas_error_is_told_with_its_status(fake, ollama, status, message, code, answered):
+    answer_all(fake, http(json.dumps({"error": message}), status))
+    with refused(code, answered):
+        ollama.tags()
+
+
+@every_call
+def test_every_call_tells_ollamas_error(fake, ollama, do):
+    answer_all(fake, http('{"error": "something new"}', 500))
+    with refused("ollama_error", 502):
+        do(ollama)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>oops</html>", b"[]", b"{}", b'"error"', b"\xff\xfe", b'{"error":']
+)
+def test_an_error_without_a_reason_is_a_502(fake, ollama, body):
+    answer_all(fake, http(body, 500))
+    with refused("bad_answer", 502):
+        ollama.tags()
+
+
+def dripping(sock):
+    head, body = http('{"version":"1","models":[' + " " * 100 + "]}").split(b"{", 1)
+    sock.sendall(head)
+    drip(b"{" + body, 0.3)(sock)
+
+
+@every_list
+def test_a_call_ends_in_its_time(fake, ollama, do):
+    answer_all(fake, never)
+    began = time.monotonic()
+    with refused("ollama_timeout", 504):
+        do(ollama, 0.5)
+    assert time.monotonic() - began < 3
+
+
+def test_a_call_ends_in_its_time_though_a_byte_comes_now_and_then(fake, ollama):
+    answer_all(fake, dripping)
+    began = time.monotonic()
+    with refused("ollama_timeout", 504):
+        ollama.tags(timeout_s=0.5)
+    assert time.monotonic() - began < 3
+
+
+# Answers that are none
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>It works!</html>",
+        "",
+        '{"models":[{"na',
+        "[]",
+        "null",
+        "7",
+        '"x"',
+        b"\xff",
+        '{"models":' + "[" * 100_000,
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_a_200_that_is_no_answer_of_ollamas_is_a_502(fake, ollama, body):
+    answer_all(fake, http(body, type="text/html"))
+    with refused("bad_answer", 502):
+        ollama.tags()
+
+
+@every_list
+def test_every_list_refuses_what_is_no_answer(fake, ollama, do):
+    answer_all(fake, http("[]"))
+    with refused("bad_answer", 502):
+        do(ollama, 1)
+
+
+@pytest.mark.parametrize(
+    "models", ["x", 7, {"a": 1}, [7], [None], [{}], [{"name": None}], [{"name": 7}], [["name"]]]
+)
+def test_a_list_of_something_else_is_a_502(fake, ollama, models):
+    answer_all(fake, http(json.dumps({"models": models})))
+    with refused("bad_answer", 502):
+        ollama.tags()
+    with refused("bad_answer", 502):
+        ollama.ps()
+
+
+def test_an_answer_cut_off_is_an_error(fake, ollama):
+    answer_all(fake, b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"models":[')
+    with pytest.raises(OllamaError) as caught:
+        ollama.tags()
+    assert caught.value.status in (502, 503, 504)
+
+
+def test_an_answer_without_end_takes_bounded_memory(fake, ollama):
+    def endless(sock):
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            sock.sendall(b" " * (1 << 20))
+
+    answer_all(fake, endless)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(OllamaError) as caught:
+        ollama.tags(timeout_s=1)
+    # Which of the two depends on the machine's speed.
+    assert caught.value.code in ("bad_answer", "ollama_timeout")
+    assert psutil.Process().memory_info().rss - before < 300e6
+
+
+def test_a_redirect_is_not_followed_to_elsewhere(fake, ollama):
+    with FakeOllama({"/api/version": http('{"version":"evil"}')}) as other:
+        moved = f"HTTP/1.1 302 Found\r\nLocation: {other.url}/api/version\r\n"
+        answer_all(fake, f"{moved}Content-Length: 0\r\n\r\n".encode())
+        with pytest.raises(OllamaError):
+            ollama.version()
+        assert not other.calls
+
+
+# What is sent
+
+
+def sent(fake):
+    return [(method, path, json.loads(body)) for method, path, body in fake.calls]
+
+
+def test_the_calls_say_what_they_mean(fake, ollama):
+    answer_all(fake, http("{}"))
+    ollama.load("m")
+    ollama.unload("m")
+    ollama.delete("m")
+    assert sent(fake) == [
+        ("POST", "/api/generate", {"model": "m"}),
+        ("POST", "/api/generate", {"model": "m", "keep_alive": 0}),
+        ("DELETE", "/api/delete", {"model": "m"}),
+    ]
+
+
+def test_a_pull_says_what_it_means(fake, ollama):
+    answer_all(fake, ndjson())
+    assert list(ollama.pull("m", insecure=True)) == []
+    body = {"model": "m", "insecure": True, "stream": True}
+    assert sent(fake) == [("POST", "/api/pull", body)]
+
+
+def test_a_model_that_only_embeds_is_loaded_by_embed(fake, ollama):
+    fake.routes = {
+        "/api/generate": http('{"error":"\\"m\\" does not support generate"}', 400),
+        "/api/embed": http('{"embeddings":[]}'),
+    }
+    ollama.load("m")
+    assert sent(fake)[-1] == ("POST", "/api/embed", {"model": "m", "input": []})
+
+
+def test_a_proxy_in_the_environment_is_not_for_ollama(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with FakeOllama({"/api/version": http('{"version":"1"}')}) as fake:
+        assert Ollama(fake.url).version() == "1"
+
+
+# A pull's lines
+
+
+def test_a_pulls_lines_come_whole_however_they_are_cut(fake, ollama):
+    lines = [
+        {"status": "pulling manifest"},
+        {"status": "é", "digest": "sha256:00", "total": 9, "completed": 1},
+    ]
+    data = b"\n\n".join(json.dumps(line, ensure_ascii=False).encode() for line in lines)
+    for size in (1, 2, 7, 1000):
+        answer_all(fake, chunked(*[data[n : n + size] for n in range(0, len(data), size)]))
+        assert list(ollama.pull("m")) == lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"<html>",
+        b'{"sta',
+        b"null",
+        b"7",
+        b'"error"',
+        b"[]",
+        b'["error"]',
+        b"{}",
+        b'{"status":7}',
+        b'{"status":null}',
+        b"\xff",
+        b'{"status":"x","total":-1}',
+        b'{"status":"x","completed":-5,"total":9}',
+        b'{"status":"x","total":1.5}',
+        b'{"status":"x","total":"9"}',
+        b'{"status":"x","total":null}',
+        b'{"status":"x","total":true}',
+        b'{"status":"x","total":[]}',
+        b'{"status":"x","total":NaN}',
+        b'{"status":"x","total":1e999}',
+        b'{"status":"x","total":9223372036854775808}',
+        b'{"status":"x","completed":' + b"9" * 5000 + b"}",
+        b'{"status":"x","digest":7}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+    ],
+    ids=lambda line: repr(line[:40]),
+)
+def test_what_is_no_progress_line_is_an_error_of_ollamas(fake, ollama, line):
+    answer_all(fake, chunked(b'{"status":"pulling manifest"}\n' + line + b"\n"))
+    with refused("bad_answer", 502):
+        list(ollama.pull("m"))
+    # As the last, without its end.
+    answer_all(fake, chunked(line))
+    with refused("bad_answer", 502):
+        list(ollama.pull("m"))
+
+
+def test_a_progress_line_of_10_mb_is_not_kept(fake, ollama):
+    answer_all(fake, ndjson({"status": "x" * 10_000_000}))
+    with refused("bad_answer", 502):
+        list(ollama.pull("m"))
+    assert not connections(fake.port)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        chunked(b'{"status":"x"}\n', end=False),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_a_broken_connection_interrupts_a_pull(fake, ollama, raw):
+    answer_all(fake, raw)
+    with refused("pull_interrupted", 502):
+        list(ollama.pull("m"))
+
+
+@pytest.mark.parametrize(
+    "message, code",
+    [
+        ("pull model manifest: file does not exist", "model_not_found"),
+        ("max retries exceeded: unexpected EOF", "pull_interrupted"),
+        ("context canceled", "pull_interrupted"),
+        ("digest mismatch, file must be downloaded again", "digest_mismatch"),
+        (
+            'Get "https://nowhere/v2/": dial tcp: lookup nowhere: no such host',
+            "registry_unreachable",
+        ),
+        ("dial tcp 127.0.0.1:1: connect: connection refused", "registry_unreachable"),
+        ("remove /m/blobs/sha256-00-partial-0: no such file or directory", "parts_damaged"),
+        ("insecure protocol http", "registry_insecure"),
+        ("http: server gave HTTP response to HTTPS client", "registry_insecure"),
+        ("tls: first record does not look like a TLS handshake", "registry_insecure"),
+    ],
+)
+def test_an_error_line_of_a_pull_has_a_code_and_an_advice(fake, ollama, message, code):
+    answer_all(fake, ndjson({"status": "pulling manifest"}, {"error": message}))
+    with refused(code):
+        list(ollama.pull("m"))

@@ -1,0 +1,151 @@
+"""Which processes are the service's own, on stand-ins for a server and its runner."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from helpers.waiting import wait_for
+from ollama_client import Processes
+
+DIGEST = "c" * 64
+SLEEP = "import time; time.sleep(60)"
+
+
+def runner_command(digest=DIGEST, port="1234"):
+    return ["llama-server", "-c", SLEEP, "--model", f"/m/blobs/sha256-{digest}", "--port", port]
+
+
+def ticks(pid):
+    """Return when a process was started, in ticks after boot."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[19])
+
+
+class StandIn:
+    """A server in a session of its own, with a runner as its child.
+
+    .process        of the server (Popen)
+    .processes      a Processes with a record of it
+    .record(…)      makes one with another record
+    """
+
+    def __init__(self, folder):
+        self.state = folder / "state"
+        program = (
+            f"import subprocess, sys; {SLEEP.partition(';')[0]}; "
+            f"subprocess.Popen({runner_command()}, executable=sys.executable); time.sleep(60)"
+        )
+        command = [sys.executable, "-c", program]
+        self.process = subprocess.Popen(command, start_new_session=True)
+        self.started = ticks(self.process.pid)
+        self.processes = self.record()
+        wait_for(self.processes.runners, 10, "the runner")
+
+    def record(self, offset=0):
+        self.state.write_text(f"1 1 0\n{self.process.pid} {self.started + offset} 3\n")
+        return Processes(str(self.state))
+
+    def close(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(self.process.pid).children():
+                each.kill()
+        for each in self.processes.runners():
+            os.kill(each.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    one = StandIn(tmp_path)
+    yield one
+    one.close()
+
+
+def assert_nothing_is_ours(processes):
+    assert processes.server() is None
+    assert processes.all() == []
+    assert processes.runners() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "garbage\n", "1 2\n", "1 2 3 4\n", "x y z\n", "1 2 3\nhalf", "\0\0\0"]
+)
+def test_a_damaged_state_file_names_no_process(tmp_path, text):
+    (tmp_path / "state").write_text(text)
+    processes = Processes(str(tmp_path / "state"))
+    assert_nothing_is_ours(processes)
+    assert processes.restarts() == 0
+
+
+def test_without_a_state_file_nothing_is_ours():
+    assert_nothing_is_ours(Processes("/nonexistent/state"))
+
+
+def test_a_recorded_server_and_its_runner_are_found(server):
+    processes, pid = server.processes, server.process.pid
+    (runner,) = processes.runners()
+    assert processes.server().pid == pid
+    assert processes.restarts() == 3
+    assert (runner.digest, runner.port) == (DIGEST, "1234")
+    assert {each.pid for each in processes.all()} == {pid, runner.process.pid}
+    assert 0 <= processes.uptime_s(processes.server()) < 60
+
+
+@pytest.mark.parametrize("offset", [1, -1])
+def test_a_number_with_another_start_time_is_void(server, offset):
+    void = server.record(offset)
+    assert_nothing_is_ours(void)
+    assert void.end_server(0.1)
+    assert server.process.poll() is None
+
+
+def test_a_runner_of_a_stranger_is_not_ours(server):
+    ours = [each.process.pid for each in server.processes.runners()]
+    command = runner_command("d" * 64, "9")
+    with subprocess.Popen(command, executable=sys.executable, start_new_session=True) as process:
+        try:
+            wait_for(
+                lambda: "--model" in psutil.Process(process.pid).cmdline(),
+                5,
+                "the stranger's command line",
+            )
+            assert [each.process.pid for each in server.processes.runners()] == ours
+        finally:
+            process.kill()
+
+
+def test_an_orphan_is_still_ours_and_the_server_is_gone(server):
+    processes = server.processes
+    (runner,) = processes.runners()
+    assert processes.end_server(0.5)
+    server.process.wait()
+    assert processes.server() is None
+    (orphan,) = processes.runners()
+    assert orphan.process.pid == runner.process.pid
+    processes.end(orphan.process)
+    wait_for(lambda: not processes.alive(orphan.process), 5, "the orphan's end")
+    assert processes.runners() == []
+
+
+def test_a_zombie_is_dead(server):
+    processes = server.processes
+    recorded = processes.server()
+    for each in processes.runners():
+        processes.end(each.process)
+    server.process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not processes.alive(recorded), 5, "the server's end")
+    assert os.path.exists(f"/proc/{server.process.pid}")
+    assert processes.server() is None
+
+
+def test_signalling_a_process_that_has_ended_does_nothing(server):
+    recorded = server.processes.server()
+    server.process.kill()
+    server.process.wait()
+    server.processes.end(recorded)
