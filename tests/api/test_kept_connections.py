@@ -12,7 +12,7 @@ import psutil
 import pytest
 import requests
 
-from conftest import wait_for
+from helpers.waiting import wait_for
 
 BIG = b" " * 70_000  # over the limit of 64 KiB
 SLOW_START = """#!/usr/bin/env bash

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from helpers.names import NO_NAMES, TAKEN
-from ollama_client import OllamaError, check_name
+from ollama_client import ServiceError, check_name
 
 
 def taken(name):
     try:
         return check_name(name) == name.strip()
-    except OllamaError as error:
+    except ServiceError as error:
         assert (error.status, error.code) == (400, "bad_model_name")
         return False
 

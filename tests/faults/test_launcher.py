@@ -3,6 +3,7 @@
 Where Ollama itself does not matter, a script of that name stands in for it.
 """
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -15,8 +16,9 @@ import psutil
 import pytest
 
 import app
-from conftest import CACHE, ROOT, call, wait_for
-from registry import free_port
+from helpers.places import CACHE, ROOT
+from helpers.ports import free_port
+from helpers.waiting import call, wait_for
 
 BOOT = CACHE.joinpath("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
 
@@ -92,11 +94,11 @@ def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value
 def test_what_each_setting_takes(monkeypatch, name, bad, good):
     for value in ["", *good]:
         monkeypatch.setenv(name, value)
-        app.check_settings()
+        importlib.reload(app)
     for value in bad:
         monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit, match=f"{name} is .*; it takes "):
-            app.check_settings()
+            importlib.reload(app)
 
 
 def test_a_token_that_makes_no_sense_is_not_shown():

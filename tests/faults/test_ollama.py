@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from ollama_client import Ollama, OllamaError
+from ollama_client import Ollama, ServiceError
 
 
 def connections(port):
@@ -17,7 +17,7 @@ def test_calls_share_a_connection_also_after_errors(ollama_server):
         ollama.version()
         ollama.tags()
         ollama.ps()
-        with pytest.raises(OllamaError) as refused:
+        with pytest.raises(ServiceError) as refused:
             ollama.delete("nothing")
         assert (refused.value.code, refused.value.status) == ("model_not_found", 404)
     assert len(connections(server.port)) == 1
@@ -29,7 +29,7 @@ def test_a_restarted_ollama_is_reached_at_the_next_call(ollama_server):
     for _ in range(3):
         assert ollama.version()
         server.kill()
-        with pytest.raises(OllamaError) as refused:
+        with pytest.raises(ServiceError) as refused:
             ollama.version()
         assert (refused.value.code, refused.value.status) == ("ollama_unreachable", 503)
         server.start()

@@ -64,7 +64,8 @@ def ollama_dead(service):
         yield
     finally:
         for process in stopped:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
     service.wait_healthy(20)
 
 

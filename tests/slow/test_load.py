@@ -119,7 +119,7 @@ def test_200_clients_that_never_leave_do_not_hold_up_health(loaded, opening):
     "opening", [b"", GET_HEALTH, SLOW_BODY[:-1]], ids=["silent", "half a header", "half a body"]
 )
 def test_more_clients_than_threads_hold_them_up_for_a_bounded_time_only(make_service, opening):
-    service = make_service(constants={"app.CLIENT_S": 2})
+    service = make_service(constants={"app.SILENT_CLIENT_S": 2})
     worker = Worker(service)
     with contextlib.ExitStack() as stack:
         for _ in range(300):

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.names import NO_NAMES, TAKEN
-from ollama_client import OllamaError, check_name, dial_url, name_key, timestamp
+from ollama_client import ServiceError, check_name, dial_url, name_key, timestamp
 
 
 @pytest.mark.parametrize("name", TAKEN, ids=lambda name: ascii(name)[:30])
@@ -17,7 +17,7 @@ def test_a_name_is_taken_without_the_blanks_around_it(name):
     ids=lambda value: ascii(value)[:30],
 )
 def test_what_is_no_name_is_refused(value):
-    with pytest.raises(OllamaError) as refused:
+    with pytest.raises(ServiceError) as refused:
         check_name(value)
     assert (refused.value.code, refused.value.status) == ("bad_model_name", 400)
 

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.fake_ollama import FakeOllama, chunked, drip, http, ndjson, never
 from helpers.ports import NOWHERE, free_port
-from ollama_client import Ollama, OllamaError
+from ollama_client import Ollama, ServiceError
 
 PATHS = ["version", "tags", "ps", "generate", "embed", "delete", "pull"]
 CALLS = {
@@ -32,8 +32,8 @@ every_list = pytest.mark.parametrize("do", LISTS.values(), ids=list(LISTS))
 
 @contextlib.contextmanager
 def refused(code, status=None):
-    """Expect an OllamaError whose sentence a person can read."""
-    with pytest.raises(OllamaError) as caught:
+    """Expect an ServiceError whose sentence a person can read."""
+    with pytest.raises(ServiceError) as caught:
         yield caught
     assert caught.value.code == code, str(caught.value)
     assert status in (None, caught.value.status)
@@ -175,7 +175,7 @@ def test_a_list_of_something_else_is_a_502(fake, ollama, models):
 
 def test_an_answer_cut_off_is_an_error(fake, ollama):
     answer_all(fake, b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"models":[')
-    with pytest.raises(OllamaError) as caught:
+    with pytest.raises(ServiceError) as caught:
         ollama.tags()
     assert caught.value.status in (502, 503, 504)
 
@@ -188,7 +188,7 @@ def test_an_answer_without_end_takes_bounded_memory(fake, ollama):
 
     answer_all(fake, endless)
     before = psutil.Process().memory_info().rss
-    with pytest.raises(OllamaError) as caught:
+    with pytest.raises(ServiceError) as caught:
         ollama.tags(timeout_s=1)
     # Which of the two depends on the machine's speed.
     assert caught.value.code in ("bad_answer", "ollama_timeout")
@@ -199,7 +199,7 @@ def test_a_redirect_is_not_followed_to_elsewhere(fake, ollama):
     with FakeOllama({"/api/version": http('{"version":"evil"}')}) as other:
         moved = f"HTTP/1.1 302 Found\r\nLocation: {other.url}/api/version\r\n"
         answer_all(fake, f"{moved}Content-Length: 0\r\n\r\n".encode())
-        with pytest.raises(OllamaError):
+        with pytest.raises(ServiceError):
             ollama.version()
         assert not other.calls
 
