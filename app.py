@@ -918,109 +918,83 @@ def highest(reading: Json, figure: str) -> int | None:
     return max(told, default=None)
 
 
-# Name, type, help. The samples are in metrics_samples().
-METRICS = [
-    ("llm_up", "gauge", "1 where /health is a 200."),
-    ("llm_gpu_utilization_ratio", "gauge", "Load of a GPU, 0 to 1."),
-    ("llm_gpu_memory_used_bytes", "gauge", "Memory of a GPU in use."),
-    ("llm_gpu_memory_total_bytes", "gauge", "Memory of a GPU."),
-    ("llm_gpu_temperature_celsius", "gauge", "Temperature of a GPU."),
-    ("llm_gpu_power_watts", "gauge", "Power that a GPU draws."),
-    ("llm_memory_used_bytes", "gauge", "Memory of the machine in use."),
-    ("llm_memory_total_bytes", "gauge", "Memory of the machine."),
-    ("llm_process_memory_bytes", "gauge", "Resident memory of API, Ollama and runners."),
-    ("llm_disk_free_bytes", "gauge", "Free bytes of the models' disk."),
-    ("llm_disk_total_bytes", "gauge", "Bytes of the models' disk."),
-    ("llm_disk_partial_bytes", "gauge", "Parts of unfinished downloads."),
-    ("llm_disk_unused_bytes", "gauge", "What a prune would free."),
-    ("llm_models_loaded", "gauge", "Models in memory."),
-    ("llm_runner_state", "gauge", "1 for the state that a model's runner is in."),
-    ("llm_runner_memory_bytes", "gauge", "Resident memory of a model's runner."),
-    ("llm_runner_tokens_per_second", "gauge", "Tokens that a runner decodes a second."),
-    ("llm_runner_tokens_total", "counter", "Tokens that a runner has decoded."),
-    ("llm_downloads_running", "gauge", "Downloads under way."),
-    ("llm_downloads_total", "counter", "Downloads that have ended, by outcome."),
-    ("llm_clears_total", "counter", "Clears done."),
-    ("llm_resets_total", "counter", "Resets done."),
-    ("llm_healings_total", "counter", "What the service has healed by itself."),
-    ("llm_ollama_restarts_total", "counter", "How often Ollama was started anew."),
+# Name, type, help; then where the figure stands in the answer of /api/stats, and the factor
+# that brings it to the base unit. A list or a map there gives a sample for each entry.
+METRICS: list[tuple[str, str, str, str, float]] = [
+    ("llm_up", "gauge", "1 where the last look found no fault.", "up", 1),
+    ("llm_gpu_utilization_ratio", "gauge", "Load of a GPU.", "gpus utilization_percent", 0.01),
+    ("llm_gpu_memory_used_bytes", "gauge", "GPU memory in use.", "gpus memory_used_mb", MB),
+    ("llm_gpu_memory_total_bytes", "gauge", "GPU memory.", "gpus memory_total_mb", MB),
+    ("llm_gpu_temperature_celsius", "gauge", "GPU temperature.", "gpus temperature_c", 1),
+    ("llm_gpu_power_watts", "gauge", "Power that a GPU draws.", "gpus power_w", 1),
+    ("llm_board_power_watts", "gauge", "Power that the board draws.", "gpus board_power_w", 1),
+    ("llm_memory_used_bytes", "gauge", "The machine's memory in use.", "memory used_mb", MB),
+    ("llm_memory_total_bytes", "gauge", "The machine's memory.", "memory total_mb", MB),
+    ("llm_process_memory_bytes", "gauge", "API, Ollama, runners.", "process_memory_mb", MB),
+    ("llm_cpu_utilization_ratio", "gauge", "Load of the CPU.", "cpu_percent", 0.01),
+    ("llm_disk_free_bytes", "gauge", "Free on the models' disk.", "disk free_bytes", 1),
+    ("llm_disk_total_bytes", "gauge", "Size of the models' disk.", "disk total_bytes", 1),
+    ("llm_disk_partial_bytes", "gauge", "Unfinished downloads.", "disk partial_bytes", 1),
+    ("llm_disk_unused_bytes", "gauge", "What a prune would free.", "disk unused_bytes", 1),
+    ("llm_models_loaded", "gauge", "Models in memory.", "models_loaded", 1),
+    ("llm_runner_state", "gauge", "1 for the state of a runner.", "runners state", 1),
+    ("llm_runner_memory_bytes", "gauge", "Memory of a runner.", "runners memory_mb", MB),
+    ("llm_runner_tokens_per_second", "gauge", "Speed.", "runners tokens_per_second", 1),
+    ("llm_runner_tokens_total", "counter", "Tokens decoded.", "runners tokens", 1),
+    ("llm_downloads_running", "gauge", "Downloads under way.", "downloads_running", 1),
+    ("llm_downloads_total", "counter", "Ended downloads.", "downloads_ended outcome", 1),
+    ("llm_clears_total", "counter", "Clears done.", "clears", 1),
+    ("llm_resets_total", "counter", "Resets done.", "resets", 1),
+    ("llm_healings_total", "counter", "Healed by the service.", "healings what", 1),
+    ("llm_ollama_restarts_total", "counter", "Restarts of Ollama.", "ollama restarts", 1),
 ]
 
 
 def metrics_text() -> str:
     """Return all figures in Prometheus' text format; what nobody knows is left out."""
-    samples = metrics_samples()
+    figures = machine_stats() | {
+        "up": watch.up(),
+        "models_loaded": len(watch.loaded),
+        "downloads_running": downloads.running_count(),
+        "downloads_ended": downloads.counts,
+        "clears": healer.clears_done,
+        "resets": healer.resets_done,
+        "healings": {what: watch.healed[what] for what in ("runners", "ollama")},
+    }
     lines = []
-    for name, kind, about in METRICS:
-        known = [(labels, value) for labels, value in samples[name] if value is not None]
+    for name, kind, about, place, factor in METRICS:
+        known = [sample for sample in metric_samples(figures, place) if sample[1] is not None]
         if known:
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{label_text(labels)} {value}" for labels, value in known]
+        for labels, value in known:
+            pairs = ",".join(f'{key}="{label_text(text)}"' for key, text in labels.items())
+            lines.append(f"{name}{{{pairs}}} {round(value * factor, 6)}")
     return "\n".join(lines) + "\n"
 
 
-def label_text(labels: dict[str, str]) -> str:
-    """Write labels as Prometheus reads them."""
-    escaped = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
-    pairs = [f'{name}="{str(value).translate(escaped)}"' for name, value in labels.items()]
-    return "{" + ",".join(pairs) + "}" if pairs else ""
-
-
-def metrics_samples() -> dict[str, list[tuple[dict[str, str], typing.Any]]]:
-    """Map each metric's name to its samples, as (labels, value)."""
-    stats = machine_stats()
-    disk, memory = stats["disk"] or {}, stats["memory"]
-    samples = collections.defaultdict(list)
-    single = {
-        "llm_up": watch.up(),
-        "llm_memory_used_bytes": memory["used_mb"] * MB,
-        "llm_memory_total_bytes": memory["total_mb"] * MB,
-        "llm_process_memory_bytes": (stats["process_memory_mb"] or 0) * MB,
-        "llm_models_loaded": len(watch.loaded),
-        "llm_downloads_running": downloads.running_count(),
-        "llm_clears_total": healer.clears_done,
-        "llm_resets_total": healer.resets_done,
-        "llm_ollama_restarts_total": stats["ollama"]["restarts"],
-    }
-    single |= {f"llm_disk_{key}": disk.get(key) for key in DISK_METRICS}
-    for name, value in single.items():
-        samples[name].append(({}, value))
-    for outcome, count in downloads.counts.items():
-        samples["llm_downloads_total"].append(({"outcome": outcome}, count))
-    for what in ("runners", "ollama"):
-        samples["llm_healings_total"].append(({"what": what}, stats["healed"][what]))
-    add_gpu_samples(samples, stats["gpus"])
-    add_runner_samples(samples, stats["runners"])
+def metric_samples(figures: Json, place: str) -> list[tuple[Json, typing.Any]]:
+    """Return the samples that stand at a place of METRICS, as (labels, value)."""
+    key, _, figure = place.partition(" ")
+    found = figures[key]
+    if key == "gpus":
+        return [({"gpu": gpu["index"]}, gpu[figure]) for gpu in found]
+    if key in ("downloads_ended", "healings"):
+        return [({figure: name}, count) for name, count in found.items()]
+    if key != "runners":
+        return [({}, (found or {}).get(figure) if figure else found)]
+    samples = []
+    for runner in found:
+        labels = {"model": runner["model"] or "unknown", "pid": runner["pid"]}
+        if figure == "state":
+            samples.append(({**labels, "state": runner["state"]}, 1))
+        else:
+            samples.append((labels, runner[figure]))
     return samples
 
 
-DISK_METRICS = ("free_bytes", "total_bytes", "partial_bytes", "unused_bytes")
-# The figure of a GPU, its metric, and what brings it to the base unit.
-GPU_METRICS = [
-    ("utilization_percent", "llm_gpu_utilization_ratio", 0.01),
-    ("memory_used_mb", "llm_gpu_memory_used_bytes", MB),
-    ("memory_total_mb", "llm_gpu_memory_total_bytes", MB),
-    ("temperature_c", "llm_gpu_temperature_celsius", 1),
-    ("power_w", "llm_gpu_power_watts", 1),
-]
-
-
-def add_gpu_samples(samples: dict[str, list], gpus: list[Json]) -> None:
-    for each in gpus:
-        for figure, name, factor in GPU_METRICS:
-            value = each[figure]
-            scaled = None if value is None else round(value * factor, 6)
-            samples[name].append(({"gpu": each["index"]}, scaled))
-
-
-def add_runner_samples(samples: dict[str, list], runners: list[Json]) -> None:
-    for runner in runners:
-        labels = {"model": runner["model"] or "unknown", "pid": runner["pid"]}
-        samples["llm_runner_state"].append(({**labels, "state": runner["state"]}, 1))
-        samples["llm_runner_memory_bytes"].append((labels, runner["memory_mb"] * MB))
-        speed = runner["tokens_per_second"]
-        samples["llm_runner_tokens_per_second"].append((labels, speed))
-        samples["llm_runner_tokens_total"].append((labels, runner["tokens"]))
+def label_text(text: object) -> str:
+    """Escape a label's value."""
+    return str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # ---------------------------------------------------------------------------------------
