@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What the service costs over Ollama itself, side by side in one run. Prints tables, writes no verdict.
+"""What the service costs over Ollama itself, side by side in one run.
 
     tests/bench.py [seconds for each measurement, default 3]
 
-Requests come from `wrk` where it is installed, else from a loop in this process, which itself takes a core.
+It prints tables, and asserts nothing. Requests come from `wrk` where it is installed, else from a
+loop in this process, which itself takes a core.
 """
 
 import contextlib
@@ -21,28 +22,27 @@ import time
 
 if "LLM_TEST_OLLAMA" not in os.environ:  # by hand: with the packages and the Ollama of the tests
     here = os.path.dirname(os.path.abspath(__file__))
-    python, os.environ["LLM_TEST_OLLAMA"] = subprocess.run(
-        [f"{here}/../start.sh", "--setup", f"{here}/requirements.txt"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout.split()
+    setup = [f"{here}/../start.sh", "--setup", f"{here}/requirements.txt"]
+    said = subprocess.run(setup, stdout=subprocess.PIPE, text=True, check=True).stdout
+    python, os.environ["LLM_TEST_OLLAMA"] = said.split()
     os.execv(python, [python, os.path.abspath(__file__), *sys.argv[1:]])
 
 import psutil
 import requests
 
-from conftest import OllamaServer, Service, model_variant, real_model, servers, wait_for
-from registry import Registry
+from helpers.models import model_variant, real_model
+from helpers.ollama_server import OllamaServer
+from helpers.processes import servers
+from helpers.registry import Registry
+from helpers.service import Service
+from helpers.waiting import wait_for
 
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 3
 
 
 def row(*cells):
-    print(
-        "  ".join(f"{cell:<34}" if n == 0 else f"{cell:>11}" for n, cell in enumerate(cells)),
-        flush=True,
-    )
+    first, *rest = cells
+    print("  ".join([f"{first:<34}", *(f"{cell:>11}" for cell in rest)]), flush=True)
 
 
 def title(text, *cells):
@@ -53,16 +53,11 @@ def title(text, *cells):
 def load(url, connections, seconds=SECONDS):
     """Return (requests per second, p50 ms, p99 ms)."""
     if wrk := shutil.which("wrk"):
-        said = subprocess.run(
-            [wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        command = [wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         unit = {"us": 1e-3, "ms": 1, "s": 1e3}
-        p50, p99 = (
-            float(n) * unit[u] for n, u in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said)
-        )
+        found = re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said)
+        p50, p99 = (float(number) * unit[name] for number, name in found)
         return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), p50, p99
     host, _, path = url.removeprefix("http://").partition("/")
     times, until = [], time.monotonic() + seconds
@@ -98,35 +93,18 @@ def cpu_seconds(pids):
 
 
 def endpoints(service, note=""):
-    title(
-        f"Requests{note} (requests/s, p50 ms, p99 ms)",
-        "1 conn.",
-        "4 conn.",
-        "32 conn.",
-        "p50 at 1",
-        "p99 at 4",
-    )
+    columns = "1 conn.", "4 conn.", "32 conn.", "p50 at 1", "p99 at 4"
+    title(f"Requests{note} (requests/s, p50 ms, p99 ms)", *columns)
+    own, ours = ("/api/tags", "/api/version"), ("/api/models", "/health", "/api/stats", "/api/info")
+    asked = [("Ollama", service.ollama_url, path) for path in own]
+    asked += [("service", service.url, path) for path in ours]
     rates = {}
-    for name, url in [
-        ("Ollama /api/tags", service.ollama_url + "/api/tags"),
-        ("Ollama /api/version", service.ollama_url + "/api/version"),
-        *(
-            (f"service {path}", service.url + path)
-            for path in ("/api/models", "/health", "/api/stats", "/api/info")
-        ),
-    ]:
-        found = [load(url, connections) for connections in (1, 4, 32)]
-        rates[name] = found[1][0]
-        row(
-            name,
-            *(f"{rate:.0f}" for rate, _, _ in found),
-            f"{found[0][1]:.2f}",
-            f"{found[1][2]:.2f}",
-        )
-    row(
-        "/api/models over /api/tags, 4 conn.",
-        f"{rates['service /api/models'] / rates['Ollama /api/tags']:.1%}",
-    )
+    for name, url, path in asked:
+        found = [load(url + path, connections) for connections in (1, 4, 32)]
+        rates[path] = found[1][0]
+        numbers = [f"{rate:.0f}" for rate, _, _ in found]
+        row(f"{name} {path}", *numbers, f"{found[0][1]:.2f}", f"{found[1][2]:.2f}")
+    row("/api/models over /api/tags, 4 conn.", f"{rates['/api/models'] / rates['/api/tags']:.1%}")
 
 
 def listing(make, gguf):
@@ -134,13 +112,8 @@ def listing(make, gguf):
     for count in (1, 100, 1000):
         with servers(make) as start:
             service = start(models={f"m{n}": gguf for n in range(count)})
-            row(
-                f"{count} models",
-                *(
-                    f"{load(url, 1)[1]:.2f}"
-                    for url in (service.ollama_url + "/api/tags", service.url + "/api/models")
-                ),
-            )
+            urls = service.ollama_url + "/api/tags", service.url + "/api/models"
+            row(f"{count} models", *(f"{load(url, 1)[1]:.2f}" for url in urls))
 
 
 def pull_lines(url, name):
@@ -153,32 +126,21 @@ def pulling(make):
     with Registry() as registry, servers(make) as start:
         service = start()
         pids = api_pids(service)
-        pull_lines(
-            service.url + "/api/models/pull", registry.add_random("ns/warm:latest", 5, seed=99)
-        )
-        before, times, cpu = (
-            pss_mb(pids),
-            {"/api/pull": [], "/api/models/pull": []},
-            cpu_seconds(pids),
-        )
+        relay = service.url + "/api/models/pull"
+        pull_lines(relay, registry.add_random("ns/warm:latest", 5, seed=99))
+        before, cpu = pss_mb(pids), cpu_seconds(pids)
+        times = {service.ollama_url + "/api/pull": [], relay: []}
         for n in range(5):
-            for path, base in (
-                ("/api/pull", service.ollama_url),
-                ("/api/models/pull", service.url),
-            ):
-                name = registry.add_random(f"ns/{n}{path[5]}:latest", 300, seed=n * 2 + len(path))
+            for m, url in enumerate(times):
+                name = registry.add_random(f"ns/{n}-{m}:latest", 300, seed=1000 + n * 2 + m)
                 began = time.perf_counter()
-                last = pull_lines(base + path, name)
+                last = pull_lines(url, name)
                 assert last["status"] == "success", last
-                times[path].append(time.perf_counter() - began)
+                times[url].append(time.perf_counter() - began)
                 requests.delete(service.ollama_url + "/api/delete", json={"model": name})
-        own, relayed = (statistics.median(times[path]) for path in times)
-        row(
-            "median seconds",
-            f"{own:.2f}",
-            f"{relayed:.2f}",
-            f"{statistics.median(b / a for a, b in zip(*times.values())):.2f}",
-        )
+        own, relayed = (statistics.median(seconds) for seconds in times.values())
+        ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+        row("median seconds", f"{own:.2f}", f"{relayed:.2f}", f"{ratio:.2f}")
         row("API's CPU seconds per GB", "", f"{(cpu_seconds(pids) - cpu) / 1.5:.2f}")
         row("API's memory growth, MB (PSS)", "", f"{pss_mb(pids) - before:.1f}")
 
@@ -218,13 +180,9 @@ def footprint(service):
         registry.rate = 20e6
         name = registry.add_random("ns/eight:latest", 300)
         for _ in range(8):
-            answer = stack.enter_context(
-                requests.post(
-                    service.url + "/api/models/pull",
-                    stream=True,
-                    json={"model": name, "insecure": True},
-                )
-            )
+            body = {"model": name, "insecure": True}
+            posted = requests.post(service.url + "/api/models/pull", stream=True, json=body)
+            answer = stack.enter_context(posted)
             threading.Thread(target=list, args=(answer.iter_lines(),), daemon=True).start()
         show("with 8 streams", 5)
         requests.delete(service.url + "/api/models/pull", json={"model": name, "purge": True})
@@ -238,11 +196,9 @@ def listeners(make):
         for count in (1, 30):
             registry.rate = 20e6
             name = registry.add_random(f"ns/l{count}:latest", 300, seed=count)
+            asked = (service.url + "/api/models/pull", name)
             threads = [
-                threading.Thread(
-                    target=pull_lines, args=(service.url + "/api/models/pull", name), daemon=True
-                )
-                for _ in range(count)
+                threading.Thread(target=pull_lines, args=asked, daemon=True) for _ in range(count)
             ]
             for thread in threads:
                 thread.start()
@@ -260,25 +216,24 @@ def busy_health(make):
     with Registry() as registry, servers(make) as start:
         service = start()
 
+        urls = {
+            "service /health": service.url + "/health",
+            "Ollama /api/version": service.ollama_url + "/api/version",
+        }
+
         def both(when):
-            for name, url in (
-                ("service /health", service.url + "/health"),
-                ("Ollama /api/version", service.ollama_url + "/api/version"),
-            ):
+            for name, url in urls.items():
                 row(f"{name}, {when}", *(f"{ms:.2f}" for ms in load(url, 1, 3 * SECONDS)[1:]))
 
         both("idle")
         registry.rate = 8e6
         for n in range(4):
             model = registry.add_random(f"ns/b{n}:latest", 200 * SECONDS, seed=n)
-            service.post(
-                "/api/models/pull", json={"model": model, "insecure": True, "detach": True}
-            )
+            body = {"model": model, "insecure": True, "detach": True}
+            service.post("/api/models/pull", json=body)
         wait_for(lambda: registry.active >= 4, 10, "four transfers")
-        for mb in (
-            2,
-            20,
-        ):  # the registry's stand-in and Ollama share the machine: the faster, the less is left for anyone
+        # The registry's stand-in and Ollama share the machine: the faster, the less is left.
+        for mb in (2, 20):
             registry.rate = 4 * mb * 1e6
             both(f"4 of {mb} MB/s")
             assert registry.active >= 4, "the downloads ended too early"
@@ -287,11 +242,8 @@ def busy_health(make):
 def clearing(make):
     title("Clear, from the call to the answer (median of 5, ms)", "ms")
     with servers(make) as start:
-        service = start(
-            models={f"m{n}": model_variant(n) for n in (1, 2, 3)},
-            OLLAMA_MAX_LOADED_MODELS=3,
-            OLLAMA_CONTEXT_LENGTH=1024,
-        )
+        models = {f"m{n}": model_variant(n) for n in (1, 2, 3)}
+        service = start(models=models, OLLAMA_MAX_LOADED_MODELS=3, OLLAMA_CONTEXT_LENGTH=1024)
         for count in (1, 3):
             times = []
             for _ in range(5):
@@ -307,9 +259,9 @@ def clearing(make):
 def main():
     binary, gguf = os.environ["LLM_TEST_OLLAMA"], real_model()
     make = functools.partial(Service, binary=binary)
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores, {'wrk' if shutil.which('wrk') else 'own loop'}, {SECONDS:.0f} s each"
-    )
+    tool = "wrk" if shutil.which("wrk") else "own loop"
+    date = time.strftime("%Y-%m-%d")
+    print(f"{date}, {psutil.cpu_count()} cores, {tool}, {SECONDS:.0f} s each")
     with servers(make) as start:
         service = start(models={"gemma": gguf})
         endpoints(service)

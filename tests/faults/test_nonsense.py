@@ -81,5 +81,6 @@ def test_a_pull_that_ollama_answers_with_nonsense_ends_with_a_clear_error(confus
     answer = confused.post(PULL, json={"model": name, "stream": False}, timeout=20)
     assert answer.status_code in (502, 503)
     assert answer.json()["code"] in ("bad_answer", "pull_interrupted", "ollama_unreachable")
-    (ended,) = [pull for pull in pulls(confused) if pull["model"] == name]
-    assert ended["state"] == "error"
+    # Two, where the first ended before its caller had joined it.
+    states = [pull["state"] for pull in pulls(confused) if pull["model"] == name]
+    assert set(states) == {"error"}
