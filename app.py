@@ -37,6 +37,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
 from ollama_client import (
+    PRUNE_AGE_S,
     Download,
     Downloads,
     Json,
@@ -49,6 +50,7 @@ from ollama_client import (
     check_name,
     dial_url,
     end,
+    listen_address,
     name_key,
     timestamp,
     wait_until,
@@ -125,6 +127,11 @@ ALLOWED_ORIGINS = items(
         "origins such as https://host:port, separated by commas",
     )
 )
+try:
+    OLLAMA_URL = dial_url(os.environ.get("OLLAMA_HOST", ""))
+except ValueError:
+    wrong = ascii(os.environ["OLLAMA_HOST"])
+    sys.exit(f"llm-service: OLLAMA_HOST is {wrong}; it takes an address such as 127.0.0.1:11434")
 MODELS_PATH = os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
 STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's record
 
@@ -137,13 +144,13 @@ FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
 ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
 LIST_S = 1.2
 CLEAR_S = 3.7
-RESET_S = 4.1
+RESET_S = 3.9
+SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
 UNLOAD_WAIT_S = 1.5
 KILL_WAIT_S = 0.9
 STARTING_S = 300
 LOOK_S = 2
 DISK_LOW_BYTES = 1 << 30
-PRUNE_AGE_S = 3600
 MB = 1024 * 1024
 
 # ---------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ MB = 1024 * 1024
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("llm-service")
 
-ollama = Ollama(dial_url(os.environ.get("OLLAMA_HOST", "")))
+ollama = Ollama(OLLAMA_URL)
 store = Store(MODELS_PATH)
 processes = Processes(STATE_FILE)
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
@@ -275,7 +282,7 @@ def answer_http_error(error):
 
 
 @app.errorhandler(Exception)
-def answer_bug(error):
+def answer_bug(_error):
     log.exception("%s %r: a bug", request.method, request.path)
     return error_answer(500, "bug", "This is a bug in the service: its log tells more.")
 
@@ -605,7 +612,7 @@ def tags(timeout_s: float) -> list[Json]:
 
 
 @functools.lru_cache(2)  # /health has another time limit
-def tags_of(signature: tuple, timeout_s: float) -> list[Json]:
+def tags_of(_signature: tuple, timeout_s: float) -> list[Json]:
     """Return the models of a store with this signature."""
     return ollama.tags(timeout_s)
 
@@ -622,7 +629,7 @@ def list_models() -> str:
     return json.dumps({"models": listed, "count": len(listed)}, separators=(",", ":")) + "\n"
 
 
-listing = SharedRun(lambda outcome, key, came: outcome.began >= came)
+listing = SharedRun(lambda outcome, _key, came: outcome.began >= came)
 
 
 def model_entry(model: Json, loaded: Json) -> Json:
@@ -805,6 +812,8 @@ def diagnose(error: ServiceError) -> tuple[str, str, str]:
     if error.code not in ("ollama_timeout", "ollama_unreachable"):
         words = f"Ollama cannot list the models: {error}"
         return "model_store_unreadable", words, "restart_service"
+    if server is None and not processes.ever_started():
+        return "ollama_starting", "Ollama is about to be started.", "wait"
     if server is None:
         said = last_words()
         words = "Ollama has ended and is being started again."
@@ -1342,7 +1351,7 @@ class Watch:
         self.process_memory_mb = memory // MB
         key = (store.signature(), store.changed_ns(), time.monotonic() // DISK_LOOK_S)
         if key != self._disk_key or downloads.running_count() or self.disk is None:
-            self.disk, self._disk_key = store.disk(PRUNE_AGE_S), key
+            self.disk, self._disk_key = store.disk(), key
             self.store_writable = store.writable()
 
     # Healing
@@ -1491,7 +1500,7 @@ class Clearing:
     def run(self) -> Json:
         """Do it; return the report."""
         mine, asked = self._choose()
-        if asked and self.steps.run("unload", lambda: unload(asked), lambda ok: ", ".join(asked)):
+        if asked and self.steps.run("unload", lambda: unload(asked), lambda _: ", ".join(asked)):
             until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
             self.steps.run(
                 "wait",
@@ -1619,7 +1628,9 @@ class Healer:
     def reset(self, model: str | None = None, restart: bool = False) -> Json:
         """Clear all, restart Ollama where it must be, load the model that is due."""
         came, key = time.monotonic(), (model and name_key(model), restart)
-        report = self._resets.get(lambda: self._reset(model, restart, came), RESET_S, key, came)
+        report = self._resets.get(
+            lambda: self._reset(model, restart, came), RESET_S + SHARE_S, key, came
+        )
         return report
 
     def recover(self) -> Json:
@@ -1663,7 +1674,7 @@ class Healer:
             return report
 
         came = self._reset_began or time.monotonic()
-        return self._clears.get(work, deadline - time.monotonic() + 0.2, key, came)
+        return self._clears.get(work, deadline - time.monotonic() + SHARE_S, key, came)
 
     def _reset(self, model: str | None, restart: bool, came: float) -> Json:
         must_exist(model)
@@ -1693,7 +1704,7 @@ class Healer:
         """Restart a server that hangs, has a ghost, or shall be restarted."""
         server, deadline = processes.server(), came + RESET_S
         if server and watch.server.starting(server):
-            steps.run("start_ollama", lambda: True, lambda ok: "it is starting")
+            steps.run("start_ollama", lambda: True, lambda _: "it is starting")
             return
         answers = steps.run("ask_ollama", lambda: ollama.version(0.4), "version {}".format)
         healthy = answers and cleared["verified"]
@@ -1858,36 +1869,50 @@ timeout = 30  # of the worker's own loop, not of a request
 graceful_timeout = 5
 keepalive = 30
 control_socket_disable = True
+loglevel = "warning"  # without a line for each step of its own start
 forwarded_allow_ips = ""  # nobody may rewrite scheme or path by headers
 
 
-def on_starting(server):
-    """End the start with one line where one of the two addresses is not free."""
+def on_starting(_server):
+    """End the start with one line where Ollama has no home or an address is not free."""
+    check_home()
     ollama_host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    dialled = urllib.parse.urlsplit(ollama.url)
-    must_be_free(
-        f"LLM_API_HOST={API_HOST}, LLM_API_PORT={API_PORT}",
-        API_HOST,
-        API_PORT,
-        "stop what listens there, or set another address",
-    )
-    must_be_free(
-        f"OLLAMA_HOST={ollama_host}",
-        dialled.hostname or "127.0.0.1",
-        dialled.port or 11434,
-        "stop it (for example: systemctl stop ollama) and give this service its "
-        "OLLAMA_MODELS, or set another OLLAMA_HOST",
-    )
+    addresses = [
+        (
+            f"LLM_API_HOST={API_HOST}, LLM_API_PORT={API_PORT}",
+            (API_HOST, API_PORT),
+            "stop what listens there, or set another address",
+        ),
+        (
+            f"OLLAMA_HOST={ollama_host}",
+            listen_address(ollama_host),
+            "stop what listens there (a system's Ollama by: systemctl stop ollama) and give "
+            "this service its OLLAMA_MODELS, or set another OLLAMA_HOST",
+        ),
+    ]
+    with contextlib.ExitStack() as listening:  # at both at once, as they could be the same
+        for name, (host, port), advice in addresses:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                listening.enter_context(socket.create_server((host, port), family=family))
+            except OSError as e:
+                reason = in_the_way(port) if e.errno == errno.EADDRINUSE else str(e.strerror)
+                reason = reason.partition(" (")[0]
+                sys.exit(f"llm-service: cannot listen at {name} ({reason}): {advice}")
 
 
-def must_be_free(setting: str, host: str, port: int, advice: str) -> None:
-    """End the start where this address cannot be listened on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as e:
-        reason = in_the_way(port) if e.errno == errno.EADDRINUSE else str(e)
-        sys.exit(f"llm-service: cannot listen at {setting} ({reason}): {advice}")
+def check_home() -> None:
+    """End the start where Ollama cannot make its key, which it does before anything else."""
+    folder = os.path.expanduser("~/.ollama")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    writable = os.access(folder, os.W_OK | os.X_OK)
+    if not writable and not os.path.exists(f"{folder}/id_ed25519"):
+        sys.exit(
+            f"llm-service: user {os.geteuid()} cannot write to {folder}, where Ollama keeps its "
+            "key and its models (in Docker: the volume): run as its owner, chown -R it, or set "
+            "another HOME"
+        )
 
 
 def in_the_way(port: int) -> str:
@@ -1899,7 +1924,7 @@ def in_the_way(port: int) -> str:
     return "another user's process listens there"
 
 
-def when_ready(server):
+def when_ready(_server):
     """Write what Ollama's environment needs, for the launcher, which waits for it."""
     layers = {"-1": "all", "auto": ""}.get(GPU_LAYERS, GPU_LAYERS)
     needed = {
@@ -1914,19 +1939,19 @@ def when_ready(server):
     log.info("listening at http://%s", bind)
 
 
-def pre_fork(server, worker):
+def pre_fork(_server, _worker):
     """Keep what is imported out of the collector's way: both processes share its pages."""
     gc.freeze()
 
 
-def pre_request(worker, req):
+def pre_request(_worker, req):
     """Close the connection, and say so, where the body may not be read to its end."""
     fields = dict(req.headers)
     if "TRANSFER-ENCODING" in fields or int(fields.get("CONTENT-LENGTH", 0)) > BODY_LIMIT_BYTES:
         req.force_close()
 
 
-def post_worker_init(worker):
+def post_worker_init(_worker):
     """Begin to watch, in the one process that answers."""
     watch.start()
 
@@ -1936,7 +1961,7 @@ class ServiceLogger(Logger):
 
     QUIET_PATHS = ("/health", "/livez", "/metrics")
 
-    def access(self, resp, req, environ, request_time):
+    def access(self, resp, _req, environ, request_time):
         status = resp.status.partition(" ")[0]
         if environ.get("PATH_INFO") in self.QUIET_PATHS and status == "200":
             return
@@ -1998,7 +2023,7 @@ class ServiceWorker(ThreadWorker):
             self.nr_conns -= 1
             threading.Thread(target=close_connection, args=(conn.sock,), daemon=True).start()
 
-    def handle_error(self, req, client, addr, exc):
+    def handle_error(self, _req, client, addr, exc):
         """Answer what gunicorn refuses by itself as JSON."""
         if not isinstance(exc, http_errors.ParseException):
             self.log.exception("Error handling request")

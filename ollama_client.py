@@ -45,6 +45,7 @@ HEARTBEAT_S = 0.8  # two writes show that a listener has left: within 2 s togeth
 PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
 PURGE_S = 2
+PRUNE_AGE_S = 3600  # an `ollama create` uploads long before it writes the manifest
 CHECK_BYTES = 1 << 20
 DISK_RESERVE_BYTES = 1 << 30
 ANSWER_LIMIT_BYTES = 1 << 25
@@ -208,6 +209,15 @@ def dial_url(ollama_host: str) -> str:
     with contextlib.suppress(ValueError):  # Ollama too takes its default then
         port = split.port or port
     return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listen_address(ollama_host: str) -> tuple[str, int]:
+    """Return the host and port that Ollama listens on; ``dial_url`` gives those to dial."""
+    dialled = urllib.parse.urlsplit(dial_url(ollama_host))
+    host = dialled.hostname or "127.0.0.1"
+    wildcard = {"127.0.0.1": "0.0.0.0", "::1": "::"}.get(host, host)
+    listened = wildcard if wildcard in ollama_host and host not in ollama_host else host
+    return listened, dialled.port or 11434
 
 
 def timestamp(seconds: float | None) -> str | None:
@@ -508,7 +518,7 @@ class Store:
         except OSError:
             return None
 
-    def disk(self, older_than_s: float) -> Json | None:
+    def disk(self, older_than_s: float = PRUNE_AGE_S) -> Json | None:
         """Return total, free, partial and unused bytes; None if there is no store.
 
         ``unused_bytes`` is what a prune with this age would free, None where a manifest
@@ -681,6 +691,10 @@ class Processes:
             if alive(server):
                 return server
         return None
+
+    def ever_started(self) -> bool:
+        """Tell whether the launcher has started a server yet."""
+        return bool(self._records())
 
     def restarts(self) -> int:
         """Return how often the launcher has started Ollama anew."""
@@ -1147,7 +1161,7 @@ class Download:
                     return
                 if line:
                     self._note(line)
-                elif self._stalled():
+                if self._stalled():  # Ollama repeats its line meanwhile
                     raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
         finally:
             reader.close()

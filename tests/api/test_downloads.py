@@ -197,10 +197,10 @@ def test_purge_removes_the_parts(service, registry, while_it_runs):
     if not while_it_runs:
         cancel(service, name)
         listener.end()
-    assert partial_bytes(service) > before + 5e6
+    wait_for(lambda: partial_bytes(service) > before + 5e6, 5, "the watch sees the parts")
     answer = cancel(service, name, purge=True)
     assert answer.status_code == 200 and answer.json()["freed_bytes"] > 5e6
-    assert partial_bytes(service) == before
+    wait_for(lambda: partial_bytes(service) == before, 5, "the watch sees that they are gone")
     registry.rate = None
     assert Listener(service, name).end()["status"] == "success"
 

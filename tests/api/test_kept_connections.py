@@ -4,11 +4,9 @@ import http.client
 import json
 import random
 import shutil
-import signal
 import subprocess
 import threading
 
-import psutil
 import pytest
 import requests
 
@@ -42,9 +40,7 @@ def slow_start(make_service, tmp_path, ollama_binary):
         wrapper = tmp_path / "ollama"
         starts = tmp_path / "starts"
         wrapper.write_text(
-            SLOW_START.format(
-                ollama=ollama_binary, starts=starts, seconds=seconds, before=before
-            )
+            SLOW_START.format(ollama=ollama_binary, starts=starts, seconds=seconds, before=before)
         )
         wrapper.chmod(0o755)
         path = f"{tmp_path}:/usr/local/bin:/usr/bin:/bin"
@@ -89,7 +85,9 @@ def test_clear_and_reset_leave_a_starting_server_alone(slow_start, gguf):
     service.wait_healthy(30)
     assert service.starts() == 1
     wait_for(
-        lambda: service.get("/api/models/loaded").json().get("count"), 60, "the reset's model is loaded"
+        lambda: service.get("/api/models/loaded").json().get("count"),
+        60,
+        "the reset's model is loaded",
     )
 
 
@@ -203,7 +201,11 @@ def test_aiohttp_and_node_lose_nothing_on_kept_connections(service, client):
     texts = [(m, p, b and b.decode(), status, words) for m, p, b, status, words in asked]
     command = [sys.executable, "-c", AIOHTTP] if client == "aiohttp" else ["node", "-e", NODE]
     done = subprocess.run(
-        [*command, service.url], input=json.dumps(texts), capture_output=True, text=True, timeout=120
+        [*command, service.url],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
@@ -227,7 +229,8 @@ def read_answers(port, sent):
 
 @pytest.mark.parametrize("path", ["/health", "/api/cache/clear", "/api/nothing"])
 @pytest.mark.parametrize(
-    "chunks", [b"zz\r\nabc\r\n0\r\n\r\n", b"3\r\nabcdef\r\n0\r\n\r\n", b"3;\x01\r\nabc\r\n0\r\n\r\n"]
+    "chunks",
+    [b"zz\r\nabc\r\n0\r\n\r\n", b"3\r\nabcdef\r\n0\r\n\r\n", b"3;\x01\r\nabc\r\n0\r\n\r\n"],
 )
 def test_a_malformed_body_has_one_answer_that_says_close(service, path, chunks):
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -111,7 +111,11 @@ def test_it_ends_an_orphan(idle):
     orphan = idle.load(GEMMA)
     with ollama_dead(idle):
         assert not is_gone(orphan)
-        assert [runner["state"] for runner in stats(idle)["runners"]] == ["orphan"]
+        wait_for(
+            lambda: [runner["state"] for runner in stats(idle)["runners"]] == ["orphan"],
+            10,
+            "the watch sees the orphan",
+        )
         report = clear(idle)
         assert report["killed"] == [{"pid": orphan.pid, "model": GEMMA, "reason": "orphan"}]
         assert report["verified"] and report["unloaded_models"] == [GEMMA]

@@ -21,7 +21,7 @@ from helpers.listener import (
 )
 from helpers.models import blob_path
 from helpers.waiting import wait_for
-from ollama_client import Downloads, Ollama, Store
+from ollama_client import Downloads, Ollama, Processes, Store
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_sigterm_ends_the_streams_with_their_last_line_and_the_parts_stay(make_s
 
 def test_a_hundred_cancels_and_resumes_lose_nothing(ollama_server, registry):
     server = ollama_server()
-    downloads = Downloads(Ollama(server.url), Store(server.models), 4)
+    downloads = Downloads(Ollama(server.url), Store(server.models), Processes("/none"), 4)
     name = registry.add_random("ns/hundred:latest", 100)
     registry.rate = 5e6
     for _ in range(100):

@@ -2,6 +2,7 @@
 
 Where Ollama itself does not matter, a script of that name stands in for it.
 """
+
 import contextlib
 import importlib
 import os
@@ -20,20 +21,33 @@ from helpers.places import CACHE, ROOT
 from helpers.ports import free_port
 from helpers.waiting import call, wait_for
 
-BOOT = CACHE.joinpath("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+BOOT = (
+    CACHE.joinpath("/proc/sys/kernel/random/boot_id").read_text().strip()
+    + " "
+    + os.readlink("/proc/self/ns/pid")
+)
 
 
 def run_start(*arguments, **env):
     """start.sh, run to its end; None removes a variable."""
     env = {**os.environ, "LLM_VENV": sys.prefix, "LLM_API_PORT": str(free_port()), **env}
     env = {name: value for name, value in env.items() if value is not None}
-    return subprocess.run(["./start.sh", *arguments], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["./start.sh", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def assert_one_line(ended, *words):
     assert ended.returncode == 1 and ended.stdout == ""
-    assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("llm-service: "), ended.stderr
+    assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("llm-service: "), (
+        ended.stderr
+    )
     for word in words:
         assert word in ended.stderr
 
@@ -41,11 +55,13 @@ def assert_one_line(ended, *words):
 @pytest.fixture
 def stand_in(make_service, tmp_path):
     """A factory of services whose `ollama` is a shell script; `sleep` is its usual end."""
+
     def start(script, **kw):
         program = tmp_path / "ollama"
         program.write_text(f"#!/bin/bash\n{script}\n")
         program.chmod(0o755)
         return make_service(wait=False, PATH=f"{tmp_path}:{os.environ['PATH']}", **kw)
+
     return start
 
 
@@ -57,7 +73,9 @@ def api_pid(service):
 def readers(service):
     """What reads Ollama's output: start.sh's children that are neither the API nor Ollama."""
     known = {line[0] for line in service.state_lines()} | {api_pid(service)}
-    return [child for child in psutil.Process(service.process.pid).children() if child.pid not in known]
+    return [
+        child for child in psutil.Process(service.process.pid).children() if child.pid not in known
+    ]
 
 
 def gone(process):
@@ -68,29 +86,46 @@ def gone(process):
 
 
 def line_of(service, words, timeout=20):
-    return wait_for(lambda: next((line for line in service.log().splitlines() if words in line), None), timeout,
-                    f"a line with {words!r} in the log")
+    return wait_for(
+        lambda: next((line for line in service.log().splitlines() if words in line), None),
+        timeout,
+        f"a line with {words!r} in the log",
+    )
 
 
 # Settings and addresses
 
 
-@pytest.mark.parametrize("name, value", [("LLM_CONTEXT_LENGTH", "many"), ("LLM_API_PORT", "../../x"), ("OLLAMA_HOST", "http://[bad")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("LLM_CONTEXT_LENGTH", "many"), ("LLM_API_PORT", "../../x"), ("OLLAMA_HOST", "http://[bad")],
+)
 def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value):
     assert_one_line(run_start(**{name: value}), f"{name} is {value!r}; it takes ")
 
 
-@pytest.mark.parametrize("name, bad, good", [
-    ("LLM_CONTEXT_LENGTH", ["0", "-1", "8k", "1e4"], ["1", "131072"]), ("OLLAMA_CONTEXT_LENGTH", ["8k"], ["4096"]),
-    ("LLM_GPU_LAYERS", ["-2", "most", "1.5", "ALL"], ["0", "33", "auto", "all", "-1"]),
-    ("LLM_STUCK_SECONDS", ["0", "soon"], ["120"]), ("LLM_SELF_HEAL", ["perhaps", "1"], ["on", "off"]),
-    ("LLM_API_HOST", ["a b", "http://x"], ["0.0.0.0", "::1", "box.lan"]),
-    ("LLM_API_PORT", ["0", "65536", "http", "99999"], ["1", "65535"]), ("LLM_MAX_PULLS", ["0", "many"], ["4"]),
-    ("LLM_MODEL", ["../etc/passwd", "/", "a b"], ["llama3.1:8b", "hf.co/org/repo:Q4_K_M", "h:1/n/m:t"]),
-    ("LLM_ALLOWED_HOSTS", ["http://dashboard", "a,,b"], ["a", "a.lan, [::1]"]),
-    ("LLM_ALLOWED_ORIGINS", ["dashboard", "*"], ["https://a.lan:3000, http://[::1]"]),
-    ("LLM_API_TOKEN", ["two words", "\x7f"], ["s3cret!"]),
-    ("OLLAMA_HOST", ["http://[bad"], ["0.0.0.0", ":11434", "[::1]:1", "https://x"])])
+@pytest.mark.parametrize(
+    "name, bad, good",
+    [
+        ("LLM_CONTEXT_LENGTH", ["0", "-1", "8k", "1e4"], ["1", "131072"]),
+        ("OLLAMA_CONTEXT_LENGTH", ["8k"], ["4096"]),
+        ("LLM_GPU_LAYERS", ["-2", "most", "1.5", "ALL"], ["0", "33", "auto", "all", "-1"]),
+        ("LLM_STUCK_SECONDS", ["0", "soon"], ["120"]),
+        ("LLM_SELF_HEAL", ["perhaps", "1"], ["on", "off"]),
+        ("LLM_API_HOST", ["a b", "http://x"], ["0.0.0.0", "::1", "box.lan"]),
+        ("LLM_API_PORT", ["0", "65536", "http", "99999"], ["1", "65535"]),
+        ("LLM_MAX_PULLS", ["0", "many"], ["4"]),
+        (
+            "LLM_MODEL",
+            ["../etc/passwd", "/", "a b"],
+            ["llama3.1:8b", "hf.co/org/repo:Q4_K_M", "h:1/n/m:t"],
+        ),
+        ("LLM_ALLOWED_HOSTS", ["http://dashboard", "a,,b"], ["a", "a.lan, [::1]"]),
+        ("LLM_ALLOWED_ORIGINS", ["dashboard", "*"], ["https://a.lan:3000, http://[::1]"]),
+        ("LLM_API_TOKEN", ["two words", "\x7f"], ["s3cret!"]),
+        ("OLLAMA_HOST", ["http://[bad"], ["0.0.0.0", ":11434", "[::1]:1", "https://x"]),
+    ],
+)
 def test_what_each_setting_takes(monkeypatch, name, bad, good):
     for value in ["", *good]:
         monkeypatch.setenv(name, value)
@@ -116,22 +151,34 @@ def test_an_address_that_cannot_be_listened_on_stops_the_start_with_one_line(hos
 def test_an_address_that_is_taken_stops_the_start_and_names_who_has_it(taken_by):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        address = {"LLM_API_PORT": port} if taken_by == "LLM_API_PORT" else {"OLLAMA_HOST": f"127.0.0.1:{port}"}
+        address = (
+            {"LLM_API_PORT": port}
+            if taken_by == "LLM_API_PORT"
+            else {"OLLAMA_HOST": f"127.0.0.1:{port}"}
+        )
         ended = run_start(**address)
     assert_one_line(ended, f"{taken_by}={address[taken_by]}", f"process {os.getpid()}")
 
 
 def test_both_at_one_address_stop_the_start():
     port = str(free_port())
-    assert_one_line(run_start(LLM_API_PORT=port, OLLAMA_HOST=f"127.0.0.1:{port}"), f"OLLAMA_HOST=127.0.0.1:{port}")
+    assert_one_line(
+        run_start(LLM_API_PORT=port, OLLAMA_HOST=f"127.0.0.1:{port}"),
+        f"OLLAMA_HOST=127.0.0.1:{port}",
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_an_ollama_that_is_there_stops_the_start_and_is_left_alone(ollama_server, host):
     ollama = ollama_server()
     ended = run_start(OLLAMA_HOST=f"{host}:{ollama.port}")
-    assert_one_line(ended, f"OLLAMA_HOST={host}:{ollama.port}", f"ollama, process {ollama.pid}", "systemctl stop ollama",
-                    "OLLAMA_MODELS")
+    assert_one_line(
+        ended,
+        f"OLLAMA_HOST={host}:{ollama.port}",
+        f"ollama, process {ollama.pid}",
+        "systemctl stop ollama",
+        "OLLAMA_MODELS",
+    )
     assert call("GET", ollama.url + "/api/version").ok
 
 
@@ -148,16 +195,31 @@ def test_an_unknown_argument_is_refused():
 
 def test_a_second_start_on_the_same_port_is_refused(make_service):
     service = make_service()
-    assert_one_line(run_start(LLM_API_PORT=str(service.port)), "another start.sh", str(service.port))
+    assert_one_line(
+        run_start(LLM_API_PORT=str(service.port)), "another start.sh", str(service.port)
+    )
     assert service.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("given, context, layers", [
-    ({}, "8192", "33"),
-    ({"LLM_CONTEXT_LENGTH": "1536", "LLM_GPU_LAYERS": "7"}, "1536", "7"),
-    ({"LLM_CONTEXT_LENGTH": "1536", "OLLAMA_CONTEXT_LENGTH": "1024", "LLM_GPU_LAYERS": "auto"}, "1024", "none"),
-    ({"LLM_GPU_LAYERS": "-1"}, "8192", "all"), ({"LLM_GPU_LAYERS": "all"}, "8192", "all"),
-    ({"LLM_GPU_LAYERS": "-1", "LLAMA_ARG_N_GPU_LAYERS": "5"}, "8192", "5")])
+@pytest.mark.parametrize(
+    "given, context, layers",
+    [
+        ({}, "8192", "33"),
+        ({"LLM_CONTEXT_LENGTH": "1536", "LLM_GPU_LAYERS": "7"}, "1536", "7"),
+        (
+            {
+                "LLM_CONTEXT_LENGTH": "1536",
+                "OLLAMA_CONTEXT_LENGTH": "1024",
+                "LLM_GPU_LAYERS": "auto",
+            },
+            "1024",
+            "none",
+        ),
+        ({"LLM_GPU_LAYERS": "-1"}, "8192", "all"),
+        ({"LLM_GPU_LAYERS": "all"}, "8192", "all"),
+        ({"LLM_GPU_LAYERS": "-1", "LLAMA_ARG_N_GPU_LAYERS": "5"}, "8192", "5"),
+    ],
+)
 def test_ollamas_environment_follows_the_settings(stand_in, given, context, layers):
     script = """echo "got $OLLAMA_CONTEXT_LENGTH ${LLAMA_ARG_N_GPU_LAYERS:-none} $OLLAMA_NOPRUNE ${LLM_API_TOKEN:-none}"
                 exec sleep 60"""
@@ -179,8 +241,12 @@ def test_a_signal_ends_an_installation_at_once(make_service, tmp_path):
     python = tmp_path / "python3"  # takes for ever to make a virtual environment
     python.write_text('#!/bin/sh\n[ "$1" = -c ] || exec sleep 60\n')
     python.chmod(0o755)
-    service = make_service(wait=False, LLM_VENV=None, XDG_CACHE_HOME=str(tmp_path),
-                           PATH=f"{tmp_path}:{os.environ['PATH']}")
+    service = make_service(
+        wait=False,
+        LLM_VENV=None,
+        XDG_CACHE_HOME=str(tmp_path),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
     line_of(service, "installing Python packages")
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(5) == 0
@@ -244,7 +310,9 @@ def test_a_killed_launcher_leaves_nothing_that_disturbs_the_next_start(make_serv
 
 def test_what_hangs_when_the_launcher_is_killed_is_ended_by_the_next_start(make_service, gguf):
     first = make_service(models={"gemma": gguf})
-    hung = [psutil.Process(pid) for pid in (first.ollama_pid(), first.load("gemma").pid, api_pid(first))]
+    hung = [
+        psutil.Process(pid) for pid in (first.ollama_pid(), first.load("gemma").pid, api_pid(first))
+    ]
     for process in hung:
         process.suspend()
     first.process.kill()
@@ -270,7 +338,10 @@ def test_ollamas_death_leaves_no_orphan_and_another_one_starts(make_service, ggu
     wait_for(lambda: service.ollama_pid() != server, 15, "the next Ollama")
     assert gone(runner)
     service.wait_healthy(20)
-    assert "Ollama ended with status 137" in service.log() and "starting it again in 0.5 s" in service.log()
+    assert (
+        "Ollama ended with status 137" in service.log()
+        and "starting it again in 0.5 s" in service.log()
+    )
     assert [line[2] for line in service.state_lines()] == [0, 1]
 
 
@@ -293,33 +364,51 @@ def test_the_death_of_a_reader_of_ollamas_output_is_healed(make_service, number)
 
 
 def test_five_deaths_of_ollama_within_a_minute_end_the_service_and_the_reason_is_named(stand_in):
-    service = stand_in("echo 'time=1 level=INFO msg=starting' >&2; echo 'Error: mkdir /x: permission denied' >&2; exit 3")
+    service = stand_in(
+        "echo 'time=1 level=INFO msg=starting' >&2; echo 'Error: mkdir /x: permission denied' >&2; exit 3"
+    )
     assert service.process.wait(40) == 1
     said = [line for line in service.log().splitlines() if "Ollama ended" in line]
     reason = "status 3: Error: mkdir /x: permission denied"
-    pauses = [f"llm-service: Ollama ended with {reason}; starting it again in {pause} s" for pause in ("0.5", "1", "2", "4")]
+    pauses = [
+        f"llm-service: Ollama ended with {reason}; starting it again in {pause} s"
+        for pause in ("0.5", "1", "2", "4")
+    ]
     assert said == [*pauses, f"llm-service: Ollama ended five times in a minute, with {reason}"]
-    assert service.log().count("Error: mkdir /x: permission denied\n") == 5 + 1  # passed on, each of them
+    assert (
+        service.log().count("Error: mkdir /x: permission denied\n") == 5 + 1
+    )  # passed on, each of them
     wait_for(lambda: not service.processes(), 5, "the end of all processes")
 
 
-@pytest.mark.parametrize("script, reason", [
-    ("echo 'Error: no' >&2; exit 1", "Error: no"),
-    ("echo 'loading shared libraries' >&2; exit 127", "loading shared libraries"),
-    ("echo 'panic: no' >&2; echo 'goroutine 1' >&2; exit 2", "panic: no"),
-    ("echo 'panic: a runner' >&2; echo 'time=1 level=INFO msg=on' >&2; exit 2", ""),
-    ("echo 'time=1 level=ERROR msg=no' >&2; exit 1", "time=1 level=ERROR msg=no"),
-    ("printf '%0500d\\n' 0 >&2; exit 1", "0" * 300),
-    ("exit 1", "")])
+@pytest.mark.parametrize(
+    "script, reason",
+    [
+        ("echo 'Error: no' >&2; exit 1", "Error: no"),
+        ("echo 'loading shared libraries' >&2; exit 127", "loading shared libraries"),
+        ("echo 'panic: no' >&2; echo 'goroutine 1' >&2; exit 2", "panic: no"),
+        ("echo 'panic: a runner' >&2; echo 'time=1 level=INFO msg=on' >&2; exit 2", ""),
+        ("echo 'time=1 level=ERROR msg=no' >&2; exit 1", "time=1 level=ERROR msg=no"),
+        ("printf '%0500d\\n' 0 >&2; exit 1", "0" * 300),
+        ("exit 1", ""),
+    ],
+)
 def test_the_reason_of_ollamas_end_is_kept_for_health(stand_in, script, reason):
     service = stand_in(f"[[ -e $HOME/again ]] && exec sleep 60; touch $HOME/again; {script}")
     wait_for(lambda: len(service.state_lines()) == 2, 20, "the second start")
-    assert service.state_file.with_name(f"{service.state_file.name}.reason").read_text() == f"{reason}\n"
-    assert re.search(rf"Ollama ended with status \d+: {reason or 'no reason given'}; ", service.log())
+    assert (
+        service.state_file.with_name(f"{service.state_file.name}.reason").read_text()
+        == f"{reason}\n"
+    )
+    assert re.search(
+        rf"Ollama ended with status \d+: {reason or 'no reason given'}; ", service.log()
+    )
 
 
 def test_what_is_recorded_is_bounded(stand_in):
-    service = stand_in("echo x >&2; [[ $(wc -l <$LLM_STATE_FILE) == 10 ]] && exec sleep 60; echo $PPID >/dev/null; exec sleep 0.1")
+    service = stand_in(
+        "echo x >&2; [[ $(wc -l <$LLM_STATE_FILE) == 10 ]] && exec sleep 60; echo $PPID >/dev/null; exec sleep 0.1"
+    )
     folder = service.state_file.parent
     for _ in range(14):  # ended on purpose, else it would give up
         pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
@@ -354,8 +443,11 @@ def record(request):
     def write(*lines, boot=BOOT):
         folder.mkdir(parents=True, exist_ok=True)
         folder.joinpath(f"{port}.lock").write_text(f"{boot}\n")
-        folder.joinpath(f"{port}.state").write_text("".join(f"{pid} {started} 0\n" for pid, started in lines))
+        folder.joinpath(f"{port}.state").write_text(
+            "".join(f"{pid} {started} 0\n" for pid, started in lines)
+        )
         return port
+
     yield write
     for file in folder.glob(f"{port}.*"):
         file.unlink()
@@ -423,10 +515,18 @@ def test_access_lines_that_tell_something_are_passed_on(stand_in):
     def access(status, address, method, path):
         return f'[GIN] 2026/11/24 - 16:33:59 | {status} |       5.549µs | {address:>15} | {method:<8} "{path}"'
 
-    kept = [access(500, "127.0.0.1", "GET", "/api/ps"), access(200, "10.0.0.7", "GET", "/api/ps"),
-            access(200, "127.0.0.1", "POST", "/api/ps"), access(200, "::1", "GET", "/api/ps2"), "anything else"]
-    dropped = [access(200, "127.0.0.1", "GET", "/api/ps"), access(200, "::1", "GET", "/api/tags"),
-               access(200, "127.0.0.1", "GET", "/api/version")]
+    kept = [
+        access(500, "127.0.0.1", "GET", "/api/ps"),
+        access(200, "10.0.0.7", "GET", "/api/ps"),
+        access(200, "127.0.0.1", "POST", "/api/ps"),
+        access(200, "::1", "GET", "/api/ps2"),
+        "anything else",
+    ]
+    dropped = [
+        access(200, "127.0.0.1", "GET", "/api/ps"),
+        access(200, "::1", "GET", "/api/tags"),
+        access(200, "127.0.0.1", "GET", "/api/version"),
+    ]
     text = "\n".join([*dropped, *kept, "the last"])
     service = stand_in(f"cat <<'END'\n{text}\nEND\nexec sleep 60")
     line_of(service, "the last")

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.answers import GEMMA
 from helpers.waiting import call, wait_for
-from ollama_client import Processes
+from ollama_client import Processes, alive, end
 
 
 @pytest.fixture
@@ -46,6 +46,6 @@ def test_runners_of_a_dead_server_are_found_by_its_session(recorded):
     dead = processes()
     assert dead.server() is None
     (orphan,) = dead.runners()
-    dead.end(orphan.process)
-    wait_for(lambda: not dead.alive(orphan.process), 5, "the orphan is gone")
+    end(orphan.process)
+    wait_for(lambda: not alive(orphan.process), 5, "the orphan is gone")
     assert dead.runners() == []

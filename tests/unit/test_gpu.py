@@ -7,7 +7,8 @@ import time
 
 import pynvml
 import pytest
-from fake_nvml import (
+
+from helpers.fake_nvml import (
     CALLS,
     DRIVER_NOT_LOADED,
     FUNCTION_NOT_FOUND,

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_nvml import (
+
+from helpers.fake_nvml import (
     CALLS,
     DRIVER_NOT_LOADED,
     FUNCTION_NOT_FOUND,

@@ -138,5 +138,5 @@ def test_a_purge_takes_the_parts_of_these_blobs_and_nothing_else(models):
         (blobs / name).write_bytes(b"x" * 8192)
     store = Store(models)
     assert store.disk()["partial_bytes"] == 3 * 8192
-    assert store.purge([mine]) == 2 * 8192
+    assert store.purge([mine], set) == 2 * 8192
     assert {file.name for file in blobs.iterdir()} == stay
