@@ -221,7 +221,8 @@ def test_a_second_start_on_the_same_port_is_refused(make_service):
     ],
 )
 def test_ollamas_environment_follows_the_settings(stand_in, given, context, layers):
-    script = """echo "got $OLLAMA_CONTEXT_LENGTH ${LLAMA_ARG_N_GPU_LAYERS:-none} $OLLAMA_NOPRUNE ${LLM_API_TOKEN:-none}"
+    script = """layers=${LLAMA_ARG_N_GPU_LAYERS:-none} token=${LLM_API_TOKEN:-none}
+                echo "got $OLLAMA_CONTEXT_LENGTH $layers $OLLAMA_NOPRUNE $token"
                 exec sleep 60"""
     service = stand_in(script, LLM_API_TOKEN="secret", **given)
     assert line_of(service, "got ") == f"got {context} {layers} 1 none"
@@ -365,7 +366,8 @@ def test_the_death_of_a_reader_of_ollamas_output_is_healed(make_service, number)
 
 def test_five_deaths_of_ollama_within_a_minute_end_the_service_and_the_reason_is_named(stand_in):
     service = stand_in(
-        "echo 'time=1 level=INFO msg=starting' >&2; echo 'Error: mkdir /x: permission denied' >&2; exit 3"
+        "echo 'time=1 level=INFO msg=starting' >&2; "
+        "echo 'Error: mkdir /x: permission denied' >&2; exit 3"
     )
     assert service.process.wait(40) == 1
     said = [line for line in service.log().splitlines() if "Ollama ended" in line]
@@ -407,7 +409,8 @@ def test_the_reason_of_ollamas_end_is_kept_for_health(stand_in, script, reason):
 
 def test_what_is_recorded_is_bounded(stand_in):
     service = stand_in(
-        "echo x >&2; [[ $(wc -l <$LLM_STATE_FILE) == 10 ]] && exec sleep 60; echo $PPID >/dev/null; exec sleep 0.1"
+        "echo x >&2; [[ $(wc -l <$LLM_STATE_FILE) == 10 ]] && exec sleep 60; "
+        "echo $PPID >/dev/null; exec sleep 0.1"
     )
     folder = service.state_file.parent
     for _ in range(14):  # ended on purpose, else it would give up
@@ -435,7 +438,7 @@ def test_an_end_on_purpose_is_no_death_and_has_no_pause(stand_in):
 
 
 @pytest.fixture
-def record(request):
+def record():
     """Records processes for a port, as a killed launcher leaves them; returns the port."""
     port = free_port()
     folder = CACHE / "run"
@@ -513,7 +516,8 @@ def test_access_lines_of_the_apis_own_questions_stay_out_of_the_log(make_service
 
 def test_access_lines_that_tell_something_are_passed_on(stand_in):
     def access(status, address, method, path):
-        return f'[GIN] 2026/11/24 - 16:33:59 | {status} |       5.549µs | {address:>15} | {method:<8} "{path}"'
+        line = f'{status} |       5.549µs | {address:>15} | {method:<8} "{path}"'
+        return f"[GIN] 2026/11/24 - 16:33:59 | {line}"
 
     kept = [
         access(500, "127.0.0.1", "GET", "/api/ps"),

@@ -148,7 +148,7 @@ def test_ollama_killed_with_a_model_loaded_comes_back_without_an_orphan(idle):
     assert told["ollama"]["pid"] == idle.ollama_pid()
     assert told["ollama"]["restarts"] == restarts + 1
     assert told["ollama"]["uptime_seconds"] < 20
-    assert told["runners"] == []
+    wait_for(lambda: stats(idle)["runners"] == [], 10, "the watch sees that it is gone")
     ask(idle)
 
 

@@ -137,7 +137,7 @@ def test_no_gpu_in_the_machine_is_none(gpu, nvml):
 def test_no_library_and_a_file_that_is_no_library_are_none(tmp_path, monkeypatch, library):
     (tmp_path / "empty").write_bytes(b"")
     monkeypatch.setattr(pynvml, "nvmlLib", None)
-    monkeypatch.setattr(pynvml, "CDLL", lambda name: ctypes.CDLL(str(tmp_path / library)))
+    monkeypatch.setattr(pynvml, "CDLL", lambda _: ctypes.CDLL(str(tmp_path / library)))
     gpu = load_gpu("/nowhere")  # on the real pynvml
     assert (gpu.sample()["state"], gpu.sample()["gpus"]) == ("none", [])
 
