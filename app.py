@@ -79,7 +79,7 @@ def setting(name: str, default: str, pattern: str, takes: str) -> str:
 
 def items(text: str) -> set[str]:
     """Split a list with commas."""
-    return {item.strip().lower() for item in text.split(",") if item.strip()}
+    return {item.strip().lower().rstrip("/") for item in text.split(",") if item.strip()}
 
 
 MODEL = setting(
@@ -169,7 +169,7 @@ streams = threading.BoundedSemaphore(STREAMS)
 app = Flask(__name__)
 # werkzeug cuts a chunked body off there and says nothing, so one byte more than the limit.
 app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT_BYTES + 1
-app.json.sort_keys = False
+app.json.sort_keys = False  # type: ignore[attr-defined]
 app.url_map.strict_slashes = False
 app.url_map.merge_slashes = False
 
@@ -329,23 +329,44 @@ def check_site():
 
 
 @app.before_request
+def answer_preflight():
+    """Let a browser ask what it may send; its question carries no token."""
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        return Response(status=204)
+    return None
+
+
+@app.before_request
 def check_token():
     """Refuse a call without the token, where one is set."""
-    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-        return Response(status=204)  # a preflight, which carries no token
-    is_open = request.path in OPEN_PATHS or request.path.startswith("/static/")
-    if TOKEN and not (is_open and request.method in ("GET", "HEAD")):
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        right = hmac.compare_digest(given.encode(), TOKEN.encode())
-        if scheme.lower() != "bearer" or not right:
-            words = "Send the token: Authorization: Bearer <LLM_API_TOKEN>."
-            raise ServiceError("token_wanted", words)
+    if not TOKEN or (request.method in ("GET", "HEAD") and is_open(request.path)):
+        return
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    right = hmac.compare_digest(given.encode(), TOKEN.encode())
+    if scheme.lower() != "bearer" or not right:
+        words = "Send the token: Authorization: Bearer <LLM_API_TOKEN>."
+        raise ServiceError("token_wanted", words)
+
+
+@app.before_request
+def check_length():
+    """Refuse a body that is too long, before anything looks at it."""
     if (request.content_length or 0) > BODY_LIMIT_BYTES:
         raise RequestEntityTooLarge
+
+
+@app.before_request
+def answer_options():
+    """Tell the methods of a path without Flask's empty page."""
     if request.method == "OPTIONS" and request.url_rule:
         allowed = app.make_default_options_response().headers["Allow"]
         return Response(status=204, headers={"Allow": allowed})
     return None
+
+
+def is_open(path: str) -> bool:
+    """Tell whether a path is answered without the token."""
+    return path in OPEN_PATHS or path.startswith("/static/")
 
 
 @app.after_request
@@ -384,7 +405,7 @@ def host_allowed(host: str) -> bool:
 def origin_allowed(origin: str) -> bool:
     """Tell whether an origin is the service's own or an allowed one."""
     own = f"{request.scheme}://{request.host}".lower()
-    return origin.lower() == own or origin.lower() in {o.rstrip("/") for o in ALLOWED_ORIGINS}
+    return origin.lower() in {own, *ALLOWED_ORIGINS}
 
 
 # ---------------------------------------------------------------------------------------
@@ -650,13 +671,8 @@ def model_entry(model: Json, loaded: Json) -> Json:
 
 def loaded_entry(model: Json) -> Json:
     """Describe a model in memory by its line of ``/api/ps``."""
-    return {
-        "name": model["name"],
-        "size": model.get("size"),
-        "size_vram": model.get("size_vram"),
-        "context_length": model.get("context_length"),
-        "expires_at": utc(model.get("expires_at")),
-    }
+    kept = {key: model.get(key) for key in ("name", "size", "size_vram", "context_length")}
+    return {**kept, "expires_at": utc(model.get("expires_at"))}
 
 
 def utc(moment: object) -> str | None:

@@ -1155,7 +1155,6 @@ class Download:
         try:
             while True:
                 self._check_stop()
-                self._check_disk()
                 line = self._next_line(reader)
                 if line and line["status"] == "success":
                     return
@@ -1182,6 +1181,7 @@ class Download:
             if line["status"] != self._line["status"]:
                 self._say(kept)
             self._line = kept
+        self._check_disk()  # what does not fit is refused before anything is answered
         if "digest" in line or not line["status"].startswith("pulling"):
             self.first_news.set()
 

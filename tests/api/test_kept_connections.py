@@ -1,10 +1,11 @@
-"""What callers trip over: a start that is taken for a hang, and connections that are kept."""
+"""A start is not a hang, and a kept connection loses no request."""
 
 import http.client
 import json
 import random
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -13,19 +14,17 @@ import requests
 from helpers.waiting import wait_for
 
 BIG = b" " * 70_000  # over the limit of 64 KiB
-SLOW_START = """#!/usr/bin/env bash
-# Ollama as it starts with a GPU: it takes connections at once and answers nobody for a while.
-[[ $1 == serve ]] || exec {ollama} "$@"
-echo start >>{starts}
-sleep {before} & wait $!
-{ollama} serve &
-server=$!
-trap 'kill -CONT $server; kill $server; wait $server; exit' TERM
-until (exec 3<>"/dev/tcp/${{OLLAMA_HOST%:*}}/${{OLLAMA_HOST##*:}}") 2>/dev/null; do :; done
-kill -STOP $server
-sleep {seconds} & wait $!
-kill -CONT $server
-wait $server
+SLOW_START = """#!{python}
+# Ollama as it starts with a GPU: it takes connections and answers nobody for a while.
+import os, socket, sys, time
+if sys.argv[1] == "serve":
+    with open("{starts}", "a") as file:
+        file.write("start\\n")
+    time.sleep({before})
+    host, port = os.environ["OLLAMA_HOST"].split(":")
+    with socket.create_server((host, int(port))):
+        time.sleep({seconds})
+os.execv("{ollama}", ["ollama", *sys.argv[1:]])
 """
 
 
@@ -37,11 +36,9 @@ def slow_start(make_service, tmp_path, ollama_binary):
     """
 
     def make(seconds, before=0, **settings):
-        wrapper = tmp_path / "ollama"
-        starts = tmp_path / "starts"
-        wrapper.write_text(
-            SLOW_START.format(ollama=ollama_binary, starts=starts, seconds=seconds, before=before)
-        )
+        wrapper, starts = tmp_path / "ollama", tmp_path / "starts"
+        values = {"python": sys.executable, "ollama": ollama_binary, "starts": starts}
+        wrapper.write_text(SLOW_START.format(seconds=seconds, before=before, **values))
         wrapper.chmod(0o755)
         path = f"{tmp_path}:/usr/local/bin:/usr/bin:/bin"
         service = make_service(wait=False, PATH=path, **settings)
@@ -195,8 +192,6 @@ async function ask([method, path, body, status, words]) {
 
 @pytest.mark.parametrize("client", ["aiohttp", "node"])
 def test_aiohttp_and_node_lose_nothing_on_kept_connections(service, client):
-    import sys
-
     if client == "node" and not shutil.which("node"):
         pytest.skip("Node is not installed")
     asker = Asker(3)

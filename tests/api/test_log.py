@@ -28,8 +28,8 @@ def test_a_request_has_one_line_with_its_duration(guarded, method, path, status)
     secret = {"secret": "in-the-body"}
     assert call(method, guarded.url + path, headers=bearer, json=secret).status_code == status
     # A later request's line: a second one of this would have come before.
-    guarded.get("/api/info?after")
-    wait_for(lambda: request_lines(guarded, start, "/api/info?after"), 5, "the line after")
+    guarded.get("/api/stats?after")
+    wait_for(lambda: request_lines(guarded, start, "/api/stats?after"), 5, "the line after")
     (line,) = request_lines(guarded, start, path)
     assert re.search(rf"{method} {path}\b.* {status} .*\b\d+ ms", line)
     assert not re.search(f"{TOKEN}|in-the-body", guarded.log())
