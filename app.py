@@ -32,7 +32,7 @@ import psutil
 from flask import Flask, Response, request
 from gunicorn.glogging import Logger
 from gunicorn.http import errors as http_errors
-from gunicorn.workers.gthread import _DEFER, ThreadWorker
+from gunicorn.workers.gthread import _DEFER, ThreadWorker  # type: ignore[attr-defined]
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
@@ -446,7 +446,7 @@ def read_flag(name: str, value: object, default: bool) -> bool:
     return flag
 
 
-def read_number(name: str, value: object, default: float) -> float:
+def read_number(name: str, value: typing.Any, default: float) -> float:
     """Return a number from 0; a form field sends it as a word."""
     if value is None:
         return default
@@ -675,7 +675,7 @@ def loaded_entry(model: Json) -> Json:
     return {**kept, "expires_at": utc(model.get("expires_at"))}
 
 
-def utc(moment: object) -> str | None:
+def utc(moment: typing.Any) -> str | None:
     """Bring Ollama's time, which carries its own zone, to UTC."""
     if not isinstance(moment, str):
         return None
@@ -1935,7 +1935,8 @@ def in_the_way(port: int) -> str:
     """Name the process that listens on a port, as far as the system tells."""
     with contextlib.suppress(psutil.Error, OSError):
         for each in psutil.net_connections("tcp"):
-            if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
+            listens = each.status == psutil.CONN_LISTEN and each.laddr[1:2] == (port,)
+            if listens and each.pid:
                 return f"{psutil.Process(each.pid).name()}, process {each.pid}, listens there"
     return "another user's process listens there"
 
