@@ -27,7 +27,7 @@ from helpers.answers import GEMMA, TOKEN, clear
 from helpers.models import model_variant, real_model
 from helpers.nvml import Nvml
 from helpers.ollama_server import OllamaServer
-from helpers.processes import kill, marked, servers, started
+from helpers.processes import clean_up, kill, marked, servers, started
 from helpers.registry import Registry
 from helpers.service import Service
 
@@ -44,6 +44,8 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.option.basetemp, ignore_errors=True)
+    if not hasattr(config, "workerinput"):  # the process that has started the others
+        clean_up()
 
 
 def pytest_collection_modifyitems(items):

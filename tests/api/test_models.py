@@ -111,7 +111,8 @@ def test_the_cpu_use_of_a_generating_runner_shows(quiet):
     def cpu_percent():
         return max((each["cpu_percent"] for each in stats(quiet)["runners"]), default=0)
 
-    wait_for(lambda: cpu_percent() > 30, 20, "the CPU use of a generating runner")
+    # On a busy machine it gets a small part of a core; an idle runner has none.
+    wait_for(lambda: cpu_percent() > 5, 20, "the CPU use of a generating runner")
     generation.close()
 
 

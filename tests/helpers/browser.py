@@ -1,10 +1,13 @@
 """A headless Chromium."""
 
+import os
 import shutil
 import subprocess
 
 import pytest
 from selenium import webdriver
+
+from helpers.places import MARK, WHOLE_RUN
 
 FLAGS = [
     "--headless=new",
@@ -28,7 +31,8 @@ def start_browser(folder, *flags):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for flag in [*FLAGS, f"--user-data-dir={folder}", *flags]:
         options.add_argument(flag)
-    service = webdriver.ChromeService(driver, log_output=subprocess.DEVNULL)
+    env = {**os.environ, MARK: f"{WHOLE_RUN}/browser"}
+    service = webdriver.ChromeService(driver, log_output=subprocess.DEVNULL, env=env)
     browser = webdriver.Chrome(options, service)
     browser.set_script_timeout(30)
     return browser

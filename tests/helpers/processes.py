@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import psutil
 
-from helpers.places import MARK, RUN, RUNS
+from helpers.places import MARK, RUN, RUNS, WHOLE_RUN
 from helpers.waiting import wait_for
 
 # What has a log to show when a test fails.
@@ -20,7 +21,7 @@ def mark(port):
 
 
 def marked(value=RUN):
-    """Return the living processes of this run, or of one mark in it."""
+    """Return the living processes that this test process has started, or those of a mark."""
     found, wanted = [], f"{MARK}={value}".encode()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -35,6 +36,14 @@ def kill(processes):
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
+
+
+def clean_up():
+    """End and remove all that an interrupted run has left, of all its test processes."""
+    while left := marked(WHOLE_RUN):
+        kill(left)
+    for folder in RUNS.glob(f"run-{WHOLE_RUN}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def suspend(process):
@@ -73,7 +82,8 @@ def servers(make):
 
         def start(*args, **options):
             RUNS.mkdir(parents=True, exist_ok=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="run-", dir=RUNS))
+            folder = tempfile.TemporaryDirectory(prefix=f"run-{WHOLE_RUN}-", dir=RUNS)
+            folder = stack.enter_context(folder)
             one = make(folder, *args, **options)
             started.append(one)
             stack.callback(started.remove, one)
