@@ -554,8 +554,9 @@ class Store:
         """Tell whether the service's user may write wherever a pull or a delete does."""
         names = glob.iglob("manifests/**", root_dir=self.path, recursive=True)
         paths = [self.path, self.path / "blobs", *map(self.path.joinpath, names)]
-        refused = (path for path in paths + self.parts("*") if not os.access(path, os.W_OK))
-        return not any(map(os.path.exists, refused))
+        paths += self.parts("*")
+        mine = [path for path in paths if os.access(path, os.W_OK, effective_ids=True)]
+        return not any(map(os.path.exists, set(paths).difference(mine)))
 
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
@@ -577,7 +578,8 @@ class Store:
         self._check_at_rest(files)
         freed, count = 0, 0
         for path, size in self._unused(older_than_s):
-            if path.name in files.held or (only and _digest_of(path.name) not in only):
+            wanted = only is None or _digest_of(path.name) in only
+            if not wanted or path.name in files.held:
                 continue
             if not dry_run:
                 path.unlink(missing_ok=True)
