@@ -48,8 +48,10 @@ from ollama_client import (
     Store,
     alive,
     check_name,
+    clean,
     dial_url,
     end,
+    failure,
     listen_address,
     name_key,
     timestamp,
@@ -741,7 +743,7 @@ def prune_store(older_than_s: float, dry_run: bool) -> Json:
     }
 
 
-def delete_model(model: str, force: bool) -> int | None:
+def delete_model(model: str, force: bool) -> int:
     """Unload and delete a model; return the bytes that came free."""
     if downloads.running(model):
         words = f"{model} is being downloaded: cancel that first."
@@ -819,7 +821,9 @@ def loaded_now() -> list[Json]:
 
 def unhealthy(code: str, reason: str, action: str) -> ServiceError:
     """Make the 503 of /health."""
-    return ServiceError(code, reason, reason=reason, recommended_action=action)
+    error = ServiceError(code, reason, reason=reason, recommended_action=action)
+    error.status = 503  # also for a code that is another status elsewhere
+    return error
 
 
 def diagnose(error: ServiceError) -> tuple[str, str, str]:
@@ -831,15 +835,23 @@ def diagnose(error: ServiceError) -> tuple[str, str, str]:
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
     if server is None:
-        said = last_words()
-        words = "Ollama has ended and is being started again."
-        words += f" It said: {said}" if said else ""
-        return "store_not_writable" if "permission" in said else "ollama_dead", words, "wait"
+        return diagnose_end(last_words())
     if watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"
     if error.code == "ollama_timeout":
         return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
     return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
+
+
+def diagnose_end(said: str) -> tuple[str, str, str]:
+    """Tell the same of an Ollama that has ended, from what it said last."""
+    words = "Ollama has ended and is being started again."
+    if not said:
+        return "ollama_dead", words, "wait"
+    reason = failure(said)
+    if reason.code == "store_not_writable":
+        return reason.code, f"{words} It said: {reason}", "wait"
+    return "ollama_dead", f"{words} It said: {clean(said)}.", "wait"
 
 
 def last_words() -> str:

@@ -11,6 +11,7 @@ Everything raises ``ServiceError``.
 import collections
 import contextlib
 import datetime
+import errno
 import glob
 import hashlib
 import json
@@ -44,7 +45,8 @@ RECONNECT_MAX_S = 8
 HEARTBEAT_S = 0.8  # two writes show that a listener has left: within 2 s together
 PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
-PURGE_S = 2
+PURGE_S = 2  # the most that a purge waits
+PURGE_PAUSE_S = 0.3
 PRUNE_AGE_S = 3600  # an `ollama create` uploads long before it writes the manifest
 CHECK_BYTES = 1 << 20
 DISK_RESERVE_BYTES = 1 << 30
@@ -153,6 +155,15 @@ def failure(message: object) -> ServiceError:
         if re.search(pattern, str(message), re.I):
             return ServiceError(code, f"{text}: {advice}.")
     return ServiceError("ollama_error", f"Ollama says: {text}.")
+
+
+@contextlib.contextmanager
+def file_errors() -> typing.Iterator[None]:
+    """Turn what the file system refuses into a ServiceError with advice."""
+    try:
+        yield
+    except OSError as e:
+        raise failure(e) from e
 
 
 def clean(text: object) -> str:
@@ -473,13 +484,15 @@ class Store:
         for file in glob.iglob("*/*/*/*", root_dir=root):
             try:
                 manifest = json.loads((root / file).read_bytes())
-                layers = [*manifest["layers"], manifest["config"]]
+                layers = [*manifest["layers"], manifest.get("config") or {"digest": ""}]
+                layers = [layer for layer in layers if layer["digest"]]
                 layers.sort(key=lambda layer: not layer["mediaType"].endswith(".model"))
                 digests = [_DIGEST.fullmatch(layer["digest"])[1].lower() for layer in layers]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
             place, _, tag = file.rpartition("/")
-            found[name_key(f"{place}:{tag}")] = digests
+            if digests:
+                found[name_key(f"{place}:{tag}")] = digests
         return found
 
     def signature(self) -> tuple | None:
@@ -518,19 +531,17 @@ class Store:
         except OSError:
             return None
 
-    def disk(self, older_than_s: float = PRUNE_AGE_S) -> Json | None:
+    def disk(self) -> Json | None:
         """Return total, free, partial and unused bytes; None if there is no store.
 
-        ``unused_bytes`` is what a prune with this age would free, None where a manifest
-        cannot be read.
+        ``unused_bytes`` is what a prune would free, None where that cannot be known.
         """
         free = self.free_bytes()
         if free is None:
             return None
-        try:
-            unused = sum(size for _, size in self._unused(older_than_s))
-        except ServiceError:
-            unused = None
+        unused = None
+        with contextlib.suppress(ServiceError, OSError):
+            unused = sum(size for _, size in self._unused(PRUNE_AGE_S))
         return {
             "path": str(self.path),
             "total_bytes": shutil.disk_usage(self.path).total,
@@ -540,11 +551,12 @@ class Store:
         }
 
     def writable(self) -> bool:
-        """Tell whether the service's user may write where models lie."""
-        folders = [self.path, self.path / "blobs", self.path / "manifests"]
-        folders += [folder for folder, _, _ in os.walk(self.path / "manifests")]
-        there = filter(os.path.isdir, folders)
-        return all(os.access(folder, os.W_OK | os.X_OK) for folder in there)
+        """Tell whether the service's user may write wherever a pull or a delete does."""
+        names = glob.iglob("manifests/**", root_dir=self.path, recursive=True)
+        paths = [self.path, self.path / "blobs", *map(self.path.joinpath, names)]
+        paths += self.parts("*")
+        mine = [path for path in paths if os.access(path, os.W_OK, effective_ids=True)]
+        return not any(map(os.path.exists, set(paths).difference(mine)))
 
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
@@ -553,39 +565,48 @@ class Store:
     def prune(
         self,
         older_than_s: float,
-        held: set[str],
+        files: "OpenFiles",
         dry_run: bool = False,
         only: set[str] | None = None,
     ) -> tuple[int, int]:
         """Remove blobs and parts that no manifest names; return (freed bytes, files).
 
-        ``held`` are names of files that a process has open, ``only`` limits it to blobs of
-        these digests. Raises ServiceError ``manifest_unreadable``, with nothing removed.
+        ``files`` are those that processes have open, ``only`` limits it to blobs of these
+        digests. Raises ServiceError ``manifest_unreadable`` or ``model_being_pulled``, with
+        nothing removed.
         """
-        freed, files = 0, 0
+        self._check_at_rest(files)
+        freed, count = 0, 0
         for path, size in self._unused(older_than_s):
-            if path.name in held or (only is not None and path.name[7:] not in only):
+            wanted = only is None or _digest_of(path.name) in only
+            if not wanted or path.name in files.held:
                 continue
             if not dry_run:
                 path.unlink(missing_ok=True)
-            freed, files = freed + size, files + 1
-        return freed, files
+            freed, count = freed + size, count + 1
+        return freed, count
 
-    def purge(self, digests: typing.Iterable[str], held: typing.Callable[[], set[str]]) -> int:
+    def purge(
+        self,
+        digests: typing.Collection[str],
+        held: typing.Callable[[], set[str]],
+        limit_s: float = PURGE_S,
+    ) -> int:
         """Remove the parts of these digests that no process has open; return freed bytes.
 
         While a cancelled pull dies, Ollama may still write the record of a part, and a record
-        without its data would corrupt the next pull. So this looks until none reappears, for
-        PURGE_S at the most.
+        without its data would corrupt the next pull. So this looks until none reappears, but
+        no longer than ``limit_s``.
         """
-        freed, quiet, deadline = 0, 0, time.monotonic() + PURGE_S
-        while quiet < 2 and time.monotonic() < deadline - 0.3:
-            time.sleep(0.3)
+        freed, quiet, deadline = 0, 0, time.monotonic() + limit_s
+        while quiet < 2 and time.monotonic() < deadline - PURGE_PAUSE_S:
+            time.sleep(PURGE_PAUSE_S)
             parts = [part for digest in digests for part in self.parts(digest)]
             quiet = 0 if parts else quiet + 1
             names = held() if parts else set()
             for part in parts:
-                if part.name not in names:
+                # A record belongs to the data, which alone is open all the time.
+                if part.name not in names and part.name[:79] not in names:
                     freed += _size(part)
                     part.unlink(missing_ok=True)
         return freed
@@ -596,44 +617,65 @@ class Store:
             with contextlib.suppress(OSError), file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _named(self) -> set[str]:
-        """Return every digest that any manifest file names, whatever its place and form."""
-        found: set[str] = set()
-        for folder, _, files in os.walk(self.path / "manifests", followlinks=True):
-            for file in files:
-                try:
-                    text = pathlib.Path(folder, file).read_text()
-                    json.loads(text)
-                except (OSError, ValueError, RecursionError) as e:
-                    raise ServiceError(
-                        "manifest_unreadable",
-                        f"The manifest {clean(file)} in {clean(folder)} cannot be read, so what "
-                        "it needs is unknown: pull or delete that model, then try again.",
-                    ) from e
-                found.update(digest.lower() for digest in _DIGEST.findall(text))
-        return found
+    def _check_at_rest(self, files: "OpenFiles") -> None:
+        """Refuse while Ollama writes a file of the store, or reads one that has no manifest yet."""
+        named = self._named()
+        new = {name for name in files.of_server if _digest_of(name) not in named}
+        if any(map(_BLOB_FILE.fullmatch, files.written | new)):
+            raise ServiceError(
+                "model_being_pulled",
+                "Ollama is at work on the model store: wait for the pull or create to end.",
+            )
 
     def _unused(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
-        """Return (path, bytes) of what a prune may remove; no bytes where a link stays.
+        """Return (path, bytes) of what a prune may remove; no bytes where a link stays."""
+        old = self._old_files(older_than_s)
+        named = self._named()  # after the blobs: a model's manifest is written last
+        return [(path, size) for path, size in old if _digest_of(path.name) not in named]
 
-        The manifests are read after the blobs, so right before a removal.
-        """
+    def _old_files(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
         found = []
-        for entry in self._blob_files():
+        try:
+            entries = list(os.scandir(self.path / "blobs"))
+        except FileNotFoundError:
+            return []
+        for entry in filter(lambda entry: _BLOB_FILE.fullmatch(entry.name), entries):
             with contextlib.suppress(FileNotFoundError):
                 about = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= older_than_s:
                     size = about.st_blocks * 512 if about.st_nlink == 1 else 0
                     found.append((pathlib.Path(entry.path), size))
-        named = self._named()
-        return [(path, size) for path, size in found if path.name[7:71].lower() not in named]
+        return found
 
-    def _blob_files(self) -> list[os.DirEntry]:
+    def _named(self) -> set[str]:
+        """Return every digest that any manifest file names, whatever its place and form."""
+        found: set[str] = set()
+        file = root = self.path / "manifests"
         try:
-            with os.scandir(self.path / "blobs") as entries:
-                return [entry for entry in entries if _BLOB_FILE.fullmatch(entry.name)]
-        except FileNotFoundError:
-            return []
+            for file in _files_below(root) if os.path.lexists(root) else ():
+                # Written anew, as a text may be in any encoding, with any escapes.
+                text = json.dumps(json.loads(file.read_bytes()))
+                found.update(digest.lower() for digest in _DIGEST.findall(text))
+        except (OSError, ValueError, RecursionError) as e:
+            raise ServiceError(
+                "manifest_unreadable",
+                f"A manifest cannot be read, so what its model needs is unknown: pull or delete "
+                f"that model, then try again ({clean(file)}: {clean(e)}).",
+            ) from e
+        return found
+
+
+def _files_below(folder: pathlib.Path) -> typing.Iterator[pathlib.Path]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files_below(entry)
+        else:
+            yield entry
+
+
+def _digest_of(name: str) -> str:
+    """Return the digest in the name of a blob or of a part of one."""
+    return name[7:71].lower()
 
 
 def _entries(folder: str | os.PathLike, depth: int) -> typing.Iterator[tuple[str, int, int]]:
@@ -668,6 +710,14 @@ class Runner(typing.NamedTuple):
     digest: str | None  # of the weights; None where the command line names another file
     name: str | None  # what follows --model, without its folder
     port: str | None
+
+
+class OpenFiles(typing.NamedTuple):
+    """Names of files, without their folders, that the service's processes have open."""
+
+    held: set[str]  # or mapped, by any of them
+    written: set[str]
+    of_server: set[str]  # which reads a blob while it verifies a pull, creates or pushes
 
 
 class Processes:
@@ -724,19 +774,22 @@ class Processes:
                     found.append(_runner(process, dict(zip(words, words[1:], strict=False))))
         return found
 
-    def held_files(self) -> tuple[set[str], set[str]]:
-        """Return the names of files that the processes hold: (open or mapped, being written).
+    def open_files(self) -> OpenFiles:
+        """Return what the processes have open.
 
-        Raises ServiceError ``model_being_pulled`` where a process does not let itself be read.
+        Raises ServiceError ``model_being_pulled`` where one does not let itself be read.
         """
-        held, written = set(), set()
+        found, server = OpenFiles(set(), set(), set()), self.server()
         for process in [*self.all(), psutil.Process()]:
             try:
                 for file in process.open_files():
-                    held.add(os.path.basename(file.path))
+                    name = os.path.basename(file.path)
+                    found.held.add(name)
                     if file.mode != "r":
-                        written.add(os.path.basename(file.path))
-                held.update(_mapped_files(process.pid))
+                        found.written.add(name)
+                    if process == server:
+                        found.of_server.add(name)
+                found.held.update(_mapped_files(process.pid))
             except psutil.NoSuchProcess:
                 continue
             except (psutil.Error, OSError) as e:
@@ -744,7 +797,7 @@ class Processes:
                     "model_being_pulled",
                     f"What process {process.pid} has open cannot be read: try again.",
                 ) from e
-        return held, written
+        return found
 
     def end_server(self, term_s: float) -> bool:
         """End the server on purpose: the launcher starts a new one at once.
@@ -846,26 +899,42 @@ class Progress:
         """Note one of Ollama's progress lines."""
         digest = line.get("digest")
         if digest:
-            self._note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
+            self.note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
         if digest or not line["status"].startswith("pulling"):
             self._complete_layers_before(digest)
+
+    def note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
+        """Note how much of a layer is there."""
+        before = self.layers.get(digest)
+        completed = min(completed, total)
+        self.layers[digest] = [completed, total]
+        if len(self.layers) > LAYERS_LIMIT:
+            raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
+        gained = completed - before[0] if before else 0  # it may be there from an earlier pull
+        if gained > 0 or not before:
+            self.moved_at = now
+        self._received += max(0, gained)
         if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
             self._speed.append((now, self._received))
-            while now - self._speed[0][0] > SPEED_WINDOW_S:
-                self._speed.popleft()
+        while now - self._speed[0][0] > SPEED_WINDOW_S:
+            self._speed.popleft()
 
     def begin_part(self, start: float, end: float) -> None:
         """Let what comes now count from ``start`` to ``end`` percent of the whole."""
         self._from, self._to = start, end
 
-    def set_layers(self, layers: dict[str, list[int]]) -> None:
-        """Replace the layers: by the model's files, to check them or at the end."""
-        self.layers = layers
+    def set_layers(self, sizes: dict[str, int], completed: bool) -> None:
+        """Replace the layers by a model's files: to check them, or at the end."""
+        self.layers = {
+            f"sha256:{digest}": [size if completed else 0, size] for digest, size in sizes.items()
+        }
 
     def completed_bytes(self) -> int:
+        """Return how much of the layers seen so far is there."""
         return sum(completed for completed, _ in self.layers.values())
 
     def missing_bytes(self) -> int:
+        """Return how much of the layers seen so far is not there yet."""
         return sum(total - completed for completed, total in self.layers.values())
 
     def figures(self, now: float, ended: bool = False, succeeded: bool = False) -> Json:
@@ -886,16 +955,6 @@ class Progress:
             "bytes_per_second": speed,
             "eta_seconds": missing // speed if speed else None,
         }
-
-    def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
-        before = self.layers.get(digest)
-        self.layers[digest] = [min(completed, total), total]
-        gained = self.layers[digest][0] - before[0] if before else 0
-        self._received += max(0, gained)
-        if gained > 0 or not before:
-            self.moved_at = now
-        if len(self.layers) > LAYERS_LIMIT:
-            raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
 
     def _complete_layers_before(self, digest: str | None) -> None:
         """Ollama has gone on to this layer. The last line of a layer may stay below its total."""
@@ -956,7 +1015,9 @@ class Download:
 
     def __init__(self, tools: "Downloads", model: str, insecure: bool, verify: bool):
         self.model, self.verify = model, verify
-        self.state, self.error, self.ended_at = "running", None, None
+        self.state = "running"
+        self.error: ServiceError | None = None
+        self.ended_at: float | None = None
         self.first_news = threading.Event()  # a layer was seen, or it has ended
         self.ended = threading.Event()
         self._tools, self._insecure = tools, insecure
@@ -969,6 +1030,7 @@ class Download:
         self._said_count = 0
         self._reader: Reader | None = None
         self._stop: ServiceError | None = None
+        self._ends_unchecked = False  # so it is too late to join with verify
         threading.Thread(target=self._run, name=f"pull {model}", daemon=True).start()
 
     def join(self, detach: bool, verify: bool) -> typing.Iterable[Json] | None:
@@ -977,7 +1039,7 @@ class Download:
         Detached, there are no lines, and the download goes on without listeners.
         """
         with self._changed:
-            if self._stop or self.state != "running":
+            if self._stop or self.state != "running" or (verify and self._ends_unchecked):
                 return None
             self.verify = self.verify or verify
             self._detached = self._detached or detach
@@ -1078,7 +1140,8 @@ class Download:
     def _run(self) -> None:
         error = None
         try:
-            self._work()
+            with file_errors():
+                self._work()
         except ServiceError as e:
             error = e
         except Exception as e:
@@ -1100,22 +1163,29 @@ class Download:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        store, key = self._tools.store, name_key(self.model)
-        replaced = set(store.models().get(key, ()))
+        old = self._digests_there()
         self._progress.begin_part(0, 50 if self.verify else 100)
         try:
             self._pull()
         except ServiceError as e:
-            if e.code == "model_not_found" and self.verify:
+            if e.code == "model_not_found" and self.verify and old:
                 self._name_damage(e)
             raise
-        if self.verify and self._remove_damaged():
+        if self._is_check_wanted() and self._remove_damaged():
             self._pull()
-        blobs = store.sizes(store.models().get(key, ()))
+        new = self._digests_there()
         with self._changed:  # Ollama shows no line of a layer that comes at once
-            layers = {f"sha256:{digest}": [size, size] for digest, size in blobs.items()}
-            self._progress.set_layers(layers)
-        self._tools.remove_replaced(self, replaced - set(store.models().get(key, ())))
+            self._progress.set_layers(self._tools.store.sizes(new), completed=True)
+        self._tools.remove_replaced(self, set(old).difference(new))
+
+    def _is_check_wanted(self) -> bool:
+        with self._changed:
+            self._ends_unchecked = not self.verify
+            return self.verify
+
+    def _digests_there(self) -> list[str]:
+        """Return the digests that the model's manifest names; [] if it is not there."""
+        return self._tools.store.models().get(name_key(self.model), [])
 
     def _pull(self) -> None:
         """Pull until success, over as many connections as it takes."""
@@ -1218,40 +1288,45 @@ class Download:
 
     def _name_damage(self, error: ServiceError) -> None:
         """Check a model that the registry does not know; raise what is wrong with its files."""
-        if name_key(self.model) not in self._tools.store.models():
-            return
         damaged = self._find_damaged()
         names = ", ".join(digest[:12] for digest in damaged)
         found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
-        code = "model_damaged" if damaged else error.code
-        words = f"The registry does not know {self.model}, so nothing was removed; {found}."
-        raise ServiceError(code, words)
+        raise ServiceError(
+            "model_damaged" if damaged else error.code,
+            f"The registry does not know {self.model}, so nothing was removed; {found}.",
+        ) from error
 
     def _find_damaged(self) -> list[str]:
         """Read the model's files; return the digests of those whose content has another one."""
-        store = self._tools.store
-        sizes = store.sizes(store.models().get(name_key(self.model), ()))
+        digests = self._digests_there()
+        sizes = {digest: 0 for digest in digests} | self._tools.store.sizes(digests)
         with self._changed:
             self._progress.begin_part(50, 100)
-            layers = {f"sha256:{digest}": [0, size] for digest, size in sizes.items()}
-            self._progress.set_layers(layers)
+            self._progress.set_layers(sizes, completed=False)
         self.first_news.set()
-        return [digest for digest in sizes if not self._is_whole(digest, layers)]
+        return [digest for digest, size in sizes.items() if not self._is_whole(digest, size)]
 
-    def _is_whole(self, digest: str, layers: dict[str, list[int]]) -> bool:
-        status = f"checking {digest[:12]}"
-        self._say({"status": status, "digest": f"sha256:{digest}"})
-        checksum, buffer = hashlib.sha256(), bytearray(CHECK_BYTES)
-        with self._tools.store.blob(digest).open("rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                self._check_stop()
-                checksum.update(memoryview(buffer)[:size])
-                sizes = layers[f"sha256:{digest}"]
-                sizes[0] = min(sizes[0] + size, sizes[1])
-        whole = checksum.hexdigest() == digest
-        if not whole:
-            layers[f"sha256:{digest}"][0] = 0
-        return whole
+    def _is_whole(self, digest: str, size: int) -> bool:
+        layer = f"sha256:{digest}"
+        self._say({"status": f"checking {digest[:12]}", "digest": layer, "total": size})
+        checksum, buffer = hashlib.sha256(), memoryview(bytearray(CHECK_BYTES))
+        completed = 0
+        try:
+            with self._tools.store.blob(digest).open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    self._check_stop()
+                    checksum.update(buffer[:count])
+                    completed += count
+                    with self._changed:
+                        self._progress.note_layer(layer, completed, size, time.monotonic())
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.EIO):  # missing, unreadable on the disk
+                raise
+        if checksum.hexdigest() == digest:
+            return True
+        with self._changed:
+            self._progress.note_layer(layer, 0, size, time.monotonic())
+        return False
 
 
 # ---------------------------------------------------------------------------------------
@@ -1295,6 +1370,7 @@ class Downloads:
                 "no_such_pull",
                 f"No download of {model} is under way: GET /api/models/pull lists them.",
             )
+        began = time.monotonic()
         next_pull = "its parts are removed" if purge else "pull again, it goes on from here"
         download.stop(ServiceError("cancelled", f"Cancelled by request: {next_pull}."))
         download.ended.wait(2)
@@ -1303,7 +1379,9 @@ class Downloads:
         with self._lock:
             others = list(self._running.values())
         digests = download.digests().difference(*(other.digests() for other in others))
-        return self.store.purge(digests, lambda: self._processes.held_files()[0])
+        limit_s = PURGE_S - (time.monotonic() - began)
+        with file_errors():
+            return self.store.purge(digests, lambda: self._processes.open_files().held, limit_s)
 
     def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""
@@ -1326,13 +1404,13 @@ class Downloads:
 
         Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
         """
-        with self._lock:
+        with self._lock, file_errors():
             if self._running:
                 raise ServiceError(
                     "model_being_pulled",
                     "A download is under way: wait for its end, or cancel it.",
                 )
-            return self.store.prune(older_than_s, self._held_unless_written(), dry_run)
+            return self.store.prune(older_than_s, self._processes.open_files(), dry_run)
 
     def remove_replaced(self, download: Download, digests: set[str]) -> None:
         """Remove these blobs of a model's old version, if nothing could need them yet."""
@@ -1342,9 +1420,9 @@ class Downloads:
             if [*self._running.values()] != [download]:
                 return
             try:
-                held = self._held_unless_written()
-                freed, _ = self.store.prune(0, held, only=digests)
-            except (ServiceError, OSError) as e:
+                with file_errors():
+                    freed, _ = self.store.prune(0, self._processes.open_files(), only=digests)
+            except ServiceError as e:
                 log.warning("pull %s: the old version stays: %s", download.model, e)
                 return
         log.info("pull %s: the old version is removed: %d bytes", download.model, freed)
@@ -1398,13 +1476,3 @@ class Downloads:
                 if name_key(download.model) == key and download.state != "success":
                     return download
         return None
-
-    def _held_unless_written(self) -> set[str]:
-        """Return the files that processes hold; refuse while one of the store is written."""
-        held, written = self._processes.held_files()
-        if any(map(_BLOB_FILE.fullmatch, written)):
-            raise ServiceError(
-                "model_being_pulled",
-                "Ollama is writing to the model store: wait for the pull or create to end.",
-            )
-        return held

@@ -1,5 +1,7 @@
 """The model store, read without Ollama."""
 
+import contextlib
+import json
 import os
 import shutil
 import threading
@@ -8,7 +10,7 @@ import time
 import pytest
 
 from helpers.models import add_model, blob_path, manifest_path
-from ollama_client import Store, name_key
+from ollama_client import PURGE_S, OpenFiles, ServiceError, Store, name_key
 
 
 @pytest.fixture
@@ -140,3 +142,378 @@ def test_a_purge_takes_the_parts_of_these_blobs_and_nothing_else(models):
     assert store.disk()["partial_bytes"] == 3 * 8192
     assert store.purge([mine], set) == 2 * 8192
     assert {file.name for file in blobs.iterdir()} == stay
+
+
+def test_a_purge_leaves_the_parts_that_a_live_pull_has_open(models):
+    data, record, other = f"{'a' * 64}-partial", f"{'a' * 64}-partial-0", f"{'b' * 64}-partial"
+    for name in (data, record, other):
+        write_blob(models, f"sha256-{name}")
+    began = time.monotonic()
+    assert Store(models).purge(["a" * 64, "b" * 64], lambda: {f"sha256-{data}"}) == 8192
+    assert time.monotonic() - began < PURGE_S + 0.2
+    assert blobs_in(models) == {f"sha256-{data}", f"sha256-{record}"}
+
+
+# What a prune removes, rule by rule
+
+DIGEST, OTHER = "ab12" * 16, "cd34" * 16
+
+
+def write_blob(models, name, age_s=7200.0):
+    """Write a file of 8 KiB into blobs/, last modified so long ago; return its path."""
+    path = models / "blobs" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x" * 8192)
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def write_manifest(models, place, text):
+    path = models / "manifests" / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def manifest_of(digest, **config):
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": digest}]
+    return json.dumps({"schemaVersion": 2, "layers": layers, **config})
+
+
+def blobs_in(models):
+    return {path.name for path in (models / "blobs").iterdir()}
+
+
+def prune(models, age_s=3600, held=(), written=(), of_server=(), **options):
+    files = OpenFiles(set(held), set(written), set(of_server))
+    return Store(models).prune(age_s, files, **options)
+
+
+def refused(models, **options):
+    """Assert that a prune is refused and removes nothing; return the code."""
+    before = blobs_in(models)
+    with pytest.raises(ServiceError) as caught:
+        prune(models, **options)
+    assert blobs_in(models) == before
+    assert caught.value.status == 409
+    return caught.value.code
+
+
+@pytest.mark.parametrize("digest", [DIGEST, DIGEST.upper()])
+@pytest.mark.parametrize("kind", ["{}", "{}-partial", "{}-partial-0", "{}-partial-15", "{}.tmp"])
+def test_a_prune_removes_ollamas_kinds_of_files(models, kind, digest):
+    write_blob(models, f"sha256-{kind.format(digest)}")
+    assert prune(models) == (8192, 1)
+    assert blobs_in(models) == set()
+
+
+def test_a_prune_removes_uploads_that_were_left(models):
+    for name in ("sha256-12345", "sha256-3021984811", "sha256-7.tmp"):
+        write_blob(models, name)
+    assert prune(models) == (3 * 8192, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt",
+        "weights.gguf",
+        DIGEST,
+        f"sha256:{DIGEST}",
+        f"sha256-{DIGEST[:-1]}",
+        f"sha256-{DIGEST}0",
+        f"sha256-{DIGEST}.bak",
+        f"sha256-{DIGEST[:-1]}g",
+        f"sha512-{DIGEST}",
+        f"SHA256-{DIGEST}",
+        f"my-sha256-{DIGEST}",
+        "sha256-",
+        "sha256-abc",
+        "-partial",
+    ],
+)
+def test_a_prune_leaves_other_names(models, name):
+    write_blob(models, name)
+    assert prune(models, 0) == (0, 0)
+    assert blobs_in(models) == {name}
+
+
+def test_a_prune_leaves_folders_links_and_what_is_no_file(models):
+    elsewhere = models / "elsewhere"
+    elsewhere.write_bytes(b"x" * 8192)
+    blobs = models / "blobs"
+    blobs.mkdir()
+    (blobs / f"sha256-{'1' * 64}").mkdir()
+    (blobs / f"sha256-{'2' * 64}").symlink_to(elsewhere)
+    (blobs / f"sha256-{'3' * 64}").symlink_to("nowhere")
+    os.mkfifo(blobs / f"sha256-{'4' * 64}")
+    for path in (elsewhere, blobs / f"sha256-{'1' * 64}", blobs / f"sha256-{'4' * 64}"):
+        os.utime(path, (0, 0))
+    assert prune(models, 0) == (0, 0)
+    assert len(blobs_in(models)) == 4 and elsewhere.exists()
+
+
+@pytest.mark.parametrize("age_s, goes", [(3500, False), (3700, True), (-100, False)])
+def test_a_prune_removes_what_is_old_enough(models, age_s, goes):
+    write_blob(models, f"sha256-{DIGEST}", age_s)
+    assert prune(models) == ((8192, 1) if goes else (0, 0))
+
+
+def test_without_an_age_only_what_is_of_the_future_stays(models):
+    write_blob(models, f"sha256-{DIGEST}", 0)
+    write_blob(models, f"sha256-{OTHER}", -60)
+    assert prune(models, 0) == (8192, 1)
+    assert blobs_in(models) == {f"sha256-{OTHER}"}
+
+
+def test_the_bytes_of_a_file_count_where_its_last_link_goes(models):
+    path = write_blob(models, f"sha256-{DIGEST}")
+    os.link(path, models / "kept.gguf")
+    os.link(path, models / "blobs" / f"sha256-{OTHER}")
+    assert Store(models).disk()["unused_bytes"] == 0
+    assert prune(models) == (0, 2)
+    assert (models / "kept.gguf").stat().st_nlink == 1
+
+
+def test_the_bytes_of_a_part_are_those_on_the_disk(models):
+    path = write_blob(models, f"sha256-{DIGEST}-partial")
+    os.truncate(path, 1 << 30)
+    os.utime(path, (0, 0))
+    assert Store(models).disk()["unused_bytes"] == 8192
+    assert prune(models) == (8192, 1)
+
+
+PLACES = [
+    "registry.ollama.ai/library/gemma/latest",
+    "registry.ollama.ai/user/gemma/tag",
+    "hf.co/Org/Repo-GGUF/Q4_K_M",
+    "localhost:5000/ns/model/1b",
+    "example.com/a/b/c/d/e/latest",
+    "too/short",
+    "loose",
+    ".hidden/ns/model/latest",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_manifest_names_stays_whatever_its_place(models, place):
+    write_manifest(models, place, manifest_of(f"sha256:{DIGEST}"))
+    write_blob(models, f"sha256-{DIGEST}")
+    write_blob(models, f"sha256-{OTHER}")
+    assert prune(models, 0) == (8192, 1)
+    assert blobs_in(models) == {f"sha256-{DIGEST}"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        manifest_of(f"sha256:{DIGEST}"),
+        manifest_of(f"sha256-{DIGEST}"),
+        manifest_of(f"SHA256:{DIGEST.upper()}"),
+        manifest_of(f"sha256:{OTHER}", config={"digest": f"sha256:{DIGEST}"}),
+        manifest_of(f"sha256:{DIGEST}", config=None),
+        manifest_of(f"sha256:{DIGEST}", config={"digest": ""}),
+        json.dumps({"manifests": [{"digest": f"sha256:{DIGEST}"}]}),
+        json.dumps([f"sha256:{DIGEST}"]),
+        json.dumps({f"sha256:{DIGEST}": 1}),
+        json.dumps({"from": f"/models/blobs/sha256-{DIGEST}"}),
+        manifest_of(f"sha256:{DIGEST}").replace("sha256:", "sha256\\u003a"),
+        "\ufeff" + manifest_of(f"sha256:{DIGEST}"),
+        manifest_of(f"sha256:{DIGEST}").encode("utf-16"),
+    ],
+)
+def test_what_a_manifest_names_stays_whatever_its_form(models, text):
+    write_manifest(models, PLACES[0], text)
+    for kind in ("", "-partial", "-partial-0", ".tmp"):
+        write_blob(models, f"sha256-{DIGEST}{kind}")
+        write_blob(models, f"sha256-{DIGEST.upper()}{kind}")
+    assert prune(models, 0) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", manifest_of(f"sha256:{DIGEST}")[:-20], b"\0" * 300, b"\xff", b"[" * 100_000]
+)
+@pytest.mark.parametrize("place", PLACES[:4])
+def test_a_manifest_that_cannot_be_read_refuses_a_prune(models, place, text):
+    write_manifest(models, PLACES[4], manifest_of(f"sha256:{OTHER}"))
+    write_manifest(models, place, text)
+    write_blob(models, f"sha256-{DIGEST}")
+    assert refused(models) == "manifest_unreadable"
+    assert refused(models, dry_run=True) == "manifest_unreadable"
+    disk = Store(models).disk()
+    assert disk["unused_bytes"] is None and disk["free_bytes"] > 0
+
+
+def test_the_manifest_that_cannot_be_read_is_named(models):
+    write_manifest(models, PLACES[3], b"{")
+    with pytest.raises(ServiceError, match=PLACES[3]):
+        prune(models)
+
+
+def test_manifests_that_are_not_reached_refuse_a_prune(models):
+    write_blob(models, f"sha256-{DIGEST}")
+    gone = models / "manifests"
+    gone.symlink_to("nowhere")  # a disk that is not mounted
+    assert refused(models) == "manifest_unreadable"
+    gone.unlink()
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{OTHER}"))
+    link = gone / "hf.co"
+    link.symlink_to("nowhere")
+    assert refused(models) == "manifest_unreadable"
+    link.unlink()
+    link.symlink_to(gone)  # without an end
+    assert refused(models) == "manifest_unreadable"
+
+
+@pytest.fixture
+def as_nobody(models):
+    """Run as another user, who owns the store."""
+    if os.geteuid():
+        pytest.skip("another user takes root")
+    for folder in (models, *models.parents):
+        if os.stat(folder).st_uid == 0 and not os.stat(folder).st_mode & 1:
+            os.chmod(folder, 0o755)
+
+    @contextlib.contextmanager
+    def become():
+        for path in (models, *models.rglob("*")):
+            os.chown(path, 65534, 65534)
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return become
+
+
+def test_a_folder_of_manifests_that_cannot_be_listed_refuses_a_prune(models, as_nobody):
+    write_blob(models, f"sha256-{DIGEST}")
+    manifest = write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
+    manifest.parent.chmod(0)
+    with as_nobody():
+        assert refused(models) == "manifest_unreadable"
+    manifest.parent.chmod(0o755)
+    manifest.chmod(0)
+    with as_nobody():
+        assert refused(models) == "manifest_unreadable"
+
+
+def test_a_store_is_found_by_its_links(models, tmp_path):
+    for name in ("blobs", "manifests"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        (models / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "link").symlink_to(models)
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
+    for digest in (DIGEST, OTHER):
+        write_blob(models, f"sha256-{digest}")
+    assert Store(tmp_path / "link").disk()["unused_bytes"] == 8192
+    assert prune(tmp_path / "link", held=[f"sha256-{OTHER}"]) == (0, 0)
+    assert prune(tmp_path / "link") == (8192, 1)
+    assert blobs_in(models) == {f"sha256-{DIGEST}"}
+
+
+def test_links_below_manifests_are_followed(models, tmp_path):
+    other = tmp_path / "other"
+    write_manifest(other, "ns/model/latest", manifest_of(f"sha256:{DIGEST}"))
+    (models / "manifests").mkdir()
+    (models / "manifests/hf.co").symlink_to(other / "manifests")
+    write_blob(models, f"sha256-{DIGEST}")
+    assert prune(models, 0) == (0, 0)
+
+
+def test_what_a_process_holds_stays(models):
+    for digest in (DIGEST, OTHER):
+        write_blob(models, f"sha256-{digest}")
+    assert prune(models, held=[f"sha256-{DIGEST}"]) == (8192, 1)
+    assert prune(models, held=[f"sha256-{DIGEST}"]) == (0, 0)
+    assert prune(models) == (8192, 1)
+
+
+@pytest.mark.parametrize("kind", ["sha256-" + OTHER, f"sha256-{OTHER}-partial", "sha256-123"])
+def test_while_ollama_writes_to_the_store_a_prune_is_refused(models, kind):
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{OTHER}"))
+    write_blob(models, f"sha256-{DIGEST}")
+    assert refused(models, written=[kind]) == "model_being_pulled"
+    assert prune(models, written=["service.log", "history"]) == (8192, 1)
+
+
+def test_while_ollama_reads_what_has_no_manifest_yet_a_prune_is_refused(models):
+    """A pull that verifies needs other blobs too, which may be old ones."""
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{OTHER}"))
+    write_blob(models, f"sha256-{DIGEST}")
+    assert refused(models, of_server=[f"sha256-{DIGEST}"]) == "model_being_pulled"
+    assert prune(models, of_server=[f"sha256-{OTHER}"]) == (8192, 1)
+
+
+def test_a_dry_run_tells_the_same_and_removes_nothing(models):
+    write_blob(models, f"sha256-{DIGEST}")
+    write_blob(models, f"sha256-{OTHER}-partial")
+    assert prune(models, dry_run=True) == (16384, 2)
+    assert len(blobs_in(models)) == 2
+    assert prune(models) == (16384, 2)
+
+
+def test_limited_to_some_digests_a_prune_leaves_the_others(models):
+    for name in (DIGEST, f"{DIGEST}-partial", OTHER):
+        write_blob(models, f"sha256-{name}", 0)
+    prune(models, 0, only={DIGEST})
+    assert blobs_in(models) == {f"sha256-{OTHER}"}
+    prune(models, 0, only=set())
+    assert blobs_in(models) == {f"sha256-{OTHER}"}
+
+
+def test_an_empty_store_has_nothing_to_prune(models, tmp_path):
+    assert prune(models) == prune(tmp_path / "nowhere") == (0, 0)
+    assert Store(models).disk()["unused_bytes"] == 0
+
+
+def test_unused_and_partial_bytes(models):
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
+    write_blob(models, f"sha256-{DIGEST}")
+    assert Store(models).disk()["unused_bytes"] == 0
+    write_blob(models, f"sha256-{OTHER}")
+    write_blob(models, f"sha256-{OTHER}-partial")
+    write_blob(models, f"sha256-{'1' * 64}", 60)  # young: a create may need it
+    disk = Store(models).disk()
+    assert (disk["unused_bytes"], disk["partial_bytes"]) == (16384, 8192)
+
+
+def test_a_model_without_a_config_is_a_model(models):
+    for place, config in ((PLACES[0], {}), (PLACES[1], {"config": {"digest": ""}})):
+        write_manifest(models, place, manifest_of(f"sha256:{DIGEST}", **config))
+    assert Store(models).models() == {"gemma:latest": [DIGEST], "user/gemma:tag": [DIGEST]}
+
+
+# A store of another user
+
+
+def test_a_store_of_ones_own_is_writable(models, tmp_path, as_nobody):
+    assert Store(tmp_path / "nowhere").writable()
+    with as_nobody():
+        assert Store(models).writable()
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
+    write_blob(models, f"sha256-{OTHER}-partial-0")
+    with as_nobody():
+        assert Store(models).writable()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".",
+        "blobs",
+        "manifests",
+        "manifests/registry.ollama.ai/library/gemma",
+        f"manifests/{PLACES[0]}",
+        f"blobs/sha256-{OTHER}-partial-0",
+    ],
+)
+def test_a_store_of_which_a_piece_is_anothers_is_not_writable(models, as_nobody, path):
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
+    write_blob(models, f"sha256-{OTHER}-partial-0")
+    with as_nobody():
+        os.seteuid(0)
+        os.chown(models / path, 0, 0)
+        os.seteuid(65534)
+        assert not Store(models).writable()
