@@ -50,6 +50,7 @@ from ollama_client import (
     check_name,
     clean,
     dial_url,
+    dying,
     end,
     failure,
     listen_address,
@@ -780,12 +781,13 @@ def check_health() -> Json:
     if reading["state"] == "lost":
         words = "The GPU is lost to this container: restart it; if that fails, reboot the host."
         raise unhealthy("gpu_lost", words, gpu.ACTIONS["lost"])
+    server = processes.server()  # before it is asked: the next one may be there afterwards
     try:
         names = [model["name"] for model in tags(LIST_S)]
         loaded = loaded_now()
     except ServiceError as e:
         raise unhealthy(*diagnose(e)) from e
-    watch.server.note_answer(processes.server())
+    watch.server.note_answer(server)
     watch.raise_fault()
     warnings = find_warnings(reading, loaded)
     return {
@@ -883,7 +885,7 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
     """Compare where Ollama says that its models lie with what was asked for and measured."""
     warnings = []
     for model in loaded if GPU_LAYERS != "0" else ():
-        size_mb, vram_mb = (model.get(key, 0) // MB for key in ("size", "size_vram"))
+        size_mb, vram_mb = bytes_of(model, "size") // MB, bytes_of(model, "size_vram") // MB
         if vram_mb < size_mb:
             words = (
                 f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory, "
@@ -891,7 +893,7 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
                 "smaller model or context; in Docker check LLM_RUNTIME=nvidia."
             )
             warnings.append(("model_on_cpu", words))
-    claimed_mb = sum(model.get("size_vram", 0) for model in loaded) // MB
+    claimed_mb = sum(bytes_of(model, "size_vram") for model in loaded) // MB
     used_mb, _ = gpu.memory_totals(reading)
     if used_mb is not None and claimed_mb > used_mb:
         words = (
@@ -901,6 +903,12 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
         )
         warnings.append(("gpu_not_used", words))
     return warnings
+
+
+def bytes_of(model: Json, key: str) -> int:
+    """Return a figure of a line of ``/api/ps``; 0 where it is none."""
+    figure = model.get(key)
+    return figure if isinstance(figure, int) else 0
 
 
 # ---------------------------------------------------------------------------------------
@@ -1046,7 +1054,9 @@ SILENT_LOOKS, SILENT_S = 3, 10
 GHOST_S = 10
 WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it computes
 SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
+WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
 HUNG_LOOKS = 15
+CLEAN_LOOKS = 15
 HEALINGS, HEALINGS_S = 3, 1800  # so many of one model in that time, then it is left alone
 DISK_LOOK_S = 60
 
@@ -1059,7 +1069,7 @@ class Look(typing.NamedTuple):
     slots: list[Json] | None = None
     late: bool = False  # /slots has not answered
     main_cpu_s: float = 0.0  # CPU time of the main thread
-    used_cpu: bool = False  # since the last look
+    working: bool = False  # it has used CPU since the last look
     on_gpu: bool = False  # the model lies there wholly
 
 
@@ -1076,75 +1086,89 @@ class RunnerState:
         self.under_way = True  # at the last look
         self.asked_at = now
         self.evidence = ""
+        self.healed: str | None = None  # the state that it was healed of
         self._looked_at = now
-        self._counters: tuple = ()
+        self._step_s = 0.0  # between the last two looks
+        self._counters: list[tuple] = []
         self._tasks: dict[int, tuple[int, int]] = {}  # slot: (task, tokens decoded)
         self._begin_count(now)
 
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
-        if look.at - self._looked_at > GAP_S:
+        self._step_s = look.at - self._looked_at
+        if self._step_s > GAP_S:
             self._begin_count(look.at)
         self._looked_at = look.at
+        self.tokens_per_second = 0.0
         state = self._judge(look)
         if state != self.state:
             self.state, self.since = state, look.at
 
     def _begin_count(self, now: float) -> None:
-        self._progress_at = now
-        self._main_cpu = collections.deque(maxlen=STUCK_LOOKS)  # of (at, CPU seconds)
-        self._looks = 0  # since there was progress
         self._silent_looks, self._silent_since = 0, now
         self._dead_since: float | None = None
+        self._note_progress(now)
+
+    def _note_progress(self, now: float) -> None:
+        self._progress_at, self._looks = now, 0
+        # Of the last looks without progress: (at, CPU seconds of the main thread).
+        self._main_cpu = collections.deque(maxlen=STUCK_LOOKS)
 
     def _judge(self, look: Look) -> str:
-        if look.health == "dead":
-            self._dead_since = self._dead_since or look.at
-            return "ghost" if look.at - self._dead_since >= GHOST_S else self.state
         if look.health == "silent":
-            return self._judge_silence(look)
-        if look.health != "unasked":
-            self._silent_looks = 0
-        if look.health == "ok" and (look.slots is not None or look.late):
-            return self._judge_slots(look)
-        self._note_progress(look)
+            return self._judge_silence(look.at)
+        self._silent_looks = 0
+        if look.health == "dead":
+            return self._judge_death(look.at)
+        if look.health == "ok":
+            return self._judge_work(look)
+        self._note_progress(look.at)
         if look.health == "unasked":
             return self.state
-        if look.health in ("loading", "orphan"):
-            self.under_way = look.health == "loading"
-            return look.health
-        self.under_way = look.used_cpu  # it has no /slots
-        return "busy" if look.used_cpu else "idle"
+        self.under_way = look.health == "loading"
+        return look.health
 
-    def _judge_silence(self, look: Look) -> str:
+    def _judge_silence(self, now: float) -> str:
         if not self._silent_looks:
-            self._silent_since = look.at
+            self._silent_since = now
         self._silent_looks += 1
         self.under_way = True  # so that it is asked again
-        silent_s = look.at - self._silent_since
+        silent_s = now - self._silent_since
         if self._silent_looks < SILENT_LOOKS or silent_s < SILENT_S:
             return self.state
         self.evidence = f"its /health has not answered for {silent_s:.0f} s"
         return "silent"
 
-    def _judge_slots(self, look: Look) -> str:
+    def _judge_death(self, now: float) -> str:
+        if self._dead_since is None:
+            self._dead_since = now
+        dead_s = now - self._dead_since
+        if dead_s < GHOST_S:
+            return self.state
+        self.evidence = f"it was killed {dead_s:.0f} s ago and Ollama still waits for its end"
+        return "ghost"
+
+    def _judge_work(self, look: Look) -> str:
+        if look.slots is None and not look.late:  # it has none, or was not asked
+            self._note_progress(look.at)
+            self.under_way = look.working
+            return "busy" if look.working else "idle"
         slots = look.slots or []
         self.under_way = look.late or any(slot.get("is_processing") for slot in slots)
-        moved = not look.late and self._count_tokens(slots, look.at)
-        if not self.under_way:
-            self._note_progress(look)
-            self.tokens_per_second = 0.0
-            return "idle"
-        if moved:
-            self._note_progress(look)
-            return "busy"
+        moved = not look.late and self._count_tokens(slots)
+        if moved or not self.under_way:
+            self._note_progress(look.at)
+            return "busy" if self.under_way else "idle"
+        return self._judge_standstill(look)
+
+    def _judge_standstill(self, look: Look) -> str:
         self._looks += 1
         self._main_cpu.append((look.at, look.main_cpu_s))
         still_s = look.at - self._progress_at
         if self._looks < STUCK_LOOKS or still_s < self._patience_s(look):
             return "stuck" if self.state == "stuck" else "busy"
-        what = "its /slots does not answer" if look.late else f"counters {self._counters}"
-        self.evidence = f"no progress for {still_s:.0f} s, {what}"
+        seen = "/slots does not answer" if look.late else f"its counters stand at {self._counters}"
+        self.evidence = f"no progress for {still_s:.0f} s: {seen}"
         return "stuck"
 
     def _patience_s(self, look: Look) -> float:
@@ -1154,24 +1178,19 @@ class RunnerState:
         computes = not look.on_gpu and share >= WORKING_SHARE
         return STUCK_S * (SLOW_FACTOR if computes else 1)
 
-    def _note_progress(self, look: Look) -> None:
-        self._progress_at, self._looks = look.at, 0
-        self._main_cpu.clear()
-
-    def _count_tokens(self, slots: list[Json], now: float) -> bool:
+    def _count_tokens(self, slots: list[Json]) -> bool:
         """Count what was decoded since the last look; return whether any counter moved."""
         counters, new = [], 0
-        for slot in slots:
-            number, task = slot.get("id", 0), slot.get("id_task", -1)
-            decoded = decoded_tokens(slot)
+        for number, slot in enumerate(slots):
+            task, decoded = slot.get("id_task", -1), decoded_tokens(slot)
             counters.append((task, slot.get("n_prompt_tokens_processed", 0), decoded))
             before = self._tasks.get(number, (task, decoded))
-            new += decoded - before[1] if before[0] == task else decoded
+            new += max(0, decoded - before[1]) if before[0] == task else decoded
             self._tasks[number] = task, decoded
-        moved = tuple(counters) != self._counters
-        self._counters = tuple(counters)
-        self.tokens += max(0, new)
-        self.tokens_per_second = round(max(0, new) / max(now - self.asked_at, 0.1), 1)
+        moved = counters != self._counters
+        self._counters = counters
+        self.tokens += new
+        self.tokens_per_second = round(new / max(self._step_s, 0.1), 1)
         return moved
 
     def report(self, now: float) -> Json:
@@ -1215,25 +1234,25 @@ class ServerState:
 
     def note_answer(self, server: psutil.Process | None) -> None:
         """Note that this server has answered."""
+        if server != self._answered:
+            self.version = None  # it may be another one now
         self._answered, self._silent_looks = server, 0
 
-    def known_version(self) -> str | None:
-        """Return the version; asked for where no look has got it yet."""
-        if self.version is None:
-            self.look(processes.server())
-        return self.version
+    def note_silence(self, server: psutil.Process | None) -> None:
+        """Note that this server has not answered a look, which means little at its start."""
+        known = server is not None and server == self._answered
+        self._silent_looks = self._silent_looks + 1 if known else 0
 
-    def look(self, server: psutil.Process | None) -> None:
-        """Ask the server whether it answers."""
-        try:
-            version = ollama.version(RUNNER_ASK_S)
-        except ServiceError as e:
-            known = server is not None and server == self._answered
-            silent = known and e.code in ("ollama_timeout", "ollama_unreachable")
-            self._silent_looks = self._silent_looks + 1 if silent else 0
-            return
-        self.version = version
-        self.note_answer(server)
+    def begin_count(self) -> None:
+        """Count silent looks from here."""
+        self._silent_looks = 0
+
+    def known_version(self) -> str | None:
+        """Return the version; asked for once a server."""
+        if self.version is None:
+            with contextlib.suppress(ServiceError):
+                self.version = ollama.version(RUNNER_ASK_S)
+        return self.version
 
 
 class Watch:
@@ -1250,10 +1269,12 @@ class Watch:
         self.healed: Json = {"runners": 0, "ollama": 0, "last": None}
         self._lock = threading.Lock()
         self._states: dict[psutil.Process, RunnerState] = {}
-        self._unmatched: set[str] = set()  # models without a process at the last look
-        self._healings: dict[str, collections.deque[float]] = {}
-        self._heal_failed = False
+        self._names_key: object = None
         self._disk_key: object = None
+        self._unmatched: collections.Counter[str] = collections.Counter()
+        self._healings: dict[str, collections.deque[float]] = collections.defaultdict(
+            lambda: collections.deque(maxlen=HEALINGS)
+        )
 
     def start(self) -> None:
         """Begin to watch."""
@@ -1270,6 +1291,10 @@ class Watch:
         state = self._states.get(process)
         return state.state if state else None
 
+    def known_runners(self) -> list[Runner]:
+        """Return the runners of the last look, those that were not reaped included."""
+        return [state.runner for state in list(self._states.values())]
+
     def up(self) -> int:
         """Return 1 where nothing was found to be wrong at the last look, else 0."""
         server = processes.server()
@@ -1279,11 +1304,10 @@ class Watch:
     def raise_fault(self) -> None:
         """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
         for state in self._faults():
-            words = f"The runner of {state.model or state.process.pid} is {state.state}"
-            words += f": {state.evidence}." if state.evidence else "."
-            code = f"runner_{state.state}"
+            words = f"The runner of {state.model or state.process.pid} is "
+            words += f"{'a ' if state.state == 'ghost' else ''}{state.state}: {state.evidence}."
             raise ServiceError(
-                code,
+                f"runner_{state.state}",
                 words,
                 reason=words,
                 recommended_action=self._action(state),
@@ -1294,14 +1318,10 @@ class Watch:
         """Look at everything once. Clear and reset do so before they answer."""
         with self._lock:
             server = processes.server()
-            self.server.look(server)
-            with contextlib.suppress(ServiceError):
-                self.loaded = ollama.ps(RUNNER_ASK_S)
-            if server is None:
-                self.loaded = []
-            self._find_runners()
-            in_parallel(lambda state: self._look_at(state, server), self._states.values())
-            self._look_at_machine()
+            self._ask_server(server)
+            self._find_runners(server)
+            self._look_at_runners(server)
+            self._look_at_machine(server)
             self.looked_at = time.time()
 
     def _run(self) -> None:
@@ -1310,73 +1330,97 @@ class Watch:
                 self.look()
                 if SELF_HEAL:
                     self._heal()
+            except ServiceError as e:
+                log.warning("the watch: %s", e)
             except Exception:
                 log.exception("the watch: a bug")
             time.sleep(LOOK_S)
 
     # Looking
 
-    def _find_runners(self) -> None:
-        """Keep a state for each runner; one that was reaped is forgotten."""
+    def _ask_server(self, server: psutil.Process | None) -> None:
+        """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
+        try:
+            self.loaded = ollama.ps(RUNNER_ASK_S)
+            self.server.note_answer(server)
+        except ServiceError:
+            if server is None:
+                self.loaded = []
+            if answering():
+                self.server.note_answer(server)
+            else:
+                self.server.note_silence(server)
+
+    def _find_runners(self, server: psutil.Process | None) -> None:
+        """Keep a state for each runner; one whose server has reaped it is forgotten."""
         found = {runner.process: runner for runner in processes.runners()}
         now, states = time.monotonic(), dict(self._states)
-        for process in [each for each in states if each not in found]:
-            if not is_zombie(process):
+        for process in self._states.keys() - found.keys():
+            if not unreaped(process, server):
                 del states[process]
-        for process, runner in found.items():
-            if process not in states:
-                states[process] = RunnerState(process, runner, now)
-        names = model_names([state.runner for state in states.values()], self.loaded)
-        for state in states.values():
-            state.model = names.get(state.process) or state.model
+        for process in found.keys() - states.keys():
+            states[process] = RunnerState(process, found[process], now)
         self._states = states
+        key = (store.signature(), frozenset(states), tuple(each["name"] for each in self.loaded))
+        if key != self._names_key:
+            self._names_key = key
+            names = model_names(self.known_runners(), self.loaded)
+            for state in states.values():
+                state.model = names.get(state.process) or state.model
 
-    def _look_at(self, state: RunnerState, server: psutil.Process | None) -> None:
-        """Look at one runner; its own port is asked only where something may have changed."""
-        now, cpu_s = time.monotonic(), 0.0
-        with contextlib.suppress(psutil.Error):
-            with state.process.oneshot():
-                cpu_s = sum(state.process.cpu_times()[:2])
-                state.memory_mb = state.process.memory_info().rss // MB
-                state.cpu_percent = state.process.cpu_percent()
-        look = Look(now, used_cpu=cpu_s - state.cpu_s > 0.02 * LOOK_S)
-        state.cpu_s = cpu_s
-        if not alive(state.process):
+    def _look_at_runners(self, server: psutil.Process | None) -> None:
+        """Look at what costs nothing; ask only where something may have changed."""
+        due = []
+        for state in self._states.values():
+            look, moved = self._glance(state, server)
+            active = moved or state.under_way
+            idle_long = look.at - state.asked_at >= LONG_IDLE_S
+            if look.health == "unasked" and (active or idle_long):
+                due.append((state, look, active))
+            else:
+                state.note(look)
+        in_parallel(lambda each: self._ask(*each), due)
+
+    def _glance(self, state: RunnerState, server: psutil.Process | None) -> tuple[Look, bool]:
+        """Look at a runner's process; return also whether it has done anything at all."""
+        look, spent_s = Look(time.monotonic()), 0.0
+        with contextlib.suppress(psutil.Error), state.process.oneshot():
+            spent_s = cpu_seconds(state.process) - state.cpu_s
+            state.memory_mb = state.process.memory_info().rss // MB
+            state.cpu_percent = state.process.cpu_percent()
+            if not server or server.pid not in (state.process.ppid(), state.process.pid):
+                look = look._replace(health="orphan")
+        if look.health != "orphan" and dying(state.process):
             look = look._replace(health="dead")
-        elif not server or server.pid not in (state.process.ppid(), state.process.pid):
-            look = look._replace(health="orphan")
-        elif look.used_cpu or state.under_way or now - state.asked_at >= LONG_IDLE_S:
-            look = self._ask(state, look)
-        state.note(look)
-        if look.health != "unasked":
-            state.asked_at = now
+        state.cpu_s += spent_s
+        return look._replace(working=spent_s > WORKING_SHARE * LOOK_S), spent_s > WAKE_CPU_S
 
-    def _ask(self, state: RunnerState, look: Look) -> Look:
+    def _ask(self, state: RunnerState, look: Look, active: bool) -> None:
         """Ask a runner's own port. An idle one is asked for its health only: /slots is logged."""
         port = state.runner.port
-        if not (look.used_cpu or state.under_way):
-            return look._replace(health=ollama.runner_health(port, RUNNER_ASK_S))
-        entry = next((each for each in self.loaded if each["name"] == state.model), {})
-        look = look._replace(
-            on_gpu=0 < entry.get("size", 0) <= entry.get("size_vram", 0),
-            main_cpu_s=main_thread_cpu_s(state.process),
-        )
-        try:
-            slots = ollama.runner_slots(port, RUNNER_ASK_S)
-            return look._replace(health="ok", slots=slots)
-        except ServiceError as e:
-            if e.code == "ollama_timeout":
-                health = ollama.runner_health(port, RUNNER_ASK_S)
-                return look._replace(health=health, late=True)
-            return look._replace(health="loading")
+        look = look._replace(health=ollama.runner_health(port, RUNNER_ASK_S))
+        if look.health == "ok" and active:
+            entry = next((each for each in self.loaded if each["name"] == state.model), {})
+            size, size_vram = bytes_of(entry, "size"), bytes_of(entry, "size_vram")
+            look = look._replace(
+                on_gpu=0 < size <= size_vram,
+                main_cpu_s=main_thread_cpu_s(state.process),
+            )
+            try:
+                look = look._replace(slots=ollama.runner_slots(port, RUNNER_ASK_S))
+            except ServiceError:
+                look = look._replace(late=True)
+        state.note(look)
+        state.asked_at = look.at
+        state.cpu_s = cpu_seconds(state.process)  # without what the asking took
 
-    def _look_at_machine(self) -> None:
+    def _look_at_machine(self, server: psutil.Process | None) -> None:
         self.cpu_percent = psutil.cpu_percent()
-        memory = 0
-        for process in [*processes.all(), psutil.Process(), psutil.Process(os.getppid())]:
+        memory = sum(state.memory_mb for state in self._states.values())
+        for process in (server, psutil.Process(), psutil.Process(os.getppid())):
             with contextlib.suppress(psutil.Error):
-                memory += process.memory_info().rss
-        self.process_memory_mb = memory // MB
+                memory += process.memory_info().rss // MB if process else 0
+        self.process_memory_mb = memory
         key = (store.signature(), store.changed_ns(), time.monotonic() // DISK_LOOK_S)
         if key != self._disk_key or downloads.running_count() or self.disk is None:
             self.disk, self._disk_key = store.disk(), key
@@ -1392,41 +1436,39 @@ class Watch:
     def _action(self, state: RunnerState) -> str:
         if not SELF_HEAL:
             return "reset_session"
-        if not self._may_heal(state.model):
-            return "restart_service"
-        return "reset_session" if self._heal_failed else "wait"
+        if state.healed == state.state:
+            # What was killed gets the time until it is a ghost.
+            return "wait" if state.state != "ghost" and dying(state.process) else "reset_session"
+        return "wait" if self._may_heal(state.model) else "restart_service"
 
     def _may_heal(self, model: str | None) -> bool:
-        times = self._healings.setdefault(model or "?", collections.deque(maxlen=HEALINGS))
+        times = self._healings[model or "?"]
         return len(times) < HEALINGS or time.monotonic() - times[0] > HEALINGS_S
 
     def _heal(self) -> None:
-        """End what is stuck, silent or a ghost, and only that."""
+        """End what is stuck, silent or a ghost, and only that, and a server that hangs."""
         self._clean_list()
         for state in self._faults():
-            if self._may_heal(state.model):
-                self._heal_failed = not self._heal_one(state)
+            if state.healed != state.state and self._may_heal(state.model):
+                self._heal_one(state)
         if self.server.hung():
-            self._note_healing("ollama", "ollama", "it has not answered for 15 looks", 0)
-            healer.restart_server(time.monotonic() + RESET_S)
-            self.look()
+            why = f"it has not answered /api/version in {HUNG_LOOKS} looks"
+            freed_mb = healer.restart_server()
+            self.server.begin_count()
+            self._note_healing("ollama", "Ollama", why, freed_mb)
 
-    def _heal_one(self, state: RunnerState) -> bool:
-        freed_mb = state.memory_mb
-        self._healings[state.model or "?"].append(time.monotonic())
+    def _heal_one(self, state: RunnerState) -> None:
+        model, why = state.model, f"{state.state}: {state.evidence}"
         if state.state == "ghost":
-            healed = healer.restart_server(time.monotonic() + RESET_S)
+            what, freed_mb = "ollama", healer.restart_server()
         else:
-            healed = healer.end_runner(state.process, state.model)
-        if healed:
-            what = "ollama" if state.state == "ghost" else "runners"
-            why = f"{state.state}: {state.evidence or 'dead and not reaped'}"
-            self._note_healing(what, state.model, why, freed_mb)
-        self.look()
-        return healed
+            what, freed_mb = "runners", healer.end_runner(state.runner, model)
+        state.healed = state.state
+        self._healings[model or "?"].append(time.monotonic())
+        self._note_healing(what, model, why, freed_mb)
 
     def _note_healing(self, what: str, name: str | None, why: str, freed_mb: int) -> None:
-        log.error("healing %s (%s): %s", name, what, why)
+        log.error("healed %s, which was %s (%d MB came free)", name, why, freed_mb)
         last = {"at": timestamp(time.time()), "what": name, "why": why, "freed_mb": freed_mb}
         self.healed = {**self.healed, what: self.healed[what] + 1, "last": last}
 
@@ -1434,24 +1476,34 @@ class Watch:
         """Have Ollama unload what it lists and what has had no process for two looks.
 
         Its runner was killed from outside. With a runner whose model is unknown, nobody can
-        tell.
+        tell. A model that was deleted meanwhile stays in the list until its time is over.
         """
-        living = [state for state in self._states.values() if alive(state.process)]
-        held = {state.model for state in living}
-        unmatched = {model["name"] for model in self.loaded} - held
-        if len(living) >= len(self.loaded) or None in held:
-            unmatched = set()
-        for name in unmatched & self._unmatched:
-            log.warning("Ollama lists %s, which has no runner: unloading it", name)
-            with contextlib.suppress(ServiceError):
-                ollama.unload(name, ASK_S)
-        self._unmatched = unmatched
+        living = [state.model for state in self._states.values() if alive(state.process)]
+        names = {model["name"] for model in self.loaded} - {*living}
+        if len(living) >= len(self.loaded) or None in living:
+            names = set()
+        self._unmatched = collections.Counter({name: self._unmatched[name] + 1 for name in names})
+        for name in names:
+            if self._unmatched[name] % CLEAN_LOOKS == 2:
+                with contextlib.suppress(ServiceError):
+                    ollama.unload(name, ASK_S)
 
 
-def is_zombie(process: psutil.Process) -> bool:
-    """Tell whether a process is dead and not reaped, or has other threads yet."""
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU time of a process.
+
+    Asked of its clock, as /proc tells it in steps of 10 ms, and a request takes one.
+    """
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return time.clock_gettime(~process.pid << 3 | 2)  # as clock_getcpuclockid makes it
+    except OSError:
+        return sum(process.cpu_times()[:2])
+
+
+def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
+    """Tell whether a runner is dead or killed, and its server still waits for its end."""
+    try:
+        return server is not None and process.ppid() == server.pid and dying(process)
     except psutil.Error:
         return False
 
@@ -1467,13 +1519,12 @@ def main_thread_cpu_s(process: psutil.Process) -> float:
 
 def model_names(runners: list[Runner], loaded: list[Json]) -> dict[psutil.Process, str]:
     """Map runners to their models' names: by the blob, else as the only one that is left."""
-    by_digest: dict[str, str] = {}
-    for key, digests in store.models().items():
-        by_digest.setdefault(digests[0], key)
     listed = {name_key(model["name"]): model["name"] for model in loaded}
+    by_digest: dict[str, str] = {}
     for key, digests in store.models().items():
         if key in listed:  # of several names for one blob the one that Ollama shows
             by_digest[digests[0]] = listed[key]
+        by_digest.setdefault(digests[0], key)
     found = {
         runner.process: by_digest[runner.digest] for runner in runners if runner.digest in by_digest
     }
@@ -1519,7 +1570,8 @@ class Clearing:
     def __init__(self, model: str | None, force: bool, deadline: float):
         self.steps = Steps()
         self._model, self._force, self._deadline = model, force, deadline
-        self._there = processes.runners()
+        known = {*processes.runners(), *watch.known_runners()}  # with those not reaped
+        self._there = [runner for runner in known if runner.process.is_running()]
         self._loaded: list[str] = []
         self._names: dict[psutil.Process, str] = {}
         self._killed: list[Json] = []
@@ -1585,54 +1637,61 @@ class Clearing:
 
     def _report(self, mine: list[Runner], names: dict[str, str]) -> Json:
         left = {name_key(self._name_of(r) or "") for r in left_of(mine)} & {*names}
-        new = [r for r in processes.runners() if r not in self._there]
+        new = [runner for runner in processes.runners() if runner not in self._there]
         new_names = model_names(new, [])
-        listed = self._still_listed(names, {name_key(name) for name in new_names.values()})
-        verified = bool(
-            self.steps.run(
-                "verify",
-                lambda: not left_of(mine) and not listed,
-                lambda ok: "gone" if ok else "still there",
-            )
+        held = self._held_by_ollama(mine, {*names} - {*map(name_key, new_names.values())})
+        verified = self.steps.run(
+            "verify",
+            lambda: not left_of(mine) and not held,
+            lambda ok: "gone" if ok else "still there",
         )
-        reading = gpu.sample()
-        if reading["memory_shared"]:
-            store.drop_page_cache()
-        source, before_mb = self._before_mb
-        _, after_mb = used_mb([r for r in self._there if alive(r.process)])
-        unloaded = sorted(names[key] for key in {*names} - left - listed)
         return {
-            "unloaded_models": unloaded,
+            "unloaded_models": sorted(names[key] for key in {*names} - left - held),
             "killed": self._killed,
-            "left": sorted(names[key] for key in left | listed),
+            "left": sorted(names.get(key, key) for key in left | held),
             "new_runners": [{"pid": r.process.pid, "model": new_names.get(r.process)} for r in new],
-            "memory": {
-                "source": source,
-                "before_mb": before_mb,
-                "after_mb": after_mb,
-                "freed_mb": max(0, before_mb - after_mb),
-            },
-            "verified": verified,
+            "memory": self._memory(),
+            "verified": bool(verified),
             "survived": bool(left_of(mine)),
             "managed": True,
             "steps": self.steps,
         }
 
-    def _still_listed(self, names: dict[str, str], new: set[str]) -> set[str]:
-        """Return the keys that Ollama lists though their runners are gone.
+    def _memory(self) -> Json:
+        """Measure what came free."""
+        if gpu.sample()["memory_shared"]:
+            store.drop_page_cache()
+        source, before_mb = self._before_mb
+        _, after_mb = used_mb(left_of(self._there))
+        freed_mb = max(0, before_mb - after_mb)
+        return {
+            "source": source,
+            "before_mb": before_mb,
+            "after_mb": after_mb,
+            "freed_mb": freed_mb,
+        }
 
-        What others have started since does not count.
+    def _held_by_ollama(self, mine: list[Runner], keys: set[str]) -> set[str]:
+        """Return the keys of what an Ollama that answers has not let go.
+
+        It lists a model of these keys, or waits for the end of a runner that is dead. What was
+        deleted while it was loaded stays listed until its time is over, and holds nothing.
         """
+        if not self._force and left_of(self._there):
+            return set()
+        server, deadline = processes.server(), min(time.monotonic() + 0.6, self._deadline)
+        held: set[str] = set()
 
-        def listed() -> set[str]:
-            return {name_key(model["name"]) for model in ollama.ps(0.3)} & {*names} - new
+        def look() -> bool:
+            held.clear()
+            dead = [runner for runner in mine if unreaped(runner.process, server)]
+            held.update(name_key(self._name_of(runner) or "unknown") for runner in dead)
+            with contextlib.suppress(ServiceError):
+                listed = {name_key(model["name"]) for model in ollama.ps(0.3)}
+                held.update(listed & keys & {*store.models()})
+            return not held
 
-        with contextlib.suppress(ServiceError):  # one that does not answer lists nothing
-            if not self._force and left_of(self._there):
-                return set()
-            wait_until(lambda: not listed(), min(time.monotonic() + 0.6, self._deadline))
-            return listed()
-        return set()
+        return held if not wait_until(look, deadline) and answering() else set()
 
 
 class Healer:
@@ -1675,21 +1734,31 @@ class Healer:
             "can_retry": not report["left"],
         }
 
-    def end_runner(self, process: psutil.Process, model: str | None) -> bool:
-        """End one runner, and only that one; return whether it is gone."""
+    def end_runner(self, runner: Runner, model: str | None) -> int:
+        """End one runner, and only that one; return the MB that came free."""
         with self._clears.turn(CLEAR_S):
-            if model:
-                unload([model])
-            end(process)
-            gone = wait_until(lambda: not alive(process), time.monotonic() + KILL_WAIT_S)
-            if model:
-                unload([model])
-            return gone
+            _, before_mb = used_mb([runner])
+            # A name that was updated since is another runner's.
+            fits = runner.digest in (None, *store.models().get(name_key(model or ""), []))
+            names = [model] if model and fits else []
+            unload(names)
+            end(runner.process)
+            wait_until(lambda: not alive(runner.process), time.monotonic() + KILL_WAIT_S)
+            unload(names)
+            _, after_mb = used_mb(left_of([runner]))
+            watch.look()
+        return max(0, before_mb - after_mb)
 
-    def restart_server(self, deadline: float) -> bool:
-        """End a server that hangs or has a ghost; return whether a new one answers in time."""
-        with self._resets.turn(deadline - time.monotonic()):
-            return self._restart(Steps(), deadline, grace_s=0)
+    def restart_server(self) -> int:
+        """End a server that hangs or has a ghost; return the MB that came free."""
+        deadline = time.monotonic() + RESET_S
+        with self._resets.turn(RESET_S), self._clears.turn(RESET_S):
+            runners = processes.runners()
+            _, before_mb = used_mb(runners)
+            self._restart(Steps(), max(deadline, time.monotonic() + 1), grace_s=0)
+            _, after_mb = used_mb(left_of(runners))
+            watch.look()
+        return max(0, before_mb - after_mb)
 
     def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
         must_exist(model)

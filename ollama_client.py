@@ -290,7 +290,7 @@ class Ollama:
     def runner_health(self, port: str | None, timeout_s: float) -> str:
         """Ask a runner's own port: "ok", "loading" (or nothing listens yet) or "silent"."""
         try:
-            self._request("GET", f"http://127.0.0.1:{port}/health", None, timeout_s).close()
+            self._ask_runner(port, "/health", timeout_s).close()
         except ServiceError as e:
             states = {"ollama_timeout": "silent", "ollama_unreachable": "loading"}
             starting = "loading" if "loading" in str(e).lower() else "ok"
@@ -304,8 +304,7 @@ class Ollama:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            url = f"http://127.0.0.1:{port}/slots"
-            with self._request("GET", url, None, timeout_s) as response:
+            with self._ask_runner(port, "/slots", timeout_s) as response:
                 slots = json.loads(_read(response, deadline))
         except ServiceError as e:
             if e.code == "ollama_timeout":
@@ -313,7 +312,13 @@ class Ollama:
             return None
         except ValueError:
             return None
-        return slots if isinstance(slots, list) else None
+        listed = isinstance(slots, list) and all(isinstance(slot, dict) for slot in slots)
+        return slots if listed else None
+
+    def _ask_runner(self, port: str | None, path: str, timeout_s: float) -> requests.Response:
+        """Ask on a connection of its own: one that is kept costs the runner CPU and a thread."""
+        url, close = f"http://127.0.0.1:{port}{path}", {"Connection": "close"}
+        return self._request("GET", url, None, timeout_s, close)
 
     def _models(self, path: str, timeout_s: float) -> list[Json]:
         models = self._json("GET", path, timeout_s=timeout_s).get("models")
@@ -338,13 +343,19 @@ class Ollama:
         return answer
 
     def _request(
-        self, method: str, path: str, body: Json | None, timeout_s: float
+        self,
+        method: str,
+        path: str,
+        body: Json | None,
+        timeout_s: float,
+        headers: dict[str, str] | None = None,
     ) -> requests.Response:
         try:
             response = self._session.request(
                 method,
                 urllib.parse.urljoin(self.url, path),
                 json=body,
+                headers=headers,
                 timeout=(min(CONNECT_S, timeout_s), timeout_s),
                 stream=True,
                 allow_redirects=False,
@@ -833,6 +844,17 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running()
     except psutil.Error:
         return False
+
+
+def dying(process: psutil.Process) -> bool:
+    """Tell whether a process is dead and not reaped, or was killed and has not ended yet."""
+    try:
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
+    killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
+    return (killed or "\nState:\tZ" in status) and process.is_running()
 
 
 def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:

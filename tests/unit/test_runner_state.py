@@ -1,0 +1,368 @@
+"""The states of a runner and of the server, by looks that are made by hand."""
+
+import types
+
+import psutil
+import pytest
+
+import app
+from app import Look, RunnerState, ServerState
+
+STUCK_S = 40
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(app, "STUCK_S", STUCK_S)
+
+
+def slot(task=1, decoded=5, prompt=10, active=True):
+    """Make a slot as llama.cpp's server tells it."""
+    return {
+        "id_task": task,
+        "is_processing": active,
+        "n_prompt_tokens_processed": prompt,
+        "next_token": [{"n_decoded": decoded}],
+    }
+
+
+FRESH = {"id": 0, "is_processing": False}  # before its first request
+
+
+class Runner:
+    """A RunnerState, and looks at it every two seconds.
+
+    .look(…)        one look; returns the state
+    .for_(s, …)     the same look again and again for so many seconds
+    """
+
+    def __init__(self):
+        self.now = 1000.0
+        self.process = types.SimpleNamespace(pid=7)
+        self.state = RunnerState(self.process, None, self.now)
+
+    def look(self, *slots, after=2.0, health="ok", **fields):
+        self.now += after
+        seen = list(slots) if slots else None
+        self.state.note(Look(self.now, health=health, slots=seen, **fields))
+        return self.state.state
+
+    def for_(self, seconds, *slots, cpu_share=0.0, step=2.0, **fields):
+        states = set()
+        for _ in range(int(seconds / step)):
+            used = self.state_cpu = getattr(self, "state_cpu", 0.0) + cpu_share * step
+            states.add(self.look(*slots, after=step, main_cpu_s=used, **fields))
+        return states
+
+
+@pytest.fixture
+def runner():
+    one = Runner()
+    assert one.look(FRESH) == "idle"
+    return one
+
+
+@pytest.fixture
+def busy(runner):
+    assert runner.look(slot()) == "busy"
+    return runner
+
+
+def seconds(runner):
+    return runner.state.report(runner.now)["seconds"]
+
+
+# Loading, idle, busy
+
+
+def test_it_loads_until_its_health_is_ok():
+    runner = Runner()
+    assert runner.look(health="loading") == "loading"
+    assert runner.state.under_way
+    assert runner.look(FRESH) == "idle"
+    assert not runner.state.under_way
+
+
+def test_a_load_may_take_as_long_as_it_takes():
+    assert Runner().for_(STUCK_S * 20, health="loading") == {"loading"}
+
+
+def test_what_was_not_asked_stays_as_it_was(runner):
+    assert runner.for_(STUCK_S * 3, health="unasked") == {"idle"}
+    assert seconds(runner) == STUCK_S * 3
+
+
+def test_it_is_busy_while_tokens_come_and_then_idle(runner):
+    for decoded in range(1, 60):
+        assert runner.look(slot(decoded=decoded)) == "busy"
+    assert runner.look(slot(decoded=60, active=False)) == "idle"
+    assert not runner.state.under_way
+
+
+def test_seconds_count_from_the_change(busy):
+    assert seconds(busy) == 0
+    busy.look(slot(decoded=6))
+    assert seconds(busy) == 2
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        lambda n: [slot(decoded=n)],
+        lambda n: [slot(decoded=0, prompt=n * 1024)],
+        lambda n: [slot(task=n)],  # short answers, one after another
+        lambda n: [slot(), slot(task=2, decoded=n)],  # one waits for the other
+        lambda n: [slot(task=2, decoded=n), slot()],
+    ],
+)
+def test_each_counter_of_any_slot_is_progress(runner, moves):
+    assert {runner.look(*moves(n)) for n in range(100)} == {"busy"}
+
+
+# Stuck
+
+
+def test_it_is_stuck_after_the_time(busy):
+    assert busy.for_(STUCK_S - 2, slot()) == {"busy"}
+    assert busy.look(slot()) == "stuck"
+    assert str(STUCK_S) in busy.state.evidence and "counters" in busy.state.evidence
+    assert busy.for_(100, slot()) == {"stuck"}
+    assert seconds(busy) == 100
+
+
+def test_it_takes_ten_looks_too(busy):
+    assert busy.for_(9 * 5.9, slot(), step=5.9) == {"busy"}
+    assert busy.look(slot()) == "stuck"
+
+
+def test_a_token_in_the_last_moment_is_progress(busy):
+    busy.for_(STUCK_S - 2, slot())
+    assert busy.look(slot(decoded=6)) == "busy"
+    assert busy.for_(STUCK_S - 2, slot(decoded=6)) == {"busy"}
+
+
+def test_a_stuck_one_that_goes_on_is_busy(busy):
+    assert "stuck" in busy.for_(STUCK_S + 2, slot())
+    assert busy.look(slot(decoded=6)) == "busy"
+
+
+def test_idle_with_the_same_counters_is_no_standstill(busy):
+    assert busy.for_(STUCK_S * 3, slot(active=False)) == {"idle"}
+    assert busy.for_(STUCK_S - 2, slot()) == {"busy"}
+
+
+def test_slots_that_do_not_answer_are_a_standstill(busy):
+    assert busy.for_(STUCK_S - 2, late=True) == {"busy"}
+    assert busy.look(late=True) == "stuck"
+    assert "/slots" in busy.state.evidence
+
+
+def test_slots_that_answer_now_and_then_with_the_same_are_a_standstill(busy):
+    for _ in range(STUCK_S // 4):
+        busy.look(late=True)
+        busy.look(slot())
+    assert busy.state.state == "stuck"
+
+
+def test_late_slots_that_have_moved_are_progress(busy):
+    for n in range(6, 100):
+        assert busy.for_(20, late=True) == {"busy"}
+        assert busy.look(slot(decoded=n)) == "busy"
+
+
+def test_an_idle_one_that_was_held_and_then_asked_is_stuck(runner):
+    runner.for_(30, health="unasked")
+    assert runner.for_(STUCK_S - 2, late=True) == {"busy"}
+    assert runner.look(late=True) == "stuck"
+
+
+# Ten times as long on the CPU
+
+
+@pytest.mark.parametrize("share", [0.06, 1.0, 7.0])
+def test_a_batch_on_the_cpu_gets_ten_times_as_long(busy, share):
+    assert busy.for_(STUCK_S * 10 - 2, slot(), cpu_share=share) == {"busy"}
+    assert "stuck" in busy.for_(8, slot(), cpu_share=share)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.04])
+def test_one_that_does_not_compute_gets_no_more(busy, share):
+    assert busy.for_(STUCK_S - 2, slot(), cpu_share=share) == {"busy"}
+    assert busy.look(slot(), main_cpu_s=busy.state_cpu) == "stuck"
+
+
+def test_one_that_is_wholly_on_the_gpu_gets_no_more(busy):
+    # It may turn in a loop that waits for the GPU.
+    assert busy.for_(STUCK_S - 2, slot(), cpu_share=1.0, on_gpu=True) == {"busy"}
+    assert busy.look(slot(), on_gpu=True, main_cpu_s=99) == "stuck"
+
+
+def test_one_that_ceases_to_compute_is_stuck_soon(busy):
+    busy.for_(STUCK_S * 5, slot(), cpu_share=1.0)
+    assert "stuck" in busy.for_(app.STUCK_LOOKS * 2 + 2, slot())
+
+
+# A gap
+
+
+def test_a_gap_between_two_looks_starts_the_count_anew(busy):
+    busy.for_(STUCK_S - 2, slot())
+    assert busy.look(slot(), after=app.GAP_S + 0.1) == "busy"
+    assert busy.for_(STUCK_S - 2, slot()) == {"busy"}
+    assert busy.look(slot()) == "stuck"
+
+
+def test_after_a_pause_of_an_hour_nothing_is_stuck_or_silent_or_a_ghost(runner, busy):
+    for health in ("silent", "dead"):
+        runner.for_(8, health=health)
+        assert runner.look(health=health, after=3600) == "busy"
+    assert busy.look(slot(decoded=6)) == "busy"
+
+
+def test_looks_six_seconds_apart_are_no_gap(busy):
+    assert "stuck" in busy.for_(STUCK_S * 2, slot(), step=app.GAP_S)
+
+
+# Silent
+
+
+def test_it_is_silent_after_three_looks_over_ten_seconds(busy):
+    assert busy.for_(10, health="silent") == {"busy"}
+    assert busy.look(health="silent") == "silent"
+    assert "/health" in busy.state.evidence
+    assert busy.state.under_way
+
+
+def test_ten_seconds_of_silence_in_two_looks_are_not_enough(busy):
+    busy.look(health="silent")
+    assert busy.look(health="silent", after=5.9) == "busy"
+    assert busy.look(health="silent", after=5.9) == "silent"
+
+
+def test_one_answer_ends_the_silence(busy):
+    for _ in range(20):
+        assert busy.for_(8, health="silent") == {"busy"}
+        busy.look(slot())
+        busy.look(slot(decoded=busy.now))
+
+
+def test_a_silent_one_that_answers_is_well(busy):
+    assert "silent" in busy.for_(14, health="silent")
+    assert busy.look(slot(decoded=6)) == "busy"
+
+
+def test_an_idle_one_can_be_silent(runner):
+    assert runner.look(health="silent") == "idle"
+    assert runner.state.under_way  # so it is asked again soon
+    assert "silent" in runner.for_(10, health="silent")
+
+
+# Ghost, orphan
+
+
+def test_it_is_a_ghost_after_ten_seconds(busy):
+    assert busy.for_(10, health="dead") == {"busy"}
+    assert busy.look(health="dead") == "ghost"
+    assert busy.state.evidence
+
+
+def test_a_stuck_one_that_was_killed_is_a_ghost(busy):
+    busy.for_(STUCK_S, slot())
+    assert busy.for_(10, health="dead") == {"stuck"}
+    assert busy.look(health="dead") == "ghost"
+
+
+def test_one_whose_server_has_died_is_an_orphan_for_ever(busy):
+    assert busy.for_(STUCK_S * 3, health="orphan") == {"orphan"}
+    assert not busy.state.under_way
+
+
+# Without /slots
+
+
+def test_without_slots_it_is_busy_while_it_uses_cpu(runner):
+    assert runner.for_(STUCK_S * 30, working=True) == {"busy"}
+    assert runner.state.under_way
+    assert runner.for_(10) == {"idle"}
+    assert not runner.state.under_way
+
+
+# Tokens
+
+
+def test_tokens_are_counted_over_slots_and_tasks(runner):
+    runner.look(slot(1, 10), slot(2, 0))
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (10, 5.0)
+    runner.look(slot(1, 30), slot(2, 20))
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (50, 20.0)
+    runner.look(slot(3, 6), slot(2, 24))  # the next task begins anew
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (60, 5.0)
+    runner.look(slot(3, 6, active=False), slot(2, 24, active=False))
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (60, 0.0)
+
+
+def test_the_speed_is_that_of_the_last_look_also_after_a_long_idleness(runner):
+    runner.for_(40, health="unasked")
+    runner.look(slot(1, 100))
+    assert runner.state.tokens_per_second == 50.0
+
+
+def test_what_was_decoded_before_the_first_look_does_not_count():
+    runner = Runner()
+    runner.look(slot(1, 500))
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (0, 0.0)
+
+
+def test_a_standstill_has_no_speed(busy):
+    busy.for_(4, slot())
+    assert busy.state.tokens_per_second == 0.0
+    busy.look(slot(decoded=9))
+    busy.look(late=True)
+    assert busy.state.tokens_per_second == 0.0
+
+
+@pytest.mark.parametrize("token", [None, [], [{}], {}, {"n_decoded": 4}, [{"n_decoded": "4"}]])
+def test_odd_slots_break_nothing(runner, token):
+    assert runner.look({"is_processing": True, "next_token": token}) == "busy"
+
+
+# The server
+
+
+@pytest.fixture
+def server():
+    """This very process: what is asked is its age and whether it is the same."""
+    return psutil.Process()
+
+
+def silence(state, server, looks):
+    for _ in range(looks):
+        state.note_silence(server)
+    return state.hung()
+
+
+def test_a_server_that_answered_is_hung_after_fifteen_looks(server):
+    state = ServerState()
+    state.note_answer(server)
+    assert not silence(state, server, 14)
+    assert silence(state, server, 1)
+    state.note_answer(server)
+    assert not silence(state, server, 14)
+
+
+def test_a_server_that_has_not_answered_yet_is_never_hung(server, monkeypatch):
+    state = ServerState()
+    monkeypatch.setattr(app.time, "time", lambda: server.create_time() + 299)
+    assert state.starting(server)
+    assert not silence(state, server, 500)
+    monkeypatch.setattr(app.time, "time", lambda: server.create_time() + 301)
+    assert not state.starting(server)
+
+
+def test_the_next_server_starts_again(server):
+    state = ServerState()
+    state.note_answer(server)
+    following = psutil.Process(server.ppid())
+    assert not silence(state, following, 50)
+    silence(state, server, 15)
+    assert not silence(state, None, 1)
