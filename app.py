@@ -942,6 +942,8 @@ def machine_stats() -> Json:
             "restarts": processes.restarts(),
         },
         "healed": watch.healed,
+        "clears": healer.clears_done,
+        "resets": healer.resets_done,
     }
 
 
@@ -1002,8 +1004,6 @@ def metrics_text() -> str:
         "models_loaded": len(watch.loaded),
         "downloads_running": downloads.running_count(),
         "downloads_ended": downloads.counts,
-        "clears": healer.clears_done,
-        "resets": healer.resets_done,
         "healings": {what: watch.healed[what] for what in ("runners", "ollama")},
     }
     lines = []

@@ -10,8 +10,10 @@ const WORDS = {
   no_permission: "The GPU may not be read.",
   unresponsive: "The GPU's driver does not answer.",
 };
+const COLOURS = { busy: "work", loading: "work", idle: "good", stuck: "bad", silent: "bad", ghost: "bad", orphan: "warn" };
 let token = sessionStorage.getItem("token") || "";
 let asking = null;
+let models = [];  // the last list
 
 function element(tag, className, text = "") {
   const made = document.createElement(tag);
@@ -28,8 +30,12 @@ function write(node, text, className) {
 
 function size(bytes) {
   if (bytes == null) return "?";
-  const unit = bytes >= 1e9 ? ["GB", 1e9] : ["MB", 1e6];
-  return `${(bytes / unit[1]).toFixed(bytes >= 1e10 ? 0 : 1)} ${unit[0]}`;
+  const [unit, one] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e5 || !bytes ? ["MB", 1e6] : ["kB", 1e3];
+  return `${(bytes / one).toFixed(bytes >= 1e10 ? 0 : 1)} ${unit}`;
+}
+
+function clock(moment) {
+  return new Date(moment).toLocaleTimeString([], { hourCycle: "h23", hour: "2-digit", minute: "2-digit", second: "2-digit" });
 }
 
 function duration(seconds) {
@@ -39,11 +45,12 @@ function duration(seconds) {
 }
 
 async function call(method, path, body) {
+  const sent = token;
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
   if (body) headers["Content-Type"] = "application/json";
   const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
   if (response.status !== 401) return { ok: response.ok, ...await response.json() };
-  asking ??= newToken().finally(() => { asking = null; });
+  if (sent === token) asking ??= newToken().finally(() => { asking = null; });
   await asking;
   return call(method, path, body);
 }
@@ -66,35 +73,71 @@ async function ask(question) {
   return await closed($("ask")) === "yes";
 }
 
-// Keeps one row for each name, in place, so that focus and scroll survive the polling.
+// Keeps one row for each key, in place, so that focus, selection and scroll survive the polling.
 function rows(list, items, make) {
-  const old = new Map([...list.children].map((row) => [row.dataset.model, row]));
+  const old = new Map([...list.children].map((row) => [row.dataset.key, row]));
+  const wanted = new Set(items.map(({ key }) => String(key)));
+  old.forEach((row, key) => {
+    if (wanted.has(key)) return;
+    if (row.contains(document.activeElement)) list.closest("section").querySelector("h2").focus();
+    row.remove();
+  });
   items.forEach((item, index) => {
-    const row = old.get(item.model) || make(item);
-    old.delete(item.model);
-    row.dataset.model = item.model;
+    const row = old.get(String(item.key)) || make(item);
+    row.dataset.key = item.key;
     row.update(item);
     if (list.children[index] !== row) list.insertBefore(row, list.children[index] || null);
   });
-  old.forEach((row) => row.remove());
 }
 
-function button(text, label, action) {
-  const made = Object.assign(element("button", "", text), { type: "button", ariaLabel: label });
+function textRow(words, className = "") {
+  const row = element("p", className);
+  row.update = (item) => write(row, words(item));
+  return row;
+}
+
+// A label, a figure, and a chart or a meter; there is none where the figure is null.
+function figureRow(parent, key, label, figure, makeGraph) {
+  let row = $(key);
+  if (!row) {
+    row = Object.assign(element("div", "meter"), { id: key });
+    row.append(element("span", "", label), element("b", ""), makeGraph());
+    $(parent).append(row);
+  }
+  row.hidden = figure == null;
+  write(row.children[1], figure ?? "");
+  return row.lastChild;
+}
+
+function button(text, label, action, className = "") {
+  const made = Object.assign(element("button", className, text), { type: "button", ariaLabel: label });
   made.onclick = async () => {
-    made.disabled = true;
+    if (made.ariaDisabled === "true") return;
+    made.ariaDisabled = "true";  // `disabled` would take the focus away
     await action().catch(() => show("The service did not answer."));
-    made.disabled = false;
+    made.ariaDisabled = "false";
     poll();
   };
   return made;
 }
 
-function modelRow({ name }) {
+// A name may be broken behind the signs between its words.
+function nameOf(text) {
+  const name = element("span", "name");
+  name.append(...text.split(/(?<=[/:_])/).flatMap((part) => [part, document.createElement("wbr")]));
+  return name;
+}
+
+function modelRow({ name, size: bytes }) {
   const row = element("li", "");
-  const [figures, actions] = [element("p", "figures"), element("div", "actions")];
+  const [state, figures, actions] = [element("p", "state"), element("p", "figures"), element("div", "actions")];
   const unload = button("Unload", `Unload ${name}`, async () => {
     if (await ask(`Unload ${name}? An answer under way is ended.`)) report(await call("POST", "/api/cache/clear", { model: name }));
+  });
+  const verify = button("Verify", `Verify ${name}`, async () => {
+    if (!await ask(`Read the files of ${name}, and download again what is damaged or has changed?`)) return;
+    const answer = await call("POST", "/api/models/pull", { model: name, verify: true, detach: true });
+    if (!answer.ok) report(answer);
   });
   const remove = button("Delete", `Delete ${name}`, async () => {
     if (!await ask(`Delete ${name} from the disk?`)) return;
@@ -103,33 +146,37 @@ function modelRow({ name }) {
       answer = await call("DELETE", "/api/models/delete", { model: name, force: true });
     }
     report(answer);
-  });
-  remove.className = "danger";
-  actions.append(unload, remove);
-  row.append(element("span", "name", name), actions, figures);
+  }, "danger");
+  actions.append(unload, verify, remove);
+  actions.hidden = bytes == null;  // a runner without a model
+  row.append(nameOf(name), actions, state, figures);
   row.update = (model) => {
-    const { details } = model;
-    const part = model.loaded && model.size_vram ? Math.round(100 * model.size_vram / model.size_loaded) : 0;
+    const { details, runner } = model;
+    const phase = runner && `${runner.pid} ${runner.state}`;
+    if (row.phase !== phase) Object.assign(row, { phase, since: runner && clock(Date.now() - 1000 * runner.seconds) });
+    const words = { busy: `busy, ${runner?.tokens_per_second.toFixed(1)} tokens/s`, idle: "idle", loading: "loading" };
+    const word = runner ? words[runner.state] || `${runner.state} since ${row.since}` : model.loaded ? "loaded" : "not loaded";
+    write(state, word, `state ${runner ? COLOURS[runner.state] : "off"}`);
+    const part = model.loaded && model.size_vram ? Math.floor(100 * model.size_vram / model.size_loaded) : 0;
     const context = model.context_length || details.context_length;
-    const facts = [size(model.size), details.quantization_level, context && `context ${context.toLocaleString("en")}`];
+    const facts = [bytes && size(bytes), details.quantization_level, context && `context ${context.toLocaleString("en")}`];
     if (model.loaded) {
       const until = new Date(model.expires_at);
       facts.push(part ? `loaded, ${part} % on the GPU` : "loaded, in system memory");
-      facts.push(until.getFullYear() > 2100 ? "stays loaded" : until < new Date() ? "busy, then unloads" : `until ${until.toLocaleTimeString()}`);
-      if (part && part < 99) facts.push("partly on the CPU and slow: set LLM_GPU_LAYERS=auto or take a smaller model");
-    } else facts.push("not loaded");
-    write(figures, facts.filter(Boolean).join(" · "), `figures${part && part < 99 ? " warn" : ""}`);
-    unload.hidden = !model.loaded;
+      facts.push(until.getFullYear() > 2100 ? "stays loaded" : until < new Date() ? "unloads after its answer" : `until ${clock(until)}`);
+    }
+    write(figures, facts.filter(Boolean).join(" · "));
+    unload.hidden = !model.loaded && !runner && document.activeElement !== unload;
   };
   return row;
 }
 
-function pullRow({ model }) {
+function pullRow({ key: model }) {
   const row = element("li", "");
   const [bar, figures] = [document.createElement("progress"), element("p", "figures")];
   const cancel = button("Cancel", `Cancel the download of ${model}`, async () => report(await call("DELETE", "/api/models/pull", { model })));
   Object.assign(bar, { max: 100, ariaLabel: `Download of ${model}` });
-  row.append(element("span", "name", model), cancel, bar, figures);
+  row.append(nameOf(model), cancel, bar, figures);
   row.update = (pull) => {
     const running = pull.state === "running";
     cancel.hidden = bar.hidden = !running;
@@ -142,34 +189,48 @@ function pullRow({ model }) {
   return row;
 }
 
-function meter(key, label, text, value, max) {
-  let row = $(`meter-${key}`);
-  if (!row) {
-    row = Object.assign(element("div", "meter"), { id: `meter-${key}` });
-    row.append(element("span", "", label), element("b", ""), document.createElement("meter"));
-    row.lastChild.ariaLabel = label;
-    $("meters").append(row);
-  }
-  write(row.children[1], text);
-  row.lastChild.hidden = value == null;
-  Object.assign(row.lastChild, { max: max || 100, value: value || 0 });
+function meter(key, label, figure, value, max) {
+  const bar = figureRow("meters", key, label, figure, () => Object.assign(document.createElement("meter"), { ariaLabel: label }));
+  Object.assign(bar, { max: max || 100, value: value || 0 });
 }
 
 function showStats(stats) {
-  const [used, total] = stats.gpu_memory.match(/\d+/g)?.map(Number) || [];
-  meter("gpu", stats.gpus.map((gpu) => gpu.name).join(", ") || "GPU", stats.gpu === "none" ? "none" : stats.gpu_utilization, parseInt(stats.gpu_utilization) || null);
-  meter("gpu-memory", "GPU memory", total ? `${size(used * 2 ** 20)} of ${size(total * 2 ** 20)}` : stats.gpu_memory, used, total);
-  meter("temperature", "GPU temperature", stats.gpu_temperature, parseInt(stats.gpu_temperature) || null, 110);
-  meter("memory", "System memory", `${size(stats.memory.used_mb * 2 ** 20)} of ${size(stats.memory.total_mb * 2 ** 20)}`, stats.memory.percent);
-  const disk = stats.disk || {};
-  meter("disk", "Disk", `${size(disk.free_bytes)} free`, disk.total_bytes - disk.free_bytes || null, disk.total_bytes);
+  const { gpus, memory, disk } = stats;
+  const names = gpus.map(({ name }) => name);
+  write($("gpus"), [...new Set(names)].map((name) => (names.length > 1 ? `${names.filter((n) => n === name).length} × ${name}` : name)).join(", "));
+  const degrees = parseInt(stats.gpu_temperature);
+  meter("temperature", "GPU temperature", isNaN(degrees) ? null : stats.gpu_temperature, degrees, 110);
+  const used = stats.gpu === "none" ? null : `${megabytes(memory.used_mb)} of ${megabytes(memory.total_mb)}`;
+  meter("memory", "System memory", used, memory.percent);
+  meter("space", "Disk", disk && `${size(disk.free_bytes)} free of ${size(disk.total_bytes)}`, disk?.total_bytes - disk?.free_bytes, disk?.total_bytes);
+}
+
+// Names that share a digest share their files.
+function showDisk(disk) {
+  const taken = [...new Map(models.map((model) => [model.digest, model.size])).values()].reduce((sum, bytes) => sum + bytes, 0);
+  const unused = disk.unused_bytes == null ? "what is unused cannot be told" : `a prune would free ${size(disk.unused_bytes)}`;
+  const parts = disk.partial_bytes ? `unfinished downloads ${size(disk.partial_bytes)}` : "";
+  write($("disk"), [`Models take ${size(taken)}`, parts, unused].filter(Boolean).join(" · "));
+  $("prune").ariaDisabled = String(!disk.unused_bytes);
+}
+
+function showModels(runners) {
+  const same = (model, runner) => runner.model?.toLowerCase() === model.name.toLowerCase();
+  const shown = models.map((model) => ({ key: model.name, ...model, runner: runners.find((runner) => same(model, runner)) }));
+  const others = runners.filter((runner) => !shown.some((model) => model.runner === runner));
+  rows($("models"), [...shown, ...others.map((runner) => (
+    { key: runner.pid, name: `${runner.model || "unknown model"}, process ${runner.pid}`, details: {}, runner }))], modelRow);
+  $("no-models").hidden = models.length > 0;
 }
 
 function showHealth(health) {
-  const words = [health.ok ? "The service works." : health.reason, WORDS[health.gpu], health.warning, WORDS[health.recommended_action]];
-  const wrong = words.slice(1).some(Boolean);
+  const reason = health.ok ? "The service works." : (health.reason || health.error).replace(/ for \d+ s,.*/, ".");
+  const words = [reason, WORDS[health.gpu], WORDS[health.recommended_action]];
+  const warnings = health.warnings || [];
+  const wrong = warnings.length || words.slice(1).some(Boolean);
   if (health.load?.state === "loading") words.push(`${health.load.model} is being loaded.`);
   write($("state"), words.filter(Boolean).join(" "), health.ok ? wrong ? "warn" : "good" : "bad");
+  rows($("warnings"), warnings.map((each, index) => ({ key: `${each.code} ${index}`, ...each })), () => textRow(({ message }) => message, "warn"));
 }
 
 function show(text, steps = [], className = "bad") {
@@ -184,17 +245,17 @@ function report(answer) {
 }
 
 async function round() {
-  const health = await call("GET", "/health");
+  const paths = ["/api/stats", "/health", "/api/models/pull", "/api/models"];
+  const [stats, health, listed, list] = await Promise.all(paths.map((path) => call("GET", path)));
+  models = list.models || models;  // what hangs does not hide what is known
   showHealth(health);
-  showStats(await call("GET", "/api/stats"));
-  const { pulls } = await call("GET", "/api/models/pull");
-  rows($("pulls"), pulls.filter((p, i) => pulls.findIndex((q) => q.model === p.model) === i), pullRow);
-  if (health.ok) {
-    const { models } = await call("GET", "/api/models");
-    rows($("models"), models.map((m) => ({ model: m.name, ...m })), modelRow);
-    $("no-models").hidden = models.length > 0;
-  }
-  return pulls.some((p) => p.state === "running") || health.load?.state === "loading";
+  const pulls = listed.pulls.map((pull) => ({ key: pull.model, ...pull }));
+  rows($("pulls"), pulls.filter((p, i) => pulls.findIndex((q) => q.key === p.key) === i), pullRow);
+  showHistory(stats);
+  showStats(stats);
+  if (stats.disk) showDisk(stats.disk);
+  showModels(stats.runners);
+  return pulls.some((p) => p.state === "running") || stats.runners.some((r) => r.state !== "idle") || health.load?.state === "loading";
 }
 
 let timer = 0;
@@ -216,7 +277,8 @@ $("pull-form").onsubmit = async (event) => {
 };
 for (const [id, path, text, question] of [
   ["clear", "/api/cache/clear", "Clear memory", "Unload all models? Answers under way are ended."],
-  ["reset", "/api/session/reset", "Reset session", "Unload all and load the default model? Answers under way are ended."]]) {
+  ["reset", "/api/session/reset", "Reset session", "Unload all and load the default model? Answers under way are ended."],
+  ["prune", "/api/models/prune", "Prune", "Remove what no model uses and nothing has touched for an hour?"]]) {
   $("heal").append(Object.assign(button(text, text, async () => { if (await ask(question)) report(await call("POST", path)); }), { id }));
 }
 document.addEventListener("visibilitychange", poll);
