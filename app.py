@@ -1112,6 +1112,7 @@ class RunnerState:
     def _note_progress(self, now: float) -> None:
         self._progress_at, self._looks = now, 0
         # Of the last looks without progress: (at, CPU seconds of the main thread).
+        self._main_cpu: collections.deque[tuple[float, float]]
         self._main_cpu = collections.deque(maxlen=STUCK_LOOKS)
 
     def _judge(self, look: Look) -> str:

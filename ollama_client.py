@@ -215,7 +215,7 @@ def dial_url(ollama_host: str) -> str:
         rest = f"[{rest}]"
     split = urllib.parse.urlsplit(f"//{rest}")
     dialled = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = dialled.get(split.hostname, split.hostname)
+    host = dialled.get(split.hostname) or split.hostname or ""
     port = {"http": 80, "https": 443}.get(scheme, 11434)
     with contextlib.suppress(ValueError):  # Ollama too takes its default then
         port = split.port or port
@@ -498,7 +498,7 @@ class Store:
                 layers = [*manifest["layers"], manifest.get("config") or {"digest": ""}]
                 layers = [layer for layer in layers if layer["digest"]]
                 layers.sort(key=lambda layer: not layer["mediaType"].endswith(".model"))
-                digests = [_DIGEST.fullmatch(layer["digest"])[1].lower() for layer in layers]
+                digests = [digest_of(layer["digest"]) for layer in layers]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
             place, _, tag = file.rpartition("/")
@@ -509,7 +509,7 @@ class Store:
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
         try:
-            found = tuple(sorted(_entries(self.path / "manifests", 4)))
+            found = tuple(sorted(_entries(str(self.path / "manifests"), 4)))
         except OSError:
             return None
         latest = max(changed_ns for _, changed_ns, _ in found)
@@ -689,9 +689,17 @@ def _digest_of(name: str) -> str:
     return name[7:71].lower()
 
 
-def _entries(folder: str | os.PathLike, depth: int) -> typing.Iterator[tuple[str, int, int]]:
+def digest_of(text: str) -> str:
+    """Return the hex of "sha256:…" or "sha256-…". Raises ValueError for anything else."""
+    match = _DIGEST.fullmatch(text)
+    if not match:
+        raise ValueError("not a digest")
+    return match[1].lower()
+
+
+def _entries(folder: str, depth: int) -> typing.Iterator[tuple[str, int, int]]:
     """Yield (path, changed_ns, size) of a folder and of all in it. It is on the hot path."""
-    yield str(folder), os.stat(folder).st_mtime_ns, 0
+    yield folder, os.stat(folder).st_mtime_ns, 0
     with os.scandir(folder) as entries:
         for entry in entries:
             if depth > 1 and entry.is_dir():
@@ -1176,8 +1184,8 @@ class Download:
             if not error:
                 self._line = {"status": "success"}
             self.error, self.ended_at = error, time.time()
-            ends = {None: "success", "cancelled": "cancelled"}
-            self.state = ends.get(error and error.code, "error")
+            code = error.code if error else "success"
+            self.state = code if code in ("success", "cancelled") else "error"
         self._tools.note_end(self)
         self.ended.set()
         self.first_news.set()
@@ -1267,7 +1275,8 @@ class Download:
         return line
 
     def _note(self, line: Json) -> None:
-        kept = {key: line[key] for key in ("status", "digest", "total", "completed") if key in line}
+        keys = [key for key in ("status", "digest", "total", "completed") if key in line]
+        kept: Json = {key: line[key] for key in keys}
         with self._changed:
             self._progress.note(line, time.monotonic())
             if line["status"] != self._line["status"]:
@@ -1408,7 +1417,7 @@ class Downloads:
     def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""
         with self._lock:
-            while self._ended and time.time() - self._ended[0].ended_at > ENDED_KEPT_S:
+            while self._ended and time.time() - (self._ended[0].ended_at or 0) > ENDED_KEPT_S:
                 self._ended.popleft()
             downloads = [*self._running.values(), *reversed(self._ended)]
         return [download.summary() for download in downloads]
