@@ -6,7 +6,9 @@ back when things go wrong. gunicorn serves it and reads its own settings from he
 """
 
 import concurrent.futures
+import contextlib
 import datetime
+import errno
 import functools
 import gc
 import hmac
@@ -14,6 +16,7 @@ import ipaddress
 import json
 import logging
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -35,6 +38,108 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 import gpu
 from ollama_client import (ANSWER_S, Downloads, Ollama, OllamaError, Processes, Store,
                            check_name, dial_url, name_key, timestamp)
+
+# Settings, and gunicorn's hooks for the start
+
+_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])"
+_ORIGIN = rf"[a-z][a-z0-9+.-]*://{_HOST}(:[0-9]+)?"
+_NUMBER = "[1-9][0-9]{0,8}"
+SETTINGS = {  # what each takes, as a pattern and in words; unset or empty means the default
+    "LLM_MODEL": ("[A-Za-z0-9_][A-Za-z0-9._:/@-]*", "a model's name, such as llama3.1:8b"),
+    "LLM_CONTEXT_LENGTH": (_NUMBER, "a whole number from 1, such as 8192"),
+    "OLLAMA_CONTEXT_LENGTH": (_NUMBER, "a whole number from 1, such as 8192"),
+    "LLM_GPU_LAYERS": ("0|[1-9][0-9]{0,5}|auto|all|-1", "a whole number from 0, or auto, or all"),
+    "LLM_STUCK_SECONDS": (_NUMBER, "a whole number of seconds from 1"),
+    "LLM_SELF_HEAL": ("on|off", "on or off"),
+    "LLM_API_HOST": ("[A-Za-z0-9._:-]+", "the IP address or the host name to listen on"),
+    "LLM_API_PORT": ("[1-9][0-9]{0,4}", "a port, 1 to 65535"),
+    "LLM_API_TOKEN": ("[!-~]*", "letters, digits and signs, no spaces"),
+    "LLM_MAX_PULLS": ("[1-9][0-9]{0,3}", "a whole number from 1"),
+    "LLM_ALLOWED_HOSTS": (f"{_HOST}(, *{_HOST})*", "host names, separated by commas"),
+    "LLM_ALLOWED_ORIGINS": (
+        f"{_ORIGIN}(, *{_ORIGIN})*", "origins such as https://host:port, separated by commas"),
+}
+
+
+def check_settings():
+    """Stop the start with one line that names the setting which makes no sense."""
+    for name, (pattern, takes) in SETTINGS.items():
+        value = os.environ.get(name, "")
+        too_high = name == "LLM_API_PORT" and value.isdecimal() and int(value) > 65535
+        if value and (too_high or not re.fullmatch(pattern, value)):
+            shown = "(not shown)" if name == "LLM_API_TOKEN" else ascii(value)
+            sys.exit(f"llm-service: {name} is {shown}; it takes {takes}")
+    try:
+        dial_url(os.environ.get("OLLAMA_HOST", ""))
+    except ValueError:
+        value = ascii(os.environ["OLLAMA_HOST"])
+        sys.exit(f"llm-service: OLLAMA_HOST is {value}; it takes an address such as 127.0.0.1:11434")
+
+
+def on_starting(server):
+    """Stop the start with one line where Ollama has no home, or one of the two addresses is not free."""
+    check_home()
+    ollama_host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
+    addresses = [
+        (f"LLM_API_HOST={host}, LLM_API_PORT={API_PORT}", host, API_PORT,
+         "stop what listens there, or set another address"),
+        (f"OLLAMA_HOST={ollama_host}", *listen_address(ollama_host),
+         "stop what listens there (a system's Ollama by: systemctl stop ollama) and give this service "
+         "its OLLAMA_MODELS, or set another OLLAMA_HOST"),
+    ]
+    with contextlib.ExitStack() as listening:  # at both at once, as they could be the same
+        for setting, address, port, advice in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                listening.enter_context(socket.create_server((address, port), family=family))
+            except OSError as error:
+                reason = in_the_way(port) if error.errno == errno.EADDRINUSE else error.strerror.partition(" (")[0]
+                sys.exit(f"llm-service: cannot listen at {setting} ({reason}): {advice}")
+
+
+def check_home():
+    """Stop the start with one line where Ollama cannot make its key, which it does before anything else."""
+    folder = os.path.expanduser("~/.ollama")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(f"{folder}/id_ed25519") and not os.access(folder, os.W_OK | os.X_OK):
+        user = os.geteuid()
+        sys.exit(f"llm-service: user {user} cannot write to {folder}, where Ollama keeps its key and its models "
+                 f"(in Docker: the volume): run as its owner, chown -R {user} it, or set another HOME")
+
+
+def listen_address(ollama_host):
+    """Return host and port that Ollama listens on; `dial_url` gives those to dial."""
+    dialled = urllib.parse.urlsplit(dial_url(ollama_host))
+    wildcard = {"127.0.0.1": "0.0.0.0", "::1": "::"}.get(dialled.hostname)
+    if wildcard and wildcard in ollama_host and dialled.hostname not in ollama_host:
+        return wildcard, dialled.port
+    return dialled.hostname, dialled.port
+
+
+def in_the_way(port):
+    """Name the process that listens on a port, as far as the system tells."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for each in psutil.net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
+                return f"{psutil.Process(each.pid).name()}, process {each.pid}, listens there"
+    return "another user's process listens there"
+
+
+def when_ready(server):
+    """Write what Ollama's environment needs, for the launcher, which waits for it."""
+    layers = {"-1": "all", "auto": None}.get(GPU_LAYERS, GPU_LAYERS)
+    defaults = {"OLLAMA_CONTEXT_LENGTH": CONTEXT_LENGTH, "OLLAMA_NOPRUNE": 1, "LLAMA_ARG_N_GPU_LAYERS": layers}
+    needed = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    lines = [f"{name}={value}\n" for name, value in needed.items() if value is not None]
+    if file := os.environ.get("LLM_STATE_FILE"):
+        pathlib.Path(f"{file}.env.new").write_text("".join(lines))
+        os.replace(f"{file}.env.new", f"{file}.env")
+    log.info("listening at http://%s", bind)
+
+
+check_settings()
+# End of settings and hooks
 
 VERSION = "1.0.0"
 MODEL = os.environ.get("LLM_MODEL") or "llama3.1:8b"
@@ -74,6 +179,7 @@ timeout = 30  # of the worker's own loop, not of a request
 graceful_timeout = 5
 keepalive = 30
 control_socket_disable = True
+loglevel = "warning"  # without a line for each step of its own start
 forwarded_allow_ips = ""  # nobody may rewrite scheme or path by headers
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
