@@ -48,8 +48,8 @@ started_at() { # PID: in ticks after boot; 0 if there is no such process
     { sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20; } 2>/dev/null || echo 0
 }
 
-launch() { # STATE COMMAND…: in a session of its own, by which what it leaves is known
-    setsid setpriv --pdeathsig TERM "${@:2}" 5>&- 6>&- 9>&- &
+launch() { # STATE COMMAND…: prints to 5 and 6; in a session of its own, by which what it leaves is known
+    setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 9>&- &
     record="$! $(started_at $!) $restarts"
     { tail -n 9 "$1" 2>/dev/null || true; echo "$record"; } >"$1.new"
     mv "$1.new" "$1" # in one step, as the API may read it at any time
@@ -64,14 +64,14 @@ end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorde
     done < <(cat "$@" 2>/dev/null)
 }
 
-pass_messages() { # and keep what Ollama says at its end: its error, else its last line
-    local line last='' error=''
+pass_messages() { # and keep what Ollama says at its end, which is the reason for it
+    local line said=''
     while IFS= read -r line; do
         printf '%s\n' "$line" >&2
-        last=$line
-        [[ $line != @(Error|panic|fatal error):\ * ]] || error=$line
+        [[ $said == @(Error|panic|fatal error):\ * ]] || said=$line # a stack trace may follow
+        [[ $line != time=*\ level=[DIW]* ]] || said='' # DEBUG, INFO, WARN: it goes on
     done
-    printf '%.300s\n' "${error:-$last}" >"$state.reason.new"
+    printf '%.300s\n' "$said" >"$state.reason.new"
     mv "$state.reason.new" "$state.reason"
 }
 
@@ -82,9 +82,9 @@ keep_ollama() { # as long as the API lives
     while alive "$api"; do
         exec 5> >(exec 9>&-; LC_ALL=C exec grep --line-buffered -aEv "$asked") 6> >(exec 9>&-; pass_messages)
         reader=$!
-        LLM_API_TOKEN='' launch "$state" "$ollama" serve >&5 2>&6
+        LLM_API_TOKEN='' launch "$state" "$ollama" serve
         server=$! born=$SECONDS status=0
-        exec 5>&- 6>&-
+        exec 5>&1 6>&2
         # Asked each time, as `wait -n` does not see what ended earlier
         while alive "$api" && alive "$server"; do wait -n "$api" "$server" 2>/dev/null || true; done
         alive "$api" || return 0
@@ -97,8 +97,9 @@ keep_ollama() { # as long as the API lives
             continue
         fi
         ((SECONDS - born < 60)) || pause=0
-        deaths=("$SECONDS" "${deaths[@]:0:4}") reason="status $status: $(cat "$state.reason")"
-        ((${#deaths[@]} < 5 || SECONDS - deaths[4] >= 60)) || die "Ollama ended five times in a minute, last with $reason"
+        deaths=("$SECONDS" "${deaths[@]:0:4}")
+        reason="status $status: $(grep -s . "$state.reason" || echo 'no reason given')"
+        ((${#deaths[@]} < 5 || SECONDS - deaths[4] >= 60)) || die "Ollama ended five times in a minute, with $reason"
         say "Ollama ended with $reason; starting it again in ${pauses[pause]} s"
         run sleep "${pauses[pause]}"
         pause=$((pause < 5 ? pause + 1 : 5))
@@ -110,7 +111,7 @@ keep_ollama() { # as long as the API lives
 stop() { # within 10 s, whatever hangs; the exit status stays
     set +e
     trap '' TERM INT HUP
-    exec 2>/dev/null # where bash tells at length of a process that was killed
+    exec 2>/dev/null 5>&- 6>&- # without what bash tells of processes that were killed
     kill "$api" # first: with its pulls closed, Ollama keeps what it has of their parts
     wait_for_end 1 "$api"
     kill $(jobs -p)
@@ -138,7 +139,7 @@ fi
 
 port=${LLM_API_PORT:-11435}
 state=$cache/run/${port//[!0-9]/}.state lock=$cache/run/${port//[!0-9]/}.lock # app.py says if that is no port
-exec 9>>"$lock"
+exec 5>&1 6>&2 9>>"$lock"
 flock -n 9 || die "another start.sh runs the API on port $port: stop it, or set LLM_API_PORT"
 # What a killed launcher left; process numbers only count within one boot and one container
 boot="$(</proc/sys/kernel/random/boot_id) $(readlink /proc/self/ns/pid)"
