@@ -60,7 +60,7 @@ end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorde
     while read -r pid started _; do
         now=$(started_at "$pid")
         [[ $now == 0 || $now == "$started" ]] || continue # the number has passed to a stranger
-        for _ in {1..50}; do pkill -KILL -s "$pid" || break; sleep 0.02; done
+        for _ in {1..50}; do pkill -KILL -s "$pid" -r D,R,S,T,t || break; sleep 0.02; done # zombies are dead
     done < <(cat "$@" 2>/dev/null)
 }
 

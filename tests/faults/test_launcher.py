@@ -1,0 +1,432 @@
+"""start.sh against bad settings, taken addresses, signals, and the death of each of its processes.
+
+Where Ollama itself does not matter, a script of that name stands in for it.
+"""
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+import app
+from conftest import CACHE, ROOT, call, wait_for
+from registry import free_port
+
+BOOT = CACHE.joinpath("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+
+
+def run_start(*arguments, **env):
+    """start.sh, run to its end; None removes a variable."""
+    env = {**os.environ, "LLM_VENV": sys.prefix, "LLM_API_PORT": str(free_port()), **env}
+    env = {name: value for name, value in env.items() if value is not None}
+    return subprocess.run(["./start.sh", *arguments], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=60)
+
+
+def assert_one_line(ended, *words):
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("llm-service: "), ended.stderr
+    for word in words:
+        assert word in ended.stderr
+
+
+@pytest.fixture
+def stand_in(make_service, tmp_path):
+    """A factory of services whose `ollama` is a shell script; `sleep` is its usual end."""
+    def start(script, **kw):
+        program = tmp_path / "ollama"
+        program.write_text(f"#!/bin/bash\n{script}\n")
+        program.chmod(0o755)
+        return make_service(wait=False, PATH=f"{tmp_path}:{os.environ['PATH']}", **kw)
+    return start
+
+
+def api_pid(service):
+    """gunicorn's master."""
+    return wait_for(lambda: psutil.Process(service.worker_pid()).ppid(), 20, "gunicorn's processes")
+
+
+def readers(service):
+    """What reads Ollama's output: start.sh's children that are neither the API nor Ollama."""
+    known = {line[0] for line in service.state_lines()} | {api_pid(service)}
+    return [child for child in psutil.Process(service.process.pid).children() if child.pid not in known]
+
+
+def gone(process):
+    """Dead; not every init is quick to reap."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def line_of(service, words, timeout=20):
+    return wait_for(lambda: next((line for line in service.log().splitlines() if words in line), None), timeout,
+                    f"a line with {words!r} in the log")
+
+
+# Settings and addresses
+
+
+@pytest.mark.parametrize("name, value", [("LLM_CONTEXT_LENGTH", "many"), ("LLM_API_PORT", "../../x"), ("OLLAMA_HOST", "http://[bad")])
+def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value):
+    assert_one_line(run_start(**{name: value}), f"{name} is {value!r}; it takes ")
+
+
+@pytest.mark.parametrize("name, bad, good", [
+    ("LLM_CONTEXT_LENGTH", ["0", "-1", "8k", "1e4"], ["1", "131072"]), ("OLLAMA_CONTEXT_LENGTH", ["8k"], ["4096"]),
+    ("LLM_GPU_LAYERS", ["-2", "most", "1.5", "ALL"], ["0", "33", "auto", "all", "-1"]),
+    ("LLM_STUCK_SECONDS", ["0", "soon"], ["120"]), ("LLM_SELF_HEAL", ["perhaps", "1"], ["on", "off"]),
+    ("LLM_API_HOST", ["a b", "http://x"], ["0.0.0.0", "::1", "box.lan"]),
+    ("LLM_API_PORT", ["0", "65536", "http", "99999"], ["1", "65535"]), ("LLM_MAX_PULLS", ["0", "many"], ["4"]),
+    ("LLM_MODEL", ["../etc/passwd", "/", "a b"], ["llama3.1:8b", "hf.co/org/repo:Q4_K_M", "h:1/n/m:t"]),
+    ("LLM_ALLOWED_HOSTS", ["http://dashboard", "a,,b"], ["a", "a.lan, [::1]"]),
+    ("LLM_ALLOWED_ORIGINS", ["dashboard", "*"], ["https://a.lan:3000, http://[::1]"]),
+    ("LLM_API_TOKEN", ["two words", "\x7f"], ["s3cret!"]),
+    ("OLLAMA_HOST", ["http://[bad"], ["0.0.0.0", ":11434", "[::1]:1", "https://x"])])
+def test_what_each_setting_takes(monkeypatch, name, bad, good):
+    for value in ["", *good]:
+        monkeypatch.setenv(name, value)
+        app.check_settings()
+    for value in bad:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=f"{name} is .*; it takes "):
+            app.check_settings()
+
+
+def test_a_token_that_makes_no_sense_is_not_shown():
+    ended = run_start(LLM_API_TOKEN="two words")
+    assert_one_line(ended, "LLM_API_TOKEN is (not shown); it takes ")
+    assert "two" not in ended.stderr
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+def test_an_address_that_cannot_be_listened_on_stops_the_start_with_one_line(host):
+    assert_one_line(run_start(LLM_API_HOST=host), f"LLM_API_HOST={host}")
+
+
+@pytest.mark.parametrize("taken_by", ["LLM_API_PORT", "OLLAMA_HOST"])
+def test_an_address_that_is_taken_stops_the_start_and_names_who_has_it(taken_by):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        address = {"LLM_API_PORT": port} if taken_by == "LLM_API_PORT" else {"OLLAMA_HOST": f"127.0.0.1:{port}"}
+        ended = run_start(**address)
+    assert_one_line(ended, f"{taken_by}={address[taken_by]}", f"process {os.getpid()}")
+
+
+def test_both_at_one_address_stop_the_start():
+    port = str(free_port())
+    assert_one_line(run_start(LLM_API_PORT=port, OLLAMA_HOST=f"127.0.0.1:{port}"), f"OLLAMA_HOST=127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_an_ollama_that_is_there_stops_the_start_and_is_left_alone(ollama_server, host):
+    ollama = ollama_server()
+    ended = run_start(OLLAMA_HOST=f"{host}:{ollama.port}")
+    assert_one_line(ended, f"OLLAMA_HOST={host}:{ollama.port}", f"ollama, process {ollama.pid}", "systemctl stop ollama",
+                    "OLLAMA_MODELS")
+    assert call("GET", ollama.url + "/api/version").ok
+
+
+@pytest.mark.parametrize("name", ["HOME", "XDG_CACHE_HOME"])
+def test_a_folder_that_cannot_be_written_to_stops_the_start_with_one_line(name, tmp_path):
+    folders = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), name: "/proc/none"}
+    assert_one_line(run_start(**folders), "cannot write to /proc/none/", name)
+
+
+def test_an_unknown_argument_is_refused():
+    ended = run_start("--fast")
+    assert ended.returncode == 1 and "--fast" in ended.stderr
+
+
+def test_a_second_start_on_the_same_port_is_refused(make_service):
+    service = make_service()
+    assert_one_line(run_start(LLM_API_PORT=str(service.port)), "another start.sh", str(service.port))
+    assert service.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("given, context, layers", [
+    ({}, "8192", "33"),
+    ({"LLM_CONTEXT_LENGTH": "1536", "LLM_GPU_LAYERS": "7"}, "1536", "7"),
+    ({"LLM_CONTEXT_LENGTH": "1536", "OLLAMA_CONTEXT_LENGTH": "1024", "LLM_GPU_LAYERS": "auto"}, "1024", "none"),
+    ({"LLM_GPU_LAYERS": "-1"}, "8192", "all"), ({"LLM_GPU_LAYERS": "all"}, "8192", "all"),
+    ({"LLM_GPU_LAYERS": "-1", "LLAMA_ARG_N_GPU_LAYERS": "5"}, "8192", "5")])
+def test_ollamas_environment_follows_the_settings(stand_in, given, context, layers):
+    script = """echo "got $OLLAMA_CONTEXT_LENGTH ${LLAMA_ARG_N_GPU_LAYERS:-none} $OLLAMA_NOPRUNE ${LLM_API_TOKEN:-none}"
+                exec sleep 60"""
+    service = stand_in(script, LLM_API_TOKEN="secret", **given)
+    assert line_of(service, "got ") == f"got {context} {layers} 1 none"
+
+
+# Install
+
+
+def test_a_set_up_machine_is_not_set_up_again():
+    ended = run_start("--setup", "tests/requirements.txt", LLM_VENV=None)
+    python, ollama = ended.stdout.splitlines()
+    assert ended.returncode == 0 and ended.stderr == ""
+    assert os.access(python, os.X_OK) and os.access(ollama, os.X_OK)
+
+
+def test_a_signal_ends_an_installation_at_once(make_service, tmp_path):
+    python = tmp_path / "python3"  # takes for ever to make a virtual environment
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || exec sleep 60\n')
+    python.chmod(0o755)
+    service = make_service(wait=False, LLM_VENV=None, XDG_CACHE_HOME=str(tmp_path),
+                           PATH=f"{tmp_path}:{os.environ['PATH']}")
+    line_of(service, "installing Python packages")
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(5) == 0
+    wait_for(lambda: not service.processes(), 5, "the end of the installation")
+    assert not list(tmp_path.glob("llm-service/venv-*/.complete"))
+
+
+# Signals
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_it_ends_within_10_s_with_status_0_and_leaves_no_process(make_service, gguf, sig):
+    service = make_service(models={"gemma": gguf})
+    service.generate("gemma")
+    began = time.monotonic()
+    assert service.stop(sig) == 0
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("after_s", [0.03, 0.1, 0.2, 0.3, 0.4, 0.6])
+def test_stopped_while_it_starts_it_ends_with_status_0(make_service, after_s):
+    service = make_service(wait=False)
+    time.sleep(after_s)
+    assert service.stop() == 0
+    assert not list(service.state_file.parent.glob(f"{service.port}.state*"))
+
+
+def test_it_ends_within_10_s_though_ollama_hangs(make_service):
+    service = make_service()
+    os.kill(service.ollama_pid(), signal.SIGSTOP)
+    began = time.monotonic()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(15) == 0
+    assert time.monotonic() - began < 10
+    assert not service.processes()
+
+
+def test_it_ends_within_10_s_though_the_api_hangs(make_service):
+    service = make_service()
+    for pid in api_pid(service), service.worker_pid():
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(15) == 0
+    assert time.monotonic() - began < 10
+    assert not service.processes()
+
+
+# The death of each process
+
+
+def test_a_killed_launcher_leaves_nothing_that_disturbs_the_next_start(make_service, gguf):
+    first = make_service(models={"gemma": gguf})
+    first.load("gemma")
+    first.process.kill()
+    first.process.wait()
+    wait_for(lambda: not first.processes(), 15, "the end of all that the killed launcher started")
+    second = make_service(LLM_API_PORT=first.port, OLLAMA_HOST=f"127.0.0.1:{first.ollama_port}")
+    assert second.get("/health").json()["status"] == "healthy"
+
+
+def test_what_hangs_when_the_launcher_is_killed_is_ended_by_the_next_start(make_service, gguf):
+    first = make_service(models={"gemma": gguf})
+    hung = [psutil.Process(pid) for pid in (first.ollama_pid(), first.load("gemma").pid, api_pid(first))]
+    for process in hung:
+        process.suspend()
+    first.process.kill()
+    first.process.wait()
+    assert not any(map(gone, hung))
+    second = make_service(LLM_API_PORT=first.port, OLLAMA_HOST=f"127.0.0.1:{first.ollama_port}")
+    assert all(map(gone, hung))
+    assert second.get("/health").json()["status"] == "healthy"
+
+
+def test_gunicorns_death_ends_all_with_its_status(make_service):
+    service = make_service()
+    os.kill(api_pid(service), signal.SIGKILL)
+    assert service.process.wait(20) == 128 + signal.SIGKILL
+    wait_for(lambda: not service.processes(), 5, "the end of all processes")
+    assert "the API ended with status 137" in service.log()
+
+
+def test_ollamas_death_leaves_no_orphan_and_another_one_starts(make_service, gguf):
+    service = make_service(models={"gemma": gguf})
+    runner, server = service.load("gemma"), service.ollama_pid()
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: service.ollama_pid() != server, 15, "the next Ollama")
+    assert gone(runner)
+    service.wait_healthy(20)
+    assert "Ollama ended with status 137" in service.log() and "starting it again in 0.5 s" in service.log()
+    assert [line[2] for line in service.state_lines()] == [0, 1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_death_of_a_reader_of_ollamas_output_is_healed(make_service, number):
+    service = make_service()
+    reader, server = readers(service)[number], service.ollama_pid()
+    reader.kill()
+
+    def another():  # Ollama ends with the next line that it prints
+        with contextlib.suppress(Exception):
+            service.ollama("GET", "/api/nothing")
+            service.ollama("POST", "/api/generate", json={"model": "nothing"})
+        return service.ollama_pid() != server
+
+    if number == 0:
+        wait_for(another, 20, "the next Ollama")
+    service.wait_healthy(20)
+    assert service.stop() == 0
+
+
+def test_five_deaths_of_ollama_within_a_minute_end_the_service_and_the_reason_is_named(stand_in):
+    service = stand_in("echo 'time=1 level=INFO msg=starting' >&2; echo 'Error: mkdir /x: permission denied' >&2; exit 3")
+    assert service.process.wait(40) == 1
+    said = [line for line in service.log().splitlines() if "Ollama ended" in line]
+    reason = "status 3: Error: mkdir /x: permission denied"
+    pauses = [f"llm-service: Ollama ended with {reason}; starting it again in {pause} s" for pause in ("0.5", "1", "2", "4")]
+    assert said == [*pauses, f"llm-service: Ollama ended five times in a minute, with {reason}"]
+    assert service.log().count("Error: mkdir /x: permission denied\n") == 5 + 1  # passed on, each of them
+    wait_for(lambda: not service.processes(), 5, "the end of all processes")
+
+
+@pytest.mark.parametrize("script, reason", [
+    ("echo 'Error: no' >&2; exit 1", "Error: no"),
+    ("echo 'loading shared libraries' >&2; exit 127", "loading shared libraries"),
+    ("echo 'panic: no' >&2; echo 'goroutine 1' >&2; exit 2", "panic: no"),
+    ("echo 'panic: a runner' >&2; echo 'time=1 level=INFO msg=on' >&2; exit 2", ""),
+    ("echo 'time=1 level=ERROR msg=no' >&2; exit 1", "time=1 level=ERROR msg=no"),
+    ("printf '%0500d\\n' 0 >&2; exit 1", "0" * 300),
+    ("exit 1", "")])
+def test_the_reason_of_ollamas_end_is_kept_for_health(stand_in, script, reason):
+    service = stand_in(f"[[ -e $HOME/again ]] && exec sleep 60; touch $HOME/again; {script}")
+    wait_for(lambda: len(service.state_lines()) == 2, 20, "the second start")
+    assert service.state_file.with_name(f"{service.state_file.name}.reason").read_text() == f"{reason}\n"
+    assert re.search(rf"Ollama ended with status \d+: {reason or 'no reason given'}; ", service.log())
+
+
+def test_what_is_recorded_is_bounded(stand_in):
+    service = stand_in("echo x >&2; [[ $(wc -l <$LLM_STATE_FILE) == 10 ]] && exec sleep 60; echo $PPID >/dev/null; exec sleep 0.1")
+    folder = service.state_file.parent
+    for _ in range(14):  # ended on purpose, else it would give up
+        pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
+        folder.joinpath(f"{service.state_file.name}.ended").write_text(f"{pid}\n")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: service.ollama_pid() != pid, 20, "the next one")
+    assert len(service.state_lines()) == 10
+    assert sum(file.stat().st_size for file in folder.glob(f"{service.port}.*")) < 2000
+
+
+def test_an_end_on_purpose_is_no_death_and_has_no_pause(stand_in):
+    service = stand_in("exec sleep 60")
+    for _ in range(7):
+        pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
+        service.state_file.with_name(f"{service.state_file.name}.ended").write_text(f"{pid}\n")
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda pid=pid: service.ollama_pid() != pid, 5, "the next one")
+    assert service.log().count("the API ended Ollama; starting it again") == 7
+    assert "again in" not in service.log()
+
+
+# What it may end
+
+
+@pytest.fixture
+def record(request):
+    """Records processes for a port, as a killed launcher leaves them; returns the port."""
+    port = free_port()
+    folder = CACHE / "run"
+
+    def write(*lines, boot=BOOT):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.joinpath(f"{port}.lock").write_text(f"{boot}\n")
+        folder.joinpath(f"{port}.state").write_text("".join(f"{pid} {started} 0\n" for pid, started in lines))
+        return port
+    yield write
+    for file in folder.glob(f"{port}.*"):
+        file.unlink()
+
+
+@contextlib.contextmanager
+def session(script):
+    """A session of its own: its leader runs the script and ends with it."""
+    leader = subprocess.Popen(["setsid", "bash", "-c", script], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(leader.stdout.readline()))
+    try:
+        yield leader, child
+    finally:
+        leader.kill()
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+        leader.wait()
+
+
+def started_at(pid):
+    return int(CACHE.joinpath(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def start_and_fail(port):
+    """A start that ends its predecessor's leftovers, and then at a bad setting."""
+    assert_one_line(run_start(LLM_API_PORT=str(port), LLM_MODEL="/"), "LLM_MODEL")
+
+
+def test_a_recorded_session_is_ended_though_its_leader_is_dead(record):
+    with session("sleep 60 >&2 & echo $!") as (leader, orphan):
+        leader.wait()
+        start_and_fail(record((leader.pid, 1)))
+        assert gone(orphan)
+
+
+def test_a_number_that_has_passed_to_a_stranger_is_left_alone(record):
+    with session("echo $$; exec sleep 60 >&2") as (leader, _):
+        started = started_at(leader.pid)
+        start_and_fail(record((leader.pid, started - 1)))
+        assert leader.poll() is None
+        start_and_fail(record((leader.pid, started)))
+        assert leader.wait(5) == -signal.SIGKILL
+
+
+def test_numbers_of_another_boot_or_container_are_left_alone(record):
+    with session("echo $$; exec sleep 60 >&2") as (leader, _):
+        start_and_fail(record((leader.pid, started_at(leader.pid)), boot="another"))
+        assert leader.poll() is None
+
+
+# Ollama's output
+
+
+def test_access_lines_of_the_apis_own_questions_stay_out_of_the_log(make_service):
+    service = make_service()
+    for path in "/api/ps", "/api/version", "/api/tags", "/api/nothing":
+        service.ollama("GET", path)
+    service.ollama("POST", "/api/show", json={"model": "nothing"})
+    line_of(service, '"/api/show"', 5)
+    seen = re.findall(r'^\[GIN\].*\| (\d+) \|.* (\w+) +"(.*)"', service.log(), re.M)
+    assert seen == [("404", "GET", "/api/nothing"), ("404", "POST", "/api/show")]
+
+
+def test_access_lines_that_tell_something_are_passed_on(stand_in):
+    def access(status, address, method, path):
+        return f'[GIN] 2026/11/24 - 16:33:59 | {status} |       5.549µs | {address:>15} | {method:<8} "{path}"'
+
+    kept = [access(500, "127.0.0.1", "GET", "/api/ps"), access(200, "10.0.0.7", "GET", "/api/ps"),
+            access(200, "127.0.0.1", "POST", "/api/ps"), access(200, "::1", "GET", "/api/ps2"), "anything else"]
+    dropped = [access(200, "127.0.0.1", "GET", "/api/ps"), access(200, "::1", "GET", "/api/tags"),
+               access(200, "127.0.0.1", "GET", "/api/version")]
+    text = "\n".join([*dropped, *kept, "the last"])
+    service = stand_in(f"cat <<'END'\n{text}\nEND\nexec sleep 60")
+    line_of(service, "the last")
+    assert [line for line in kept if line in service.log()] == kept
+    assert [line for line in dropped if line in service.log()] == []
