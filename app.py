@@ -48,7 +48,7 @@ SETTINGS = {  # what each takes, as a pattern and in words; unset or empty means
     "LLM_MODEL": ("[A-Za-z0-9_][A-Za-z0-9._:/@-]*", "a model's name, such as llama3.1:8b"),
     "LLM_CONTEXT_LENGTH": (_NUMBER, "a whole number from 1, such as 8192"),
     "OLLAMA_CONTEXT_LENGTH": (_NUMBER, "a whole number from 1, such as 8192"),
-    "LLM_GPU_LAYERS": ("0|[1-9][0-9]{0,5}|auto|all|-1", "a whole number from 0, or auto, or all"),
+    "LLM_GPU_LAYERS": ("0|[1-9][0-9]{0,5}|auto|all|-1", "a whole number from 0, all (or -1), or auto"),
     "LLM_STUCK_SECONDS": (_NUMBER, "a whole number of seconds from 1"),
     "LLM_SELF_HEAL": ("on|off", "on or off"),
     "LLM_API_HOST": ("[A-Za-z0-9._:-]+", "the IP address or the host name to listen on"),
@@ -92,8 +92,9 @@ def on_starting(server):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             try:
                 listening.enter_context(socket.create_server((address, port), family=family))
-            except OSError as error:
-                reason = in_the_way(port) if error.errno == errno.EADDRINUSE else error.strerror.partition(" (")[0]
+            except (OSError, UnicodeError) as error:  # the latter for a name such as a..b
+                taken = getattr(error, "errno", None) == errno.EADDRINUSE
+                reason = in_the_way(port) if taken else str(error).partition(" (while")[0]
                 sys.exit(f"llm-service: cannot listen at {setting} ({reason}): {advice}")
 
 
@@ -160,7 +161,7 @@ CLEAR_S = 3.7
 RESET_S = 3.9
 SHARE_S = 0.3  # a run may end that much after its limit, and who shares it waits for that
 UNLOAD_WAIT_S = 1.5
-STARTING_S = 30
+STARTING_S = 300  # from its start until a server has answered once: it looks for GPUs first, and answers nobody
 CPU_WINDOW_S = 1
 DISK_LOW_BYTES = 1 << 30
 MB = 1024 * 1024
@@ -217,6 +218,13 @@ def pre_fork(server, worker):
     gc.freeze()
 
 
+def pre_request(worker, req):
+    """Have the connection closed, and say so, where the body may not be read to its end: too long, or in chunks."""
+    fields = dict(req.headers)
+    if "TRANSFER-ENCODING" in fields or int(fields.get("CONTENT-LENGTH", 0)) > BODY_LIMIT_BYTES:
+        req.force_close()
+
+
 def post_worker_init(worker):
     """Let gunicorn's own errors be JSON, and its SIGTERM end the downloads and so the streams."""
     gunicorn.util.write_error = write_error
@@ -240,6 +248,13 @@ class ApiError(Exception):
     def __init__(self, status, code, message, **fields):
         super().__init__(message)
         self.status, self.code, self.fields = status, code, fields
+
+
+@app.before_request
+def read_body():
+    """Take the body off the connection before anything is answered: the next request comes behind it."""
+    if (request.content_length or 0) <= BODY_LIMIT_BYTES:
+        body_bytes()
 
 
 @app.before_request
@@ -465,16 +480,31 @@ def arguments(model, **flags):
 def request_object():
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ApiError(415, "encoding_not_supported", "Send the body uncompressed.")
+    data = body_bytes()
+    try:
+        given = json.loads(data) if data.strip() else {}
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise bad_json()
+    return given
+
+
+def body_bytes():
+    """Return the whole body. Raises ApiError for one that is damaged or cut off, RequestEntityTooLarge."""
     try:
         data = request.get_data()
-        if len(data) > BODY_LIMIT_BYTES:
-            raise RequestEntityTooLarge
-        given = json.loads(data) if data.strip() else {}
-    except (ParseException, OSError, ValueError, RecursionError):  # the first two: damaged chunks, a client that left
-        given = None
-    if not isinstance(given, dict) or len(data) < (request.content_length or 0):
-        raise ApiError(400, "bad_json", 'The body must be a JSON object such as {"model": "llama3.1:8b"}.')
-    return given
+    except (ParseException, OSError) as e:  # damaged chunks, a client that left
+        raise bad_json() from e
+    if len(data) > BODY_LIMIT_BYTES:
+        raise RequestEntityTooLarge
+    if len(data) < (request.content_length or 0):
+        raise bad_json()
+    return data
+
+
+def bad_json():
+    return ApiError(400, "bad_json", 'The body must be a JSON object such as {"model": "llama3.1:8b"}.')
 
 
 def tags(timeout_s=ANSWER_S):
@@ -586,15 +616,22 @@ def diagnose(error):
     server = processes.server()
     if not processes.managed:
         return error.code, f"{error} {FOREIGN}", "restart_service"
+    if starting(server):
+        return "ollama_starting", "Ollama is starting.", "wait"
     if error.code == "ollama_timeout":
         return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
     if error.code != "ollama_unreachable":
         return "model_store_unreadable", f"Ollama cannot list the models: {error}", "restart_service"
     if server is None:
         return "ollama_dead", "Ollama has ended and is being started again.", "wait"
-    if processes.uptime_s(server) < STARTING_S:
-        return "ollama_starting", "Ollama is starting.", "wait"
     return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
+
+
+def starting(server):
+    """Tell whether this server has not answered yet and still may take its time."""
+    uptime_s = processes.uptime_s(server) if server else STARTING_S
+    answered_s = time.monotonic() - ollama.answered_at
+    return uptime_s < STARTING_S and answered_s > uptime_s
 
 
 def check_deep():
@@ -865,12 +902,18 @@ class Healer:
     def _restart_and_load(self, cleared, model, restart, deadline):
         steps = Steps(cleared["steps"])
         answers = steps.run("ask_ollama", lambda: ollama.version(0.4), "version {}".format)
-        if processes.managed and (restart or not answers):
+        if starting(processes.server()):
+            steps.run("start_ollama", lambda: True, lambda ok: "it is starting and answers nobody yet")
+        elif processes.managed and (restart or not answers):
             downloads.reconnect()  # while Ollama still keeps their parts
+            ended = processes.server()  # None: it is dead, and the launcher is at work already
             grace_s = min(1, deadline - time.monotonic() - 0.5) if answers else 0  # a hung one heeds no SIGTERM
             steps.run("end_ollama", lambda: processes.end_server(grace_s), lambda ok: "ended" if ok else "it does not end")
             steps.run("start_ollama", lambda: wait_until(answering, deadline),
                       lambda ok: "answers" if ok else "being started by the launcher")
+            if ended and not steps[-1]["ok"]:
+                raise ApiError(503, "restart_incomplete", f"Ollama was ended, and {self._missing()}: ask /health, which says "
+                               "when it is there.", recommended_action="wait", steps=steps)
         elif restart:
             steps.run("end_ollama", lambda: False, lambda ok: FOREIGN)
         there = installed()
@@ -880,6 +923,9 @@ class Healer:
         steps.append({"step": "load", "ok": True, "seconds": 0, "detail": said})
         return {"status": "success", "message": f"Session reset, {said}.{foreign()}", "steps": steps, "model": due,
                 "model_state": state, "memory": cleared["memory"], "managed": processes.managed}
+
+    def _missing(self):
+        return "the new one has not answered yet" if processes.server() else "the launcher has not started the new one yet"
 
     def _load(self, model, deadline):
         """Load in the background; return how it stands at the deadline, or after a moment."""

@@ -126,6 +126,7 @@ class Ollama:
         self._session.trust_env = False  # a proxy in the environment is not for loopback
         self._session.mount(url, HTTPAdapter(pool_maxsize=64))
         self._prepared = {}
+        self.answered_at = float("-inf")  # by time.monotonic(), the last time
 
     def version(self, timeout_s=ANSWER_S):
         """Return the server's version, such as "0.34.4"."""
@@ -209,6 +210,8 @@ class Ollama:
         except requests.RequestException as e:
             raise OllamaError("ollama_unreachable", f"Ollama is not reachable at {self.url}: if it is not "
                               "just starting, POST /api/session/reset.") from e
+        if path.startswith("/"):  # else a runner's
+            self.answered_at = time.monotonic()
         if response.status_code >= 300:
             with response:
                 raise _error(response)

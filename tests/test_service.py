@@ -20,7 +20,7 @@ def run_start(*arguments, **env):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("LLM_CONTEXT_LENGTH", "many"), ("LLM_CONTEXT_LENGTH", "0"), ("LLM_GPU_LAYERS", "-1"), ("LLM_GPU_LAYERS", "all"),
+    ("LLM_CONTEXT_LENGTH", "many"), ("LLM_CONTEXT_LENGTH", "0"), ("LLM_GPU_LAYERS", "-2"), ("LLM_GPU_LAYERS", "every"),
     ("LLM_API_PORT", "65536"), ("LLM_API_PORT", "http"), ("LLM_MAX_PULLS", "0"), ("LLM_MODEL", "../etc/passwd"),
     ("LLM_ALLOWED_HOSTS", "http://dashboard"), ("LLM_ALLOWED_ORIGINS", "dashboard"), ("LLM_API_TOKEN", "two words")])
 def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value):

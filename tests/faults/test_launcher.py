@@ -105,7 +105,7 @@ def test_a_token_that_makes_no_sense_is_not_shown():
     assert "two" not in ended.stderr
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", "a..b"])
 def test_an_address_that_cannot_be_listened_on_stops_the_start_with_one_line(host):
     assert_one_line(run_start(LLM_API_HOST=host), f"LLM_API_HOST={host}")
 
