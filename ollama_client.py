@@ -597,6 +597,12 @@ class Store:
             freed, count = freed + size, count + 1
         return freed, count
 
+    def make_old(self, digests: typing.Collection[str]) -> None:
+        """Let these blobs be old enough for any prune: they are no upload under way."""
+        old = time.time() - PRUNE_AGE_S
+        for digest in self.sizes(digests):
+            os.utime(self.blob(digest), (old, old))
+
     def purge(
         self,
         digests: typing.Collection[str],
@@ -1444,14 +1450,15 @@ class Downloads:
             return self.store.prune(older_than_s, self._processes.open_files(), dry_run)
 
     def remove_replaced(self, download: Download, digests: set[str]) -> None:
-        """Remove these blobs of a model's old version, if nothing could need them yet."""
+        """Remove these blobs of a model's old version; what may be needed yet is unused then."""
         if not digests:
             return
         with self._lock:
-            if [*self._running.values()] != [download]:
-                return
             try:
                 with file_errors():
+                    self.store.make_old(digests)
+                    if [*self._running.values()] != [download]:
+                        return
                     freed, _ = self.store.prune(0, self._processes.open_files(), only=digests)
             except ServiceError as e:
                 log.warning("pull %s: the old version stays: %s", download.model, e)

@@ -34,6 +34,7 @@ class Service:
 
     models      {"name": path of a GGUF}: those that are there from the start
     wait        False: do not wait for a healthy /health
+    wrapper     words before the command, such as setpriv's
     constants   {"ollama_client.STALL_S": 5}: other values for constants of app.py, ollama_client.py
     env         settings; None removes a variable
 
@@ -43,7 +44,7 @@ class Service:
     .process                        the Popen of start.sh
     """
 
-    def __init__(self, folder, binary, models=None, wait=True, constants=None, **env):
+    def __init__(self, folder, binary, models=None, wait=True, constants=None, wrapper=(), **env):
         self.port = int(env.get("LLM_API_PORT") or free_port())
         host = env.get("OLLAMA_HOST") or ""
         self.ollama_port = int(host.rpartition(":")[2] or free_port())
@@ -74,7 +75,7 @@ class Service:
             Path(folder, "sitecustomize.py").write_text(OTHER_CONSTANTS.format(constants))
             self.env["PYTHONPATH"] = f"{folder}:{ROOT}"
         self.env = {name: str(value) for name, value in self.env.items() if value is not None}
-        self.wait = wait
+        self.wait, self.wrapper = wait, wrapper
         self.stopped = False
 
     def start(self):
@@ -82,7 +83,7 @@ class Service:
             # A shell that starts its work in the background has it ignore SIGINT, and what is
             # ignored stays so.
             self.process = subprocess.Popen(
-                ["env", "--default-signal=INT", "./start.sh"],
+                ["env", "--default-signal=INT", *self.wrapper, "./start.sh"],
                 cwd=ROOT,
                 env=self.env,
                 stdin=subprocess.DEVNULL,

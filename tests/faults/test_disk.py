@@ -1,0 +1,604 @@
+"""The disk: nothing is left behind, and nothing damaged is kept."""
+
+import hashlib
+import itertools
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.answers import clear, error, health, stats
+from helpers.listener import PULL, Listener, assert_in_order, is_whole, pull_of
+from helpers.models import MEDIA, blob_path, file_digest
+from helpers.registry import MIB
+from helpers.waiting import wait_for
+
+PRUNE, DELETE = "/api/models/prune", "/api/models/delete"
+
+
+@pytest.fixture(scope="module")
+def plain(make_module_service):
+    """The file's service."""
+    return make_module_service()
+
+
+@pytest.fixture(autouse=True)
+def empty_store(request):
+    """Leave no model and no part in the file's service."""
+    yield
+    if "plain" not in request.fixturenames:
+        return
+    service = request.getfixturevalue("plain")
+    for each in service.get(PULL).json()["pulls"]:
+        if each["state"] == "running":
+            service.delete(PULL, json={"model": each["model"]})
+    for model in service.get("/api/models").json()["models"]:
+        service.delete(DELETE, json={"model": model["name"], "force": True})
+    wait_for(lambda: service.post(PRUNE, json={"older_than_s": 0}).ok, 10, "a prune")
+
+
+def content(seed, megabytes=1):
+    return random.Random(seed).randbytes(int(megabytes * MIB))
+
+
+def publish(registry, name, *seeds, megabytes=1):
+    """Publish a model with a layer for each seed; return the name to pull by."""
+    first, *others = (content(seed, megabytes) for seed in seeds)
+    extra = [(MEDIA + "adapter", layer) for layer in others]
+    return registry.add(name, first, extra_layers=extra)
+
+
+def pull(service, name, **fields):
+    """Pull a model; assert success and the order of the lines, and return the lines."""
+    listener = Listener(service, name, **fields)
+    assert listener.end()["status"] == "success", listener.lines[-1]
+    assert_in_order(listener.lines)
+    words = [line["status"] for line in listener.lines[:-1]]
+    assert not [status for status in words if "success" in status]
+    return listener.lines
+
+
+def blobs(service):
+    """Return the names of the files in the store."""
+    return {path.name for path in (service.models / "blobs").iterdir()}
+
+
+def blobs_of(registry, *names):
+    layers = itertools.chain.from_iterable(map(registry.layers, names))
+    return {layer["digest"].replace(":", "-") for layer in layers}
+
+
+def make_old(service, pattern="*"):
+    for path in (service.models / "blobs").glob(pattern):
+        os.utime(path, (time.time() - 7200,) * 2)
+
+
+def prune(service, **fields):
+    answer = service.post(PRUNE, json=fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["status"] == "success"
+    return answer.json()
+
+
+class OllamaPull(threading.Thread):
+    """A pull on Ollama's own port: .lines so far, .answer at the end."""
+
+    def __init__(self, service, name):
+        super().__init__(daemon=True)
+        self.service, self.name_, self.answer = service, name, None
+        self.start()
+
+    def run(self):
+        body = {"model": self.name_, "insecure": True, "stream": False}
+        self.answer = self.service.ollama("POST", "/api/pull", json=body, timeout=60)
+
+    def end(self):
+        self.join(60)
+        assert self.answer is not None and self.answer.json() == {"status": "success"}
+
+
+# Updates
+
+
+def test_an_update_leaves_nothing_of_the_old_version_but_what_others_share(plain, registry):
+    name = publish(registry, "ns/updated:latest", 1, 2, 3)
+    other = publish(registry, "ns/other:latest", 1, 4)
+    for each in (name, other):
+        pull(plain, each)
+    before = blobs_of(registry, name)
+    publish(registry, "ns/updated:latest", 5, 2)
+    pull(plain, name)
+    assert blobs(plain) == blobs_of(registry, name, other)
+    gone = {f"sha256-{hashlib.sha256(content(seed)).hexdigest()}" for seed in (1, 3)}
+    assert before - blobs(plain) == gone - blobs_of(registry, other)
+    pull(plain, name)  # twice the same
+    assert blobs(plain) == blobs_of(registry, name, other)
+    assert is_whole(plain, registry, name) and is_whole(plain, registry, other)
+
+
+def test_an_update_of_what_two_names_share_leaves_it_to_the_other(plain, registry):
+    name = publish(registry, "ns/shared:latest", 1)
+    pull(plain, name)
+    copied = plain.ollama("POST", "/api/copy", json={"source": name, "destination": "copy"})
+    assert copied.ok
+    old = blobs_of(registry, name)
+    publish(registry, "ns/shared:latest", 2)
+    pull(plain, name)
+    assert blobs(plain) == old | blobs_of(registry, name)
+
+
+def test_an_update_that_fails_leaves_the_old_version(plain, registry):
+    name = publish(registry, "ns/failing:latest", 1)
+    pull(plain, name)
+    old = blobs_of(registry, name)
+    publish(registry, "ns/failing:latest", 2)
+    registry.corrupt.add(registry.layers(name)[0]["digest"])
+    assert Listener(plain, name).end()["code"] == "digest_mismatch"
+    assert old <= blobs(plain)
+
+
+def test_an_update_beside_another_download_is_unused_until_a_prune(plain, registry):
+    name = publish(registry, "ns/beside:latest", 1)
+    pull(plain, name)
+    old = registry.layers(name)[0]
+    slow = registry.add_random("ns/slow:latest", 30)
+    registry.rate = 5e6
+    listener = Listener(plain, slow).flowing()
+    publish(registry, "ns/beside:latest", 2)
+    pull(plain, name)
+    assert blob_path(plain.models, old["digest"]).exists()
+    wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == old["size"], 10, "unused_bytes")
+    error(plain.post(PRUNE), 409, "model_being_pulled")
+    registry.rate = None
+    assert listener.end()["status"] == "success"
+    assert prune(plain)["freed_bytes"] == old["size"]
+    assert blobs(plain) == blobs_of(registry, name, slow)
+
+
+def test_an_update_while_the_old_version_is_loaded(plain, registry, gguf, make_gguf_variant):
+    name = registry.add("ns/loaded:latest", gguf)
+    pull(plain, name)
+    generation = plain.generate(name)
+    registry.add("ns/loaded:latest", make_gguf_variant(1))
+    pull(plain, name)
+    generation.goes_on()
+    old = blob_path(plain.models, file_digest(str(gguf)))
+    assert old.exists()
+    size = old.stat().st_blocks * 512
+    wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == size, 10, "unused_bytes")
+    assert prune(plain)["files"] == 0 and old.exists()
+    generation.goes_on()
+    generation.close()
+    clear(plain)
+    would = prune(plain, dry_run=True)
+    assert would["freed_bytes"] == size and old.exists()
+    assert prune(plain)["freed_bytes"] == size and not old.exists()
+    wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == 0, 10, "unused_bytes")
+    plain.load(name)
+    clear(plain)
+
+
+# Prune beside what needs the files
+
+
+def test_a_prune_beside_a_download_is_refused(plain, registry):
+    name = registry.add_random("ns/running:latest", 20)
+    registry.rate = 10e6
+    listener = Listener(plain, name).flowing()
+    make_old(plain)
+    error(plain.post(PRUNE), 409, "model_being_pulled")
+    error(plain.post(PRUNE, json={"older_than_s": 0, "dry_run": True}), 409, "model_being_pulled")
+    assert listener.end()["status"] == "success" and is_whole(plain, registry, name)
+
+
+def test_a_prune_beside_a_stalled_pull_of_ollamas_own_is_refused(plain, registry):
+    name = registry.add_random("ns/stalled:latest", 20)
+    registry.stall_after(8_000_000)
+    pulling = OllamaPull(plain, name)
+    wait_for(lambda: registry.bytes_sent() > 7e6, 10, "8 MB")
+    make_old(plain)
+    error(plain.post(PRUNE), 409, "model_being_pulled")
+    error(plain.post(PRUNE, json={"older_than_s": 0}), 409, "model_being_pulled")
+    registry.stall = False
+    pulling.end()
+    assert is_whole(plain, registry, name)
+    assert registry.bytes_sent() < registry.size(name) * 1.1
+
+
+def test_prunes_never_take_what_a_pull_of_ollamas_own_counts_on(plain, registry):
+    """Of an old file it says that it is there, long before its manifest names it."""
+    left = publish(registry, "ns/left:latest", 1, 2)
+    pull(plain, left)
+    shutil.rmtree(plain.models / "manifests")
+    (plain.models / "manifests").mkdir()
+    make_old(plain)
+    name = publish(registry, "ns/counts:latest", 1, 5, 2, megabytes=1)
+    big = registry.add_random("ns/big:latest", 150, shares=(1,))
+    registry.models["ns/counts:latest"].insert(1, registry.layers(big)[0])
+    registry.rate = 100e6
+    pulling = OllamaPull(plain, name)
+    wait_for(lambda: registry.bytes_sent() > 1e6, 10, "the first bytes")
+    statuses = set()
+    while pulling.is_alive():
+        statuses.add(plain.post(PRUNE).status_code)
+    pulling.end()
+    assert statuses <= {200, 409} and 409 in statuses
+    assert is_whole(plain, registry, name)
+
+
+def test_a_prune_beside_a_create_leaves_its_upload(plain, gguf):
+    digest = file_digest(str(gguf))
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        with open(gguf, "rb") as file:
+            yield file.read(50_000_000)
+            reached.set()
+            go_on.wait(20)
+            yield from iter(lambda: file.read(MIB), b"")
+
+    uploads = []
+
+    def upload():
+        uploads.append(plain.ollama("POST", f"/api/blobs/{digest}", data=slowly()))
+
+    uploading = threading.Thread(target=upload)
+    uploading.start()
+    reached.wait(20)
+    wait_for(lambda: plain.post(PRUNE).status_code == 409, 5, "a refusal in mid-upload")
+    go_on.set()
+    uploading.join(60)
+    assert uploads[0].status_code == 201
+    assert prune(plain)["files"] == 0
+    body = {"model": "made", "files": {"made.gguf": digest}, "stream": False}
+    created = plain.ollama("POST", "/api/create", json=body)
+    assert created.ok, created.text
+    assert prune(plain, older_than_s=0)["freed_bytes"] == 0
+    plain.load("made")
+    clear(plain)
+
+
+def test_a_prune_takes_the_parts_of_a_cancelled_download(plain, registry):
+    name = registry.add_random("ns/cancelled:latest", 40)
+    registry.rate = 20e6
+    listener = Listener(plain, name).flowing(10)
+    plain.delete(PULL, json={"model": name})
+    listener.end()
+    wait_for(lambda: plain.post(PRUNE).ok, 10, "the end of the transfers")
+    assert any("-partial" in each for each in blobs(plain))  # not old enough
+    make_old(plain)
+    wait_for(lambda: stats(plain)["disk"]["partial_bytes"] > 5e6, 10, "partial_bytes")
+    assert prune(plain)["freed_bytes"] > 5e6
+    assert blobs(plain) == set()
+    registry.rate = None
+    pull(plain, name)
+
+
+def test_a_prune_of_a_half_written_manifest_is_refused(plain, registry):
+    name = publish(registry, "ns/kept:latest", 1)
+    pull(plain, name)
+    broken = plain.models / "manifests/hf.co/org/repo/Q4_K_M"
+    broken.parent.mkdir(parents=True)
+    (manifest,) = plain.models.glob("manifests/localhost*/ns/kept/latest")
+    broken.write_bytes(manifest.read_bytes()[:-30])
+    answer = error(plain.post(PRUNE, json={"older_than_s": 0}), 409, "manifest_unreadable")
+    assert "hf.co/org/repo/Q4_K_M" in answer["error"]
+    broken.unlink()
+    assert prune(plain, older_than_s=0)["files"] == 0
+
+
+@pytest.mark.parametrize("fields", [{"older_than_s": -1}, {"older_than_s": "x"}, {"dry_run": 7}])
+def test_a_prune_with_a_field_that_makes_no_sense_is_refused(plain, fields):
+    error(plain.post(PRUNE, json=fields), 400, "bad_field")
+
+
+# Purge
+
+
+def test_a_purge_leaves_a_live_pull_of_ollamas_own_alone(plain, registry):
+    name = registry.add_random("ns/alive:latest", 40)
+    registry.rate = 5e6
+    listener = Listener(plain, name).flowing(3)
+    pulling = OllamaPull(plain, name)  # it joins the same parts
+    time.sleep(0.5)
+    began = time.monotonic()
+    answer = plain.delete(PULL, json={"model": name, "purge": True})
+    assert time.monotonic() - began < 2.5
+    assert answer.status_code == 200 and answer.json()["freed_bytes"] == 0
+    listener.end()
+    assert any("-partial-0" in each for each in blobs(plain))
+    registry.rate = None
+    pulling.end()
+    assert is_whole(plain, registry, name)
+    assert registry.bytes_sent() < registry.size(name) * 1.1
+
+
+# Verify
+
+
+def flip(path, at=1000):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("number", [0, 1])
+def test_verify_repairs_a_model_and_downloads_only_what_is_damaged(plain, registry, damage, number):
+    name = publish(registry, "ns/damaged:latest", 1, 2, 3, megabytes=3)
+    pull(plain, name)
+    layer = registry.layers(name)[number]
+    path = blob_path(plain.models, layer["digest"])
+    DAMAGES[damage](path)
+    sent = registry.bytes_sent()
+    if damage != "missing":
+        pull(plain, name)  # Ollama trusts what is there
+        assert registry.bytes_sent() == sent
+    lines = pull(plain, name, verify=True)
+    assert file_digest_now(path) == layer["digest"]
+    assert is_whole(plain, registry, name)
+    assert registry.bytes_sent() == sent + layer["size"]
+    said = [line["status"] for line in lines if line["status"].startswith("removed 1 damaged")]
+    assert len(said) == (damage != "missing")
+    assert any(line["status"].startswith("checking ") for line in lines)
+
+
+def file_digest_now(path):
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def test_a_model_of_250_mb_with_one_flipped_bit_is_whole_afterwards(plain, registry):
+    name = registry.add_random("ns/large:latest", 250, shares=(1,))
+    pull(plain, name)
+    layer = registry.layers(name)[0]
+    path = blob_path(plain.models, layer["digest"])
+    flip(path, 200_000_000)
+    registry.rate = 60e6
+    lines = pull(plain, name, verify=True)
+    assert file_digest_now(path) == layer["digest"]
+    checking = [line for line in lines if line["status"].startswith("checking ")]
+    assert all(50 <= line["percent"] < 100 for line in checking)
+    assert lines[-1]["total_bytes"] == registry.size(name)
+
+
+def test_verify_of_a_healthy_model_downloads_nothing(plain, registry):
+    name = publish(registry, "ns/healthy:latest", 1, 2, megabytes=20)
+    pull(plain, name)
+    asked = registry.requests.copy()
+    lines = pull(plain, name, verify=True)
+    again = registry.requests - asked
+    assert set(again) == {"ns/healthy:latest"}  # the manifest alone
+    assert not [line for line in lines if line["status"].startswith("removed")]
+    assert lines[-1]["total_bytes"] == registry.size(name)
+
+
+def test_verify_of_a_model_that_is_not_there_downloads_and_checks_it(plain, registry):
+    name = publish(registry, "ns/fresh:latest", 1, 2)
+    lines = pull(plain, name, verify=True)
+    assert is_whole(plain, registry, name)
+    assert any(line["status"].startswith("checking ") for line in lines)
+
+
+def test_verify_and_update_in_one(plain, registry):
+    name = publish(registry, "ns/both:latest", 1, 2)
+    pull(plain, name)
+    flip(blob_path(plain.models, registry.layers(name)[1]["digest"]))
+    publish(registry, "ns/both:latest", 3, 2)
+    pull(plain, name, verify=True)
+    assert blobs(plain) == blobs_of(registry, name)
+    for layer in registry.layers(name):
+        assert file_digest_now(blob_path(plain.models, layer["digest"])) == layer["digest"]
+
+
+def test_who_joins_with_verify_gets_it(plain, registry):
+    name = publish(registry, "ns/joined:latest", 1, 2, 3, megabytes=5)
+    pull(plain, name)
+    path = blob_path(plain.models, registry.layers(name)[0]["digest"])
+    flip(path)
+    registry.manifest_delay = 2
+    first = Listener(plain, name, detach=True)
+    assert first.status == 202
+    second = Listener(plain, name, verify=True)
+    assert second.end()["status"] == "success"
+    assert_in_order(second.lines)
+    assert file_digest_now(path) == registry.layers(name)[0]["digest"]
+
+
+def made_here(plain, registry):
+    """Copy a model to a name that the registry does not know; return it and a blob of it."""
+    name = publish(registry, "ns/base:latest", 1, 2)
+    pull(plain, name)
+    made = name.replace("base", "made")
+    assert plain.ollama("POST", "/api/copy", json={"source": name, "destination": made}).ok
+    plain.ollama("DELETE", "/api/delete", json={"model": name})
+    return made, blob_path(plain.models, registry.layers(name)[0]["digest"])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_a_model_that_the_registry_does_not_know_is_named(
+    plain, registry, damage, stream
+):
+    made, path = made_here(plain, registry)
+    DAMAGES[damage](path)
+    before = blobs(plain)
+    body = {"model": made, "insecure": True, "verify": True, "stream": stream}
+    answer = plain.post(PULL, json=body)
+    last = answer.text.strip().splitlines()[-1]
+    assert '"model_damaged"' in last and path.name[7:19] in last
+    assert blobs(plain) == before
+
+
+def test_verify_of_a_healthy_model_that_the_registry_does_not_know(plain, registry):
+    made, _ = made_here(plain, registry)
+    before = blobs(plain)
+    body = {"model": made, "insecure": True, "verify": True, "stream": False}
+    answer = error(plain.post(PULL, json=body), 404, "model_not_found")
+    assert "undamaged" in answer["error"] and blobs(plain) == before
+    unknown = {**body, "model": made.replace("made", "nowhere")}
+    assert "undamaged" not in error(plain.post(PULL, json=unknown), 404)["error"]
+
+
+def test_a_check_can_be_cancelled(plain, registry):
+    name = registry.add_random("ns/check:latest", 300, shares=(1,))
+    pull(plain, name)
+    listener = Listener(plain, name, verify=True)
+    listener.until(lambda line: line.get("status", "").startswith("checking"), "the check")
+    plain.delete(PULL, json={"model": name})
+    assert listener.end(5)["code"] in ("cancelled", "success")
+    assert_in_order(listener.lines)
+    assert is_whole(plain, registry, name)
+
+
+# A store that cannot be written
+
+NO_OVERRIDE = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner,-chown"]
+
+
+@pytest.fixture
+def make_unprivileged(make_service):
+    """Makes a service of a root that has no more rights than others."""
+    if os.geteuid() or not shutil.which("setpriv"):
+        pytest.skip("files of another user take root and setpriv")
+
+    def make(**options):
+        return make_service(wrapper=NO_OVERRIDE, **options)
+
+    return make
+
+
+def give_to(user, folder):
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user, user)
+
+
+@pytest.fixture
+def foreign(make_service, make_unprivileged, registry):
+    """A service whose store, with a model, another user owns; and that model's name."""
+    first = make_service()
+    name = publish(registry, "ns/foreign:latest", 1)
+    pull(first, name)
+    first.stop()
+    give_to(1000, first.models)
+    return make_unprivileged(OLLAMA_MODELS=first.models), name
+
+
+def warnings(service):
+    return {each["code"]: each["message"] for each in health(service)["warnings"]}
+
+
+def test_a_store_that_cannot_be_written_is_told_by_health(foreign):
+    service, name = foreign
+    wait_for(lambda: "store_not_writable" in warnings(service), 10, "the warning")
+    assert "chown" in warnings(service)["store_not_writable"]
+    assert health(service)["models"] == [name]
+    give_to(0, service.models)
+    wait_for(lambda: "store_not_writable" not in warnings(service), 70, "the warning's end")
+
+
+def test_what_fails_on_permissions_says_so(foreign, registry):
+    service, name = foreign
+    other = publish(registry, "ns/other:latest", 2)
+    for stream in (True, False):
+        body = {"model": other, "insecure": True, "stream": stream}
+        answer = service.post(PULL, json=body)
+        last = answer.text.strip().splitlines()[-1]
+        assert '"store_not_writable"' in last and "chown" in last, last
+    publish(registry, "ns/foreign:latest", 3)
+    assert Listener(service, name).lines or True
+    answer = error(service.delete(DELETE, json={"model": name}), 502, "store_not_writable")
+    assert "chown" in answer["error"]
+    make_old(service)
+    shutil.rmtree(service.models / "manifests/registry.ollama.ai", ignore_errors=True)
+    (manifest,) = service.models.glob("manifests/localhost*/ns/foreign/latest")
+    manifest.unlink()
+    answer = error(service.post(PRUNE), 502, "store_not_writable")
+    assert "chown" in answer["error"]
+    assert blobs(service) >= {path.name for path in (service.models / "blobs").iterdir()}
+
+
+def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    os.chown(models, 1000, 1000)
+    service = make_unprivileged(OLLAMA_MODELS=models, wait=False)
+
+    def told():
+        answer = service.get("/health")
+        return answer.status_code == 503 and answer.json()["code"] == "store_not_writable"
+
+    wait_for(told, 20, "the reason")
+    answer = wait_for(lambda: told() and service.get("/health").json(), 10, "the reason")
+    assert "permission denied" in answer["reason"] and "chown" in answer["reason"]
+    assert "permission denied" in service.log()
+    os.chown(models, 0, 0)
+    service.wait_healthy(30)
+
+
+# A small disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system: mounting a tmpfs takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_while_it_verifies(make_service, small_disk, registry):
+    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
+    service = make_service(OLLAMA_MODELS=small_disk, constants=constants)
+    name = registry.add_random("ns/repaired:latest", 30, shares=(0.9, 0.1))
+    pull(service, name)
+    path = blob_path(small_disk, registry.layers(name)[0]["digest"])
+    flip(path)
+    registry.rate = 5e6
+    listener = Listener(service, name, verify=True)
+    listener.until(lambda line: line["status"].startswith("removed"), "the damage")
+    listener.until(lambda line: line.get("completed", 0) > 3e6, "the download")
+    other = small_disk / "other"
+    other.write_bytes(bytes(34_000_000))
+    last = listener.end()
+    assert last["code"] == "disk_full" and "needs" in last["error"]
+    assert_in_order(listener.lines)
+    assert shutil.disk_usage(small_disk).free > 0
+    other.unlink()
+    registry.rate = None
+    pull(service, name)
+    assert file_digest_now(path) == registry.layers(name)[0]["digest"]
+
+
+def test_a_disk_that_fills_while_it_updates_leaves_the_old_version(
+    make_service, small_disk, registry
+):
+    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
+    service = make_service(OLLAMA_MODELS=small_disk, constants=constants)
+    name = registry.add_random("ns/full:latest", 30)
+    pull(service, name)
+    old = blobs_of(registry, name)
+    registry.add_random("ns/full:latest", 30, seed="new")
+    assert Listener(service, name).end()["code"] == "disk_full"
+    assert old <= blobs(service)
+    assert pull_of(service, name)["state"] == "error"
