@@ -7,6 +7,8 @@ fake_ollama     an Ollama that answers whatever a test wants
 generation      a long answer under way
 listener        a client of a streamed pull
 models          a real small model, and model stores written without Ollama
+names           model names that Ollama takes, and such that it does not take
+nonsense        what an Ollama should never answer, and a program that answers it
 nvml            a stand-in for NVIDIA's library
 ollama_server   a real Ollama without the service
 places          folders, and the mark by which a run's processes are found
