@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the management API and, beside it, `ollama serve`; before that it installs what is missing of either.
-#   ./start.sh                  runs the service; the README lists its settings
-#   ./start.sh --setup [FILE…]  only installs, with the packages of these requirement files (paths from here) too,
-#                               and prints the paths of its Python and of Ollama
+# Runs the management API and, beside it, `ollama serve`. First it installs what is missing of either.
+#   ./start.sh                         runs the service; the README lists its settings
+#   ./start.sh --setup [FILE…]         only installs, also what these requirement files (paths from here)
+#                                      want, and prints the paths of its Python and of Ollama
+#   ./start.sh --setup-python [FILE…]  the same without Ollama
 set -euo pipefail
 trap 'exit 0' TERM INT HUP # being stopped is no failure, however early
 
@@ -122,18 +123,19 @@ stop() { # within 10 s, whatever hangs; the exit status stays
 }
 
 # --- The start itself ---
-[[ ${1:-} == --setup || $# == 0 ]] || die "unknown argument ${1@Q}: there is only --setup [FILE…]"
+[[ $# == 0 || $1 == --setup || $1 == --setup-python ]] ||
+    die "unknown argument ${1@Q}: there are only --setup [FILE…] and --setup-python [FILE…]"
+[[ $# == 0 ]] || trap 'exit 130' TERM INT HUP
 type -P flock setsid setpriv pkill >/dev/null || die 'programs are missing: apt-get install util-linux procps'
 cd "$(dirname "$(realpath "$0")")"
 export HOME=${HOME:-~}
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm-service files=("${@:2}") api='' restarts=0 status=0
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm-service files=("${@:2}") ollama='' api='' restarts=0 status=0
 { mkdir -p "$cache/run" && [[ -w $cache/run ]]; } 2>/dev/null ||
     die "cannot write to $cache: set XDG_CACHE_HOME to a folder that can be written to"
-[[ ${1:-} != --setup ]] || trap 'exit 130' TERM INT HUP
 need_python
-if [[ ${1:-} == --setup ]]; then
-    need_ollama
-    printf '%s\n' "$python" "$ollama"
+if [[ ${1:-} == --setup* ]]; then
+    [[ $1 == --setup-python ]] || need_ollama
+    printf '%s\n' "$python" ${ollama:+"$ollama"}
     exit
 fi
 
