@@ -1,0 +1,289 @@
+"""Several services behind a real HAProxy, and the files for those who run more than one."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from helpers.answers import GEMMA
+from helpers.places import ROOT
+from helpers.ports import free_port
+from helpers.ptrace import HeldLoop
+from helpers.waiting import wait_for
+
+FLEET = Path(ROOT, "tests", "fleet")
+STUCK_S = 10
+LONGEST_S = STUCK_S + 15
+CALLERS = 4
+BODY = {
+    "model": GEMMA,
+    "prompt": "1 2 3 4 5 6 7",
+    "raw": True,
+    "stream": False,
+    "options": {"num_predict": 10, "temperature": 0},
+}
+
+
+def program(name):
+    path = shutil.which(name)
+    if not path:
+        pytest.skip(f"no {name}: apt-get install haproxy prometheus")
+    return path
+
+
+class Callers:
+    """Callers that ask for short answers, one after another.
+
+    .answers    [(began, seconds, node, None or what went wrong)]; HAProxy names the node
+    """
+
+    def __init__(self, port):
+        self.answers = []
+        self._url, self._stop = f"http://127.0.0.1:{port}/api/generate", threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CALLERS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self):
+        with requests.Session() as session:
+            session.trust_env = False
+            while not self._stop.is_set():
+                began, node, wrong = time.monotonic(), None, None
+                try:
+                    answer = session.post(self._url, json=BODY, timeout=120)
+                    node = answer.headers.get("X-Node")
+                    if answer.status_code != 200 or not answer.json().get("response"):
+                        wrong = f"{answer.status_code} {answer.text[:200]}"
+                except requests.RequestException as error:
+                    wrong = repr(error)
+                self.answers.append((began, time.monotonic() - began, node, wrong))
+
+    def lost(self):
+        return [answer for answer in self.answers if answer[3]]
+
+    def good_of(self, node, since):
+        """Return when the first good answer was there that `node` was asked for after that."""
+        good = [began + s for began, s, name, wrong in self.answers if not wrong and name == node]
+        return min((at for at in good if at > since), default=None)
+
+    def wait_for_answers(self, nodes):
+        since = time.monotonic()
+        wait_for(
+            lambda: all(self.good_of(node, since) for node in nodes), 60, f"answers of {nodes}"
+        )
+
+    def stop(self):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(130)
+
+
+class Proxy:
+    """HAProxy with the configuration of tests/fleet/ before these services, gpu1 and gpu2."""
+
+    def __init__(self, folder, services):
+        self.port, self.log = free_port(), folder / "haproxy.log"
+        text = (FLEET / "haproxy.cfg").read_text()
+        text = text.replace("bind :11434", f"bind 127.0.0.1:{self.port}")
+        text = text.replace(" check port 11435", "")
+        for number, one in enumerate(services, 1):
+            line = rf"server gpu{number} \S+"
+            new = f"server gpu{number} 127.0.0.1:{one.ollama_port} check port {one.port}"
+            text, count = re.subn(line, new, text)
+            assert count == 1
+        config = folder / "haproxy.cfg"
+        config.write_text(text)
+        with open(self.log, "w") as log:
+            self._process = subprocess.Popen(
+                [program("haproxy"), "-f", config], stdout=log, stderr=log
+            )
+
+    def close(self):
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def nodes(make_module_service, gguf):
+    return [
+        make_module_service(models={GEMMA: gguf}, LLM_STUCK_SECONDS=STUCK_S, OLLAMA_KEEP_ALIVE="1h")
+        for _ in range(2)
+    ]
+
+
+@pytest.fixture
+def proxy(nodes, tmp_path):
+    one = Proxy(tmp_path, nodes)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def callers(nodes, proxy):
+    for node in nodes:
+        node.wait_healthy(30)
+        node.load(GEMMA, num_predict=1)
+    many = Callers(proxy.port)
+    many.wait_for_answers(["gpu1", "gpu2"])
+    yield many
+    many.stop()
+
+
+def check(callers, since, record, what):
+    """The rules of the fleet; the node of the fault is gpu1, which must be back by itself."""
+    back = wait_for(lambda: callers.good_of("gpu1", since), 90, "gpu1 is back")
+    callers.wait_for_answers(["gpu1", "gpu2"])
+    callers.stop()
+    lost, longest = callers.lost(), max(seconds for _, seconds, _, _ in callers.answers)
+    record(
+        "fleet",
+        f"{what}: {len(lost)} of {len(callers.answers)} lost, the longest wait {longest:.1f} s, "
+        f"the node answers again after {back - since:.1f} s",
+    )
+    assert {node for _, _, node, _ in lost} <= {"gpu1"}, lost
+    assert len(lost) <= 2 * CALLERS, lost
+    assert longest <= LONGEST_S, sorted(callers.answers, key=lambda answer: -answer[1])[:4]
+
+
+def in_mid_answer(node):
+    """Wait until a node is in the middle of an answer; return its runner."""
+    runner = node.runners()[0]
+    words = runner.cmdline()
+    slots = f"http://127.0.0.1:{words[words.index('--port') + 1]}/slots"
+    wait_for(lambda: any(s["is_processing"] for s in requests.get(slots).json()), 30, "an answer")
+    return runner
+
+
+def test_a_frozen_decode_loop(nodes, callers, record_property):
+    runner = in_mid_answer(nodes[0])
+    with HeldLoop(runner.pid):
+        since = time.monotonic()
+        wait_for(lambda: not runner.is_running(), LONGEST_S, "the runner is ended")
+    check(callers, since, record_property, "frozen decode loop")
+    assert nodes[0].get("/api/stats").json()["healed"]["runners"] == 1
+
+
+def test_a_killed_server(nodes, callers, record_property):
+    since = time.monotonic()
+    os.kill(nodes[0].ollama_pid(), signal.SIGKILL)
+    time.sleep(0.5)  # an answer under way may have come all the same
+    check(callers, since + 0.5, record_property, "killed server")
+
+
+def test_a_stopped_server(nodes, callers, record_property):
+    server = psutil.Process(nodes[0].ollama_pid())
+    server.suspend()
+    since = time.monotonic()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server.wait(90)  # healed: ended by the service
+    check(callers, since, record_property, "stopped server")
+
+
+def test_a_node_that_stops(nodes, callers, record_property):
+    since = time.monotonic()
+    os.kill(nodes[0].process.pid, signal.SIGTERM)
+    nodes[0].process.wait(20)
+    callers.wait_for_answers(["gpu2"])
+    nodes[0].start()
+    check(callers, since + 1, record_property, "stop and start of a node")
+
+
+# ---------------------------------------------------------------------------------------
+# The files
+# ---------------------------------------------------------------------------------------
+
+
+def test_haproxy_takes_its_configuration():
+    run = subprocess.run(
+        [program("haproxy"), "-c", "-f", FLEET / "haproxy.cfg"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "WARNING" not in run.stderr.upper(), run.stderr
+
+
+def test_prometheus_takes_its_configuration_and_the_alerts():
+    run = subprocess.run(
+        [program("promtool"), "check", "config", FLEET / "prometheus.yml"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "3 rules found" in run.stdout
+
+
+RULES_TEST = """
+rule_files: [{alerts}]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - {{series: 'up{{job="llm-service",instance="off"}}', values: '1 0x100'}}
+      - {{series: 'llm_up{{job="llm-service",instance="ill"}}', values: '1 0x100'}}
+      - {{series: 'llm_up{{job="llm-service",instance="well"}}', values: '1 1x100'}}
+      - {{series: 'llm_healings_total{{instance="ill",what="runners"}}', values: '0 0x9 1 2 4x90'}}
+      - {{series: 'llm_healings_total{{instance="well",what="runners"}}', values: '0 0x9 1x92'}}
+      - {{series: 'llm_disk_free_bytes{{instance="ill"}}', values: '5x100'}}
+      - {{series: 'llm_disk_free_bytes{{instance="well"}}', values: '50x100'}}
+      - {{series: 'llm_disk_total_bytes{{instance="ill"}}', values: '100x100'}}
+      - {{series: 'llm_disk_total_bytes{{instance="well"}}', values: '100x100'}}
+    promql_expr_test:
+      - expr: sort(count by (alertname, instance) (ALERTS{{alertstate="firing"}}))
+        eval_time: 30m
+        exp_samples:
+          - {{labels: '{{alertname="LLMNodeUnhealthy",instance="off"}}', value: 1}}
+          - {{labels: '{{alertname="LLMNodeUnhealthy",instance="ill"}}', value: 1}}
+          - {{labels: '{{alertname="LLMNodeHealedOften",instance="ill"}}', value: 1}}
+          - {{labels: '{{alertname="LLMDiskAlmostFull",instance="ill"}}', value: 1}}
+"""
+
+
+def test_the_alerts_fire_for_what_they_are_for_and_nothing_else(tmp_path):
+    file = tmp_path / "test.yml"
+    file.write_text(RULES_TEST.format(alerts=FLEET / "alerts.yml"))
+    run = subprocess.run(
+        [program("promtool"), "test", "rules", file], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def kubernetes_objects():
+    return list(yaml.safe_load_all((FLEET / "kubernetes.yaml").read_text()))
+
+
+def test_kubernetes_schemas_take_the_objects():
+    validate = pytest.importorskip("kubernetes_validate").validate
+    objects = kubernetes_objects()
+    for one in objects:
+        for version in ("1.27", "1.37"):
+            validate(one, version, strict=True)
+    objects[-1]["spec"]["replicas"] = "two"
+    with pytest.raises(Exception, match="two"):
+        validate(objects[-1], "1.37", strict=True)
+
+
+def test_the_kubernetes_objects_fit_together_and_the_image():
+    *services, nodes = kubernetes_objects()
+    pod = nodes["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"ollama": 11434, "api": 11435}
+    for service in services:
+        assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+        (port,) = service["spec"]["ports"]
+        assert ports[port["targetPort"]] == port["port"]
+    assert nodes["spec"]["serviceName"] in [one["metadata"]["name"] for one in services]
+    assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+    claims = [claim["metadata"]["name"] for claim in nodes["spec"]["volumeClaimTemplates"]]
+    volumes = [volume["name"] for volume in pod["spec"]["volumes"]]
+    assert sorted(claims + volumes) == sorted(v["name"] for v in container["volumeMounts"])
