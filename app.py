@@ -816,7 +816,7 @@ def diagnose(error: ServiceError) -> tuple[str, str, str]:
         return "model_store_unreadable", words, "restart_service"
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
-    if server is None:
+    if server is None or dying(server):
         said = last_words()
         words = "Ollama has ended and is being started again."
         words += f" It said: {said}" if said else ""
@@ -1448,12 +1448,13 @@ class Watch:
         """Have Ollama unload what it lists and what has had no process for two looks.
 
         Its runner was killed from outside. With a runner whose model is unknown, nobody can
-        tell. A model that was deleted meanwhile stays in the list until its time is over.
+        tell.
         """
         living = [state.model for state in self._states.values() if alive(state.process)]
         names = {model["name"] for model in self.loaded} - {*living}
         if len(living) >= len(self.loaded) or None in living:
             names = set()
+        names = names and names & unloadable(self.loaded)
         self._unmatched = collections.Counter({name: self._unmatched[name] + 1 for name in names})
         for name in names:
             if self._unmatched[name] % CLEAN_LOOKS == 2:
@@ -1647,7 +1648,8 @@ class Clearing:
         """Return the keys of what an Ollama that answers has not let go.
 
         It lists a model of these keys, or waits for the end of a runner that is dead. What was
-        deleted while it was loaded stays listed until its time is over, and holds nothing.
+        deleted or updated while it was loaded has no name to unload it by: it stays listed
+        until its time is over, and holds nothing.
         """
         if not self._force and left_of(self._there):
             return set()
@@ -1659,8 +1661,7 @@ class Clearing:
             dead = [runner for runner in mine if unreaped(runner.process, server)]
             held.update(name_key(self._name_of(runner) or "unknown") for runner in dead)
             with contextlib.suppress(ServiceError):
-                listed = {name_key(model["name"]) for model in ollama.ps(0.3)}
-                held.update(listed & keys & {*store.models()})
+                held.update(keys & set(map(name_key, unloadable(ollama.ps(0.3)))))
             return not held
 
         return held if not wait_until(look, deadline) and answering() else set()
@@ -1890,6 +1891,15 @@ def unload(names: list[str]) -> bool:
             return False
 
     return any(in_parallel(ask, names))
+
+
+def unloadable(loaded: list[Json]) -> set[str]:
+    """Return the names by which these lines of ``/api/ps`` can be unloaded.
+
+    One that was deleted or updated while it was loaded has no name any more.
+    """
+    there = {model.get("digest") for model in tags(ASK_S)}
+    return {model["name"] for model in loaded if model.get("digest") in there}
 
 
 def answering() -> bool:
