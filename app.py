@@ -836,7 +836,7 @@ def diagnose(error: ServiceError) -> tuple[str, str, str]:
         return "model_store_unreadable", words, "restart_service"
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
-    if server is None:
+    if server is None or dying(server):
         return diagnose_end(last_words())
     if watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"
@@ -1315,15 +1315,25 @@ class Watch:
                 runners=self.runners(),
             )
 
-    def look(self) -> None:
-        """Look at everything once. Clear and reset do so before they answer."""
-        with self._lock:
+    def look(self, wait_s: float = 60) -> None:
+        """Look at everything once, unless another look takes longer than this."""
+        if not self._lock.acquire(timeout=max(0, wait_s)):
+            return
+        try:
             server = processes.server()
             self._ask_server(server)
             self._find_runners(server)
             self._look_at_runners(server)
             self._look_at_machine(server)
             self.looked_at = time.time()
+        finally:
+            self._lock.release()
+
+    def look_before(self, deadline: float) -> None:
+        """Look before an answer goes out, where there is time for it: a hang costs a second."""
+        left_s = deadline - time.monotonic() - 3 * RUNNER_ASK_S
+        if left_s > 0:
+            self.look(left_s)
 
     def _run(self) -> None:
         while True:
@@ -1477,12 +1487,13 @@ class Watch:
         """Have Ollama unload what it lists and what has had no process for two looks.
 
         Its runner was killed from outside. With a runner whose model is unknown, nobody can
-        tell. A model that was deleted meanwhile stays in the list until its time is over.
+        tell.
         """
         living = [state.model for state in self._states.values() if alive(state.process)]
         names = {model["name"] for model in self.loaded} - {*living}
         if len(living) >= len(self.loaded) or None in living:
             names = set()
+        names = names and names & unloadable(self.loaded)
         self._unmatched = collections.Counter({name: self._unmatched[name] + 1 for name in names})
         for name in names:
             if self._unmatched[name] % CLEAN_LOOKS == 2:
@@ -1676,7 +1687,8 @@ class Clearing:
         """Return the keys of what an Ollama that answers has not let go.
 
         It lists a model of these keys, or waits for the end of a runner that is dead. What was
-        deleted while it was loaded stays listed until its time is over, and holds nothing.
+        deleted or updated while it was loaded has no name to unload it by: it stays listed
+        until its time is over, and holds nothing.
         """
         if not self._force and left_of(self._there):
             return set()
@@ -1688,8 +1700,7 @@ class Clearing:
             dead = [runner for runner in mine if unreaped(runner.process, server)]
             held.update(name_key(self._name_of(runner) or "unknown") for runner in dead)
             with contextlib.suppress(ServiceError):
-                listed = {name_key(model["name"]) for model in ollama.ps(0.3)}
-                held.update(listed & keys & {*store.models()})
+                held.update(keys & set(map(name_key, unloadable(ollama.ps(0.3)))))
             return not held
 
         return held if not wait_until(look, deadline) and answering() else set()
@@ -1768,7 +1779,8 @@ class Healer:
         def work() -> Json:
             self.clears_done += 1
             report = Clearing(model, force, deadline).run()
-            watch.look()
+            if not self._reset_began:  # a reset looks at its end
+                watch.look_before(deadline)
             return report
 
         came = self._reset_began or time.monotonic()
@@ -1781,6 +1793,7 @@ class Healer:
             cleared = self._clear(None, True, came + CLEAR_S - 1)
             steps = Steps(cleared["steps"])
             self._restart_if_due(cleared, restart, came, steps)
+            watch.look_before(came + RESET_S + SHARE_S)
         finally:
             self._reset_began = None
         due = self._model_due(model, cleared["unloaded_models"])
@@ -1819,7 +1832,6 @@ class Healer:
                 recommended_action="wait",
                 steps=steps,
             )
-        watch.look()
 
     def _restart(self, steps: Steps, deadline: float, grace_s: float) -> bool:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
@@ -1919,6 +1931,15 @@ def unload(names: list[str]) -> bool:
             return False
 
     return any(in_parallel(ask, names))
+
+
+def unloadable(loaded: list[Json]) -> set[str]:
+    """Return the names by which these lines of ``/api/ps`` can be unloaded.
+
+    One that was deleted or updated while it was loaded has no name any more.
+    """
+    there = {model.get("digest") for model in tags(ASK_S)}
+    return {model["name"] for model in loaded if model.get("digest") in there}
 
 
 def answering() -> bool:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import requests
 
-from helpers.answers import CLEAR, RESET, ask
+from helpers.answers import CLEAR, RESET, ask, stats
+from helpers.frozen import frozen
 from helpers.generation import Generation
 from helpers.listener import PULL
 from helpers.waiting import wait_for
@@ -29,6 +30,7 @@ class Soak:
         self.statuses, self.longest = Counter(), {}
         self.pullable = registry.add_random("ns/soak:latest", 40)
         self.pool = concurrent.futures.ThreadPoolExecutor(16)
+        self.tracers = contextlib.ExitStack()
         registry.rate = 5e6
 
     def call(self, path, healthy=(200,), method="POST", **fields):
@@ -44,7 +46,9 @@ class Soak:
         self.longest[path] = max(seconds, self.longest.get(path, 0))
         if seconds > ANSWER_S:
             self.late.append((path, fields, round(seconds, 2)))
-        if status not in healthy:
+        # Only a reset, or the service itself, ends a ghost.
+        ghost = path == CLEAR and status == 503 and '"runner_ghost"' in text
+        if status not in healthy and not ghost:
             self.wrong.append((path, fields, status, text[:300]))
 
     # What callers do
@@ -117,6 +121,19 @@ class Soak:
     def kill_a_runner(self):
         self.signal_a_runner(signal.SIGKILL)
 
+    def hold_a_runner(self, reap=True):
+        """Have a decode loop stand, as when a kernel on the GPU never returns."""
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError, AssertionError):
+            runner = self.random.choice(self.service.runners())
+            self.tracers.enter_context(frozen(runner, reap))
+            return runner
+        return None  # it has ended, or is held already
+
+    def make_a_ghost(self):
+        runner = self.hold_a_runner(reap=False)
+        if runner:
+            runner.kill()
+
     def stop_ollama(self):
         self.signal_ollama(signal.SIGSTOP)
 
@@ -144,6 +161,8 @@ CALLS = {
     Soak.pull_and_leave: 1,
     Soak.stop_a_runner: 5,
     Soak.kill_a_runner: 2,
+    Soak.hold_a_runner: 4,
+    Soak.make_a_ghost: 1,
     Soak.stop_ollama: 2,
     Soak.kill_ollama: 1,
 }
@@ -159,6 +178,12 @@ def wait_default_loaded(service):
         return service.get("/health").json().get("loaded") == ["m1:latest"]
 
     wait_for(loaded, 30, "the default model is loaded")
+
+
+def answers(service, name):
+    """Tell whether a model answers; one that hangs is healed meanwhile."""
+    body = {"model": name, "prompt": "1 2 3", "stream": False, "options": {"num_predict": 3}}
+    return service.ollama("POST", "/api/generate", json=body, timeout=40).ok
 
 
 def take_steps(soak):
@@ -185,7 +210,14 @@ def assert_one_of_each_is_left(service):
 @pytest.mark.timeout(120 + 4 * STEPS)
 def test_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf_variant, registry):
     models = {name: make_gguf_variant(n) for n, name in enumerate(MODELS, 1)}
-    service = make_service(models=models, LLM_MODEL="m1", LLM_CONTEXT_LENGTH=1024)
+    service = make_service(
+        models=models,
+        LLM_MODEL="m1",
+        LLM_CONTEXT_LENGTH=1024,
+        LLM_STUCK_SECONDS=5,
+        # More looks and more healings than in half an hour of real life.
+        constants={"app.LOOK_S": 0.5, "app.HEALINGS": 1000},
+    )
     soak = Soak(service, registry)
     soak.pull_and_leave()
     for _ in range(3):
@@ -201,6 +233,11 @@ def test_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf
 
     while soak.generations:
         soak.leave()
+    service.wait_healthy(60)  # by itself
+    for name in MODELS:
+        wait_for(lambda name=name: answers(service, name), 60, f"{name} answers")
+    print(stats(service)["healed"])
+    soak.tracers.close()
     soak.call(RESET)
     service.wait_healthy(10)
     wait_default_loaded(service)
