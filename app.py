@@ -1605,11 +1605,14 @@ class Clearing:
     def _still_listed(self, names: dict[str, str], new: set[str]) -> set[str]:
         """Return the keys that Ollama lists though their runners are gone.
 
-        What others have started since does not count.
+        What others have started since does not count, nor a version that an update or a
+        delete has taken off the disk: no name reaches it, and nobody waits for it.
         """
 
         def listed() -> set[str]:
-            return {name_key(model["name"]) for model in ollama.ps(0.3)} & {*names} - new
+            there = [model.get("digest") for model in tags(0.3)]
+            found = [model for model in ollama.ps(0.3) if model.get("digest") in there]
+            return {name_key(model["name"]) for model in found} & {*names} - new
 
         with contextlib.suppress(ServiceError):  # one that does not answer lists nothing
             if not self._force and left_of(self._there):

@@ -173,14 +173,27 @@ def test_an_update_while_the_old_version_is_loaded(plain, registry, gguf, make_g
     wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == size, 10, "unused_bytes")
     assert prune(plain)["files"] == 0 and old.exists()
     generation.goes_on()
-    generation.close()
-    clear(plain)
+    report = clear(plain)
+    assert report["verified"] and not plain.runners()
     would = prune(plain, dry_run=True)
     assert would["freed_bytes"] == size and old.exists()
     assert prune(plain)["freed_bytes"] == size and not old.exists()
     wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == 0, 10, "unused_bytes")
     plain.load(name)
     clear(plain)
+
+
+def test_a_model_that_was_updated_while_it_is_loaded_can_be_deleted(
+    plain, registry, gguf, make_gguf_variant
+):
+    name = registry.add("ns/idle:latest", gguf)
+    pull(plain, name)
+    plain.load(name)
+    registry.add("ns/idle:latest", make_gguf_variant(1))
+    pull(plain, name)
+    answer = plain.delete(DELETE, json={"model": name, "force": True})
+    assert answer.status_code == 200 and answer.json()["freed_bytes"] > 250e6, answer.text
+    wait_for(lambda: not plain.runners(), 5, "the end of the runner")
 
 
 # Prune beside what needs the files
