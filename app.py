@@ -1683,24 +1683,18 @@ class Clearing:
             "freed_mb": freed_mb,
         }
 
-<<<<<<< HEAD
     def _held_by_ollama(self, mine: list[Runner], keys: set[str]) -> set[str]:
         """Return the keys of what an Ollama that answers has not let go.
 
         It lists a model of these keys, or waits for the end of a runner that is dead. What was
         deleted or updated while it was loaded has no name to unload it by: it stays listed
         until its time is over, and holds nothing.
-=======
-        What others have started since does not count, nor a version that an update or a
-        delete has taken off the disk: no name reaches it, and nobody waits for it.
->>>>>>> refs/heads/disk
         """
         if not self._force and left_of(self._there):
             return set()
         server, deadline = processes.server(), min(time.monotonic() + 0.6, self._deadline)
         held: set[str] = set()
 
-<<<<<<< HEAD
         def look() -> bool:
             held.clear()
             dead = [runner for runner in mine if unreaped(runner.process, server)]
@@ -1708,12 +1702,6 @@ class Clearing:
             with contextlib.suppress(ServiceError):
                 held.update(keys & set(map(name_key, unloadable(ollama.ps(0.3)))))
             return not held
-=======
-        def listed() -> set[str]:
-            there = [model.get("digest") for model in tags(0.3)]
-            found = [model for model in ollama.ps(0.3) if model.get("digest") in there]
-            return {name_key(model["name"]) for model in found} & {*names} - new
->>>>>>> refs/heads/disk
 
         return held if not wait_until(look, deadline) and answering() else set()
 
