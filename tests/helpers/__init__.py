@@ -5,12 +5,14 @@ browser         a headless Chromium
 causes          hung, dead and busy Ollamas and runners, made on purpose
 fake_ollama     an Ollama that answers whatever a test wants
 generation      a long answer under way
+held            a thread held by ptrace, as one whose work never returns
 listener        a client of a streamed pull
 models          a real small model, and model stores written without Ollama
 names           model names that Ollama takes, and such that it does not take
 nonsense        what an Ollama should never answer, and a program that answers it
 nvml            a stand-in for NVIDIA's library
 ollama_server   a real Ollama without the service
+page_stub       a stand-in for the service that plays answers back to the page
 places          folders, and the mark by which a run's processes are found
 ports           free ports
 processes       finding and ending what a test has started

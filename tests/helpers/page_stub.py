@@ -1,0 +1,197 @@
+"""A stand-in for the service that serves the page and plays answers back.
+
+The GPU's figures were recorded on an NVIDIA H100 (by nvidia-smi, once a second) that matrix
+products kept busy; the machine of the tests has no GPU.
+"""
+
+import http.server
+import json
+import threading
+import time
+from datetime import UTC, datetime
+
+from app import CSP
+from helpers.places import ROOT
+
+# Load in percent, memory in MB, temperature in °C, power in W.
+H100 = [
+    (0, 0, 33, 68.36),
+    (0, 0, 33, 68.33),
+    (0, 0, 33, 68.3),
+    (0, 18269, 42, 137.65),
+    (99, 18269, 50, 681.97),
+    (99, 18269, 52, 691.64),
+    (99, 18269, 53, 693.0),
+    (99, 18269, 53, 690.45),
+    (51, 18269, 47, 532.08),
+    (40, 18269, 53, 444.42),
+    (38, 18269, 49, 413.52),
+    (53, 18269, 44, 442.94),
+    (99, 18269, 55, 601.9),
+    (100, 18269, 55, 694.92),
+    (99, 18269, 56, 698.01),
+    (100, 18269, 56, 697.58),
+    (99, 18269, 57, 697.75),
+    (38, 18269, 54, 544.31),
+    (50, 18269, 49, 439.65),
+    (53, 18269, 46, 441.63),
+    (54, 18269, 49, 452.02),
+    (99, 18269, 56, 584.86),
+    (100, 18269, 57, 686.09),
+    (100, 18269, 57, 682.96),
+    (100, 18269, 58, 685.68),
+    (100, 18269, 58, 684.53),
+    (51, 18269, 50, 532.81),
+    (38, 18269, 56, 449.99),
+    (39, 18269, 55, 442.41),
+    (53, 18269, 50, 429.88),
+    (99, 18269, 58, 574.36),
+    (100, 18269, 58, 688.3),
+    (100, 18269, 59, 687.67),
+    (0, 18269, 46, 522.92),
+    (2, 0, 44, 123.86),
+    (0, 0, 43, 124.67),
+]
+H100_TOTAL_MB = 81559
+KINDS = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+
+
+def gpu_stats(load, used_mb, celsius, watts, gpus=1):
+    """Return what /api/stats says of GPUs with these figures."""
+    one = {
+        "name": "NVIDIA H100 80GB HBM3",
+        "utilization_percent": load,
+        "memory_used_mb": used_mb,
+        "memory_total_mb": H100_TOTAL_MB,
+        "temperature_c": celsius,
+        "power_w": watts,
+    }
+    return {
+        "gpu": "ok",
+        "gpus": [{"index": index, **one} for index in range(gpus)],
+        "gpu_utilization": f"{load}%",
+        "gpu_memory": f"{used_mb * gpus}MB / {H100_TOTAL_MB * gpus}MB",
+        "gpu_temperature": f"{celsius}°C",
+    }
+
+
+def model(name, size=4_920_753_328, share=None):
+    """Return a model's entry in /api/models; `share` of it lies on the GPU, None: not loaded."""
+    loaded = share is not None
+    return {
+        "name": name,
+        "size": size,
+        "digest": f"digest of {name}",
+        "details": {"quantization_level": "Q4_K_M", "context_length": 131072},
+        "loaded": loaded,
+        "size_loaded": size if loaded else None,
+        "size_vram": round(size * share) if loaded else None,
+        "context_length": 8192 if loaded else None,
+        "expires_at": "2318-01-01T00:00:00Z" if loaded else None,
+    }
+
+
+def runner(name, state, seconds=0, speed=0.0, pid=4242):
+    """Return a runner's entry in /api/stats."""
+    return {
+        "pid": pid,
+        "model": name,
+        "state": state,
+        "seconds": seconds,
+        "tokens": 0,
+        "tokens_per_second": speed,
+        "memory_mb": 512,
+        "cpu_percent": 0.0,
+    }
+
+
+class PageStub:
+    """Plays the service: change `.stats`, `.health`, `.models`, `.pulls` to change its answers.
+
+    .url      of the page
+    .rounds   how often the page has polled
+    .sent     what else was asked for: [(method, path, body)]
+    """
+
+    def __init__(self):
+        self.stats = {
+            "gpu": "none",
+            "gpus": [],
+            "gpu_utilization": "N/A",
+            "gpu_memory": "N/A",
+            "gpu_temperature": "N/A",
+            "cpu_percent": 7.5,
+            "memory": {"total_mb": 24105, "used_mb": 2276, "available_mb": 21829, "percent": 9.4},
+            "disk": {
+                "total_bytes": 270_553_174_016,
+                "free_bytes": 76_346_208_256,
+                "partial_bytes": 0,
+                "unused_bytes": 0,
+            },
+            "runners": [],
+            "ollama": {"pid": 372, "uptime_seconds": 4000, "restarts": 0},
+            "healed": {"runners": 0, "ollama": 0, "last": None},
+            "clears": 0,
+            "resets": 0,
+        }
+        self.health = {"status": "healthy", "gpu": "none", "recommended_action": "none"}
+        self.models, self.pulls, self.sent, self.rounds = [], [], [], 0
+        self.clock = time.time  # of `timestamp`
+        stub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                stub.answer(self)
+
+            do_POST = do_DELETE = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def answer(self, request):
+        length = int(request.headers.get("Content-Length") or 0)
+        body = request.rfile.read(length)
+        path = "/static/index.html" if request.path == "/" else request.path
+        status, kind = 200, "application/json"
+        if path.startswith("/static/"):
+            file = ROOT / path[1:]
+            kind, data = KINDS[file.suffix], file.read_bytes()
+        else:
+            answer = self._json(request.command, path, body)
+            status = 503 if answer.get("status") == "unhealthy" else 200
+            data = json.dumps(answer).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", f"{kind}; charset=utf-8")
+        request.send_header("Content-Security-Policy", CSP)
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        request.wfile.write(data)
+
+    def _json(self, method, path, body):
+        if method != "GET":
+            self.sent.append((method, path, json.loads(body) if body else None))
+            return {"status": "success", "message": "Done."}
+        if path == "/api/stats":
+            self.rounds += 1
+            return {
+                **self.stats,
+                "timestamp": datetime.fromtimestamp(self.clock(), UTC).isoformat(),
+            }
+        return {
+            "/health": self.health,
+            "/api/models": {"models": self.models, "count": len(self.models)},
+            "/api/models/pull": {"pulls": self.pulls, "count": len(self.pulls)},
+        }[path]
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
