@@ -1056,7 +1056,6 @@ WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it
 SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
 HUNG_LOOKS = 15
-CLEAN_LOOKS = 15
 HEALINGS, HEALINGS_S = 3, 1800  # so many of one model in that time, then it is left alone
 DISK_LOOK_S = 60
 
@@ -1150,17 +1149,17 @@ class RunnerState:
         return "ghost"
 
     def _judge_work(self, look: Look) -> str:
-        if look.slots is None and not look.late:  # it has none, or was not asked
-            self._note_progress(look.at)
-            self.under_way = look.working
-            return "busy" if look.working else "idle"
-        slots = look.slots or []
-        self.under_way = look.late or any(slot.get("is_processing") for slot in slots)
-        moved = not look.late and self._count_tokens(slots)
-        if moved or not self.under_way:
-            self._note_progress(look.at)
-            return "busy" if self.under_way else "idle"
-        return self._judge_standstill(look)
+        if look.late:
+            self.under_way, moved = True, False
+        elif look.slots is None:  # it has none, or was not asked
+            self.under_way, moved = look.working, True
+        else:
+            self.under_way = any(slot.get("is_processing") for slot in look.slots)
+            moved = self._count_tokens(look.slots)
+        if self.under_way and not moved:
+            return self._judge_standstill(look)
+        self._note_progress(look.at)
+        return "busy" if self.under_way else "idle"
 
     def _judge_standstill(self, look: Look) -> str:
         self._looks += 1
@@ -1272,7 +1271,7 @@ class Watch:
         self._states: dict[psutil.Process, RunnerState] = {}
         self._names_key: object = None
         self._disk_key: object = None
-        self._unmatched: collections.Counter[str] = collections.Counter()
+        self._unmatched: set[str] = set()  # models without a process at the last look
         self._healings: dict[str, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=HEALINGS)
         )
@@ -1445,12 +1444,10 @@ class Watch:
         return sorted(faults, key=lambda state: order.index(state.state))
 
     def _action(self, state: RunnerState) -> str:
-        if not SELF_HEAL:
+        if not SELF_HEAL or state.healed == "ghost":  # and the restart has not helped
             return "reset_session"
-        if state.healed == state.state:
-            # What was killed gets the time until it is a ghost.
-            return "wait" if state.state != "ghost" and dying(state.process) else "reset_session"
-        return "wait" if self._may_heal(state.model) else "restart_service"
+        # What was killed gets its time until it is a ghost.
+        return "wait" if state.healed or self._may_heal(state.model) else "restart_service"
 
     def _may_heal(self, model: str | None) -> bool:
         times = self._healings[model or "?"]
@@ -1493,12 +1490,10 @@ class Watch:
         names = {model["name"] for model in self.loaded} - {*living}
         if len(living) >= len(self.loaded) or None in living:
             names = set()
-        names = names and names & unloadable(self.loaded)
-        self._unmatched = collections.Counter({name: self._unmatched[name] + 1 for name in names})
-        for name in names:
-            if self._unmatched[name] % CLEAN_LOOKS == 2:
-                with contextlib.suppress(ServiceError):
-                    ollama.unload(name, ASK_S)
+        again, self._unmatched = names & self._unmatched, names
+        with contextlib.suppress(ServiceError):
+            for name in again and again & unloadable(self.loaded):
+                ollama.unload(name, ASK_S)
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -1623,13 +1618,16 @@ class Clearing:
         mine = [
             runner
             for runner in self._there
-            if runner.digest in digests or name_key(self._name_of(runner) or "") == key
+            if runner.digest in digests or self._key_of(runner) == key
         ]
         listed_as = [name for name in self._loaded if name_key(name) == key]
         return mine, listed_as or ([self._model] if mine else [])
 
     def _name_of(self, runner: Runner) -> str | None:
         return self._names.get(runner.process)
+
+    def _key_of(self, runner: Runner) -> str:
+        return name_key(self._names.get(runner.process, "unknown"))
 
     def _end_runners(self, runners: list[Runner]) -> list[Json]:
         """End runners by SIGKILL; return ``[{"pid", "model", "reason"}]``."""
@@ -1648,7 +1646,7 @@ class Clearing:
         return ended
 
     def _report(self, mine: list[Runner], names: dict[str, str]) -> Json:
-        left = {name_key(self._name_of(r) or "") for r in left_of(mine)} & {*names}
+        left = {*map(self._key_of, left_of(mine))} & {*names}
         new = [runner for runner in processes.runners() if runner not in self._there]
         new_names = model_names(new, [])
         held = self._held_by_ollama(mine, {*names} - {*map(name_key, new_names.values())})
@@ -1698,7 +1696,7 @@ class Clearing:
         def look() -> bool:
             held.clear()
             dead = [runner for runner in mine if unreaped(runner.process, server)]
-            held.update(name_key(self._name_of(runner) or "unknown") for runner in dead)
+            held.update(map(self._key_of, dead))
             with contextlib.suppress(ServiceError):
                 held.update(keys & set(map(name_key, unloadable(ollama.ps(0.3)))))
             return not held
@@ -1823,15 +1821,7 @@ class Healer:
             return
         grace_s = min(1, deadline - time.monotonic() - 0.5) if healthy else 0
         if not self._restart(steps, deadline, grace_s) and server:
-            missing = "the new server has not answered yet"
-            if not processes.server():
-                missing = "the launcher has not started the new server yet"
-            raise ServiceError(
-                "restart_incomplete",
-                f"Ollama was ended, and {missing}: ask /health, which says when it is there.",
-                recommended_action="wait",
-                steps=steps,
-            )
+            raise restart_incomplete(steps)
 
     def _restart(self, steps: Steps, deadline: float, grace_s: float) -> bool:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
@@ -1963,6 +1953,19 @@ def clear_message(report: Json) -> str:
     if report["left"]:
         done.append(f"still busy: {', '.join(report['left'])}")
     return f"Cache cleared: {', '.join(done)}."
+
+
+def restart_incomplete(steps: Steps) -> ServiceError:
+    """Make the 503 of a reset whose new server is not there in time."""
+    missing = "has not been started by the launcher yet"
+    if processes.server():
+        missing = "has not answered yet"
+    return ServiceError(
+        "restart_incomplete",
+        f"Ollama was ended, and the new one {missing}: ask /health, which says when it is there.",
+        recommended_action="wait",
+        steps=steps,
+    )
 
 
 def clear_failure(report: Json) -> ServiceError:

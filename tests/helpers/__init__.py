@@ -4,6 +4,7 @@ answers         assertions on answers: the one error shape, clear, reset, health
 browser         a headless Chromium
 causes          hung, dead and busy Ollamas and runners, made on purpose
 fake_ollama     an Ollama that answers whatever a test wants
+frozen          a process whose main thread stands while the others go on
 generation      a long answer under way
 held            a thread held by ptrace, as one whose work never returns
 listener        a client of a streamed pull
