@@ -1431,7 +1431,8 @@ class Watch:
             with contextlib.suppress(psutil.Error):
                 memory += process.memory_info().rss // MB if process else 0
         self.process_memory_mb = memory
-        key = (store.signature(), store.changed_ns(), time.monotonic() // DISK_LOOK_S)
+        ended = dict(downloads.counts)  # a part has grown until then, and the folder did not change
+        key = (store.signature(), store.changed_ns(), ended, time.monotonic() // DISK_LOOK_S)
         if key != self._disk_key or downloads.running_count() or self.disk is None:
             self.disk, self._disk_key = store.disk(), key
             self.store_writable = store.writable()

@@ -47,6 +47,7 @@ PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
 PURGE_S = 2  # the most that a purge waits
 PURGE_PAUSE_S = 0.3
+SETTLED_S = 1  # longer than a pull is between two layers, with no file open
 PRUNE_AGE_S = 3600  # an `ollama create` uploads long before it writes the manifest
 CHECK_BYTES = 1 << 20
 DISK_RESERVE_BYTES = 1 << 30
@@ -534,6 +535,10 @@ class Store:
             return (self.path / "blobs").stat().st_mtime_ns
         except OSError:
             return 0
+
+    def settled(self) -> bool:
+        """Tell whether no blob or part was added or removed for a moment."""
+        return abs(time.time() - self.changed_ns() / 1e9) > SETTLED_S
 
     def free_bytes(self) -> int | None:
         """Return the free bytes of the models' disk; None if there is no store."""
@@ -1441,8 +1446,10 @@ class Downloads:
 
         Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
         """
+        if not dry_run and not self._running:
+            wait_until(self.store.settled, time.monotonic() + 2 * SETTLED_S)
         with self._lock, file_errors():
-            if self._running:
+            if self._running or not (dry_run or self.store.settled()):
                 raise ServiceError(
                     "model_being_pulled",
                     "A download is under way: wait for its end, or cancel it.",
