@@ -197,10 +197,10 @@ function showHealth(health) {
 }
 
 async function round() {
-  const paths = ["/api/stats", "/health", "/api/models/pull", "/api/models"];
-  const [stats, health, { pulls }, list] = await Promise.all(paths.map((path) => call("GET", path)));
+  showHealth(await call("GET", "/health"));
+  const paths = ["/api/stats", "/api/models/pull", "/api/models"];
+  const [stats, { pulls }, list] = await Promise.all(paths.map((path) => call("GET", path)));
   models = list.models || models;  // what hangs does not hide what is known
-  showHealth(health);
   showHistory(stats);
   showStats(stats);
   showModels(stats.runners);

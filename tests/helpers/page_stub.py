@@ -113,6 +113,8 @@ def runner(name, state, seconds=0, speed=0.0, pid=4242):
 class PageStub:
     """Plays the service: change `.stats`, `.health`, `.models`, `.pulls` to change its answers.
 
+    With `.models` None it cannot list them.
+
     .url      of the page
     .rounds   how often the page has polled
     .sent     what else was asked for: [(method, path, body)]
@@ -167,7 +169,7 @@ class PageStub:
             kind, data = KINDS[file.suffix], file.read_bytes()
         else:
             answer = self._json(request.command, path, body)
-            status = 503 if answer.get("status") == "unhealthy" else 200
+            status = 503 if answer.get("status") == "unhealthy" or "error" in answer else 200
             data = json.dumps(answer).encode()
         request.send_response(status)
         request.send_header("Content-Type", f"{kind}; charset=utf-8")
@@ -186,10 +188,12 @@ class PageStub:
                 **self.stats,
                 "timestamp": datetime.fromtimestamp(self.clock(), UTC).isoformat(),
             }
+        if path == "/api/models" and self.models is None:
+            return {"error": "Ollama did not answer in time.", "code": "ollama_timeout"}
         return {
             "/health": self.health,
-            "/api/models": {"models": self.models, "count": len(self.models)},
-            "/api/models/pull": {"pulls": self.pulls, "count": len(self.pulls)},
+            "/api/models": {"models": self.models},
+            "/api/models/pull": {"pulls": self.pulls},
         }[path]
 
     def close(self):

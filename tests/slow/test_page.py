@@ -257,18 +257,19 @@ def test_without_a_gpu_the_charts_are_the_systems_and_nothing_says_na(page):
 
 
 def test_a_gpus_figures_are_drawn_as_they_were_recorded(stub, stub_page):
-    for figures in H100:
+    stub.stats |= gpu_stats(*H100[0])
+    stub_page.run("sessionStorage.clear()")
+    stub_page.open()
+    assert stub_page.charts() == ["load", "vram", "tokens"]
+    for figures in H100[1:]:
         stub.stats |= gpu_stats(*figures)
         stub_page.poll(5)
         load, used_mb, celsius, _ = figures
         used = used_mb * 2**20 / 1e9
-        assert stub_page.charts() == ["load", "vram", "tokens"][-len(stub_page.charts()) :] or (
-            stub_page.charts() == ["load", "vram", "cpu", "ram", "tokens"]
-        )
         assert f"{load} %" in stub_page.row_text("charts", "load")
         assert f"{used:.0f} GB of 86 GB" in stub_page.row_text("charts", "vram") or used < 10
         assert f"{celsius}°C" in stub_page.row_text("meters", "temperature")
-    points = stub_page.curve("load")[-1]
+    (points,) = stub_page.curve("load")
     assert [100 - y for _, y in points] == [load for load, *_ in H100]
     assert [x for x, _ in points] == [600 - 5 * n for n in reversed(range(len(H100)))]
     assert stub_page.text("gpus") == "NVIDIA H100 80GB HBM3"
@@ -283,6 +284,7 @@ def test_several_gpus_are_named_once(stub, stub_page):
 
 
 def test_ten_minutes_are_kept_also_over_a_reload_and_a_gap_is_no_line(stub, stub_page):
+    assert stub.stats["gpu"] == "none"
     for _ in range(70):
         stub_page.poll(10)
     (line,) = stub_page.curve("cpu")
@@ -415,7 +417,7 @@ def test_a_stopped_runner_shows_as_silent(browser, freezable):
     ],
 )
 def test_each_state_has_its_word_and_colour(stub, stub_page, state, words, colour):
-    stub.models = [model("llama3.1:8b", share=0.61)]
+    stub.models = [model("llama3.1:8b", share=0.615)]
     stub.stats["runners"] = [runner("llama3.1:8b", state, 12, 31.2)]
     stub_page.poll()
     said, classes = stub_page.state("llama3.1:8b")
@@ -627,7 +629,7 @@ def test_nothing_moves_and_a_selection_stays_while_figures_change(stub, stub_pag
                 document.querySelector('#models .name'))""")
         if n >= 8:
             boxes.append(stub_page.run(BOXES))
-    assert all(each == boxes[0] for each in boxes)
+    assert [set(each) ^ set(boxes[0]) for each in boxes] == [set()] * len(boxes)
     assert stub_page.run("return getSelection().toString()").strip() == "llama3.1:8b"
 
 
@@ -687,8 +689,9 @@ def test_whatever_is_there_has_a_role_and_a_name(stub, stub_page):
     ]
     need_names = ("button", "image", "meter", "progressbar", "ProgressIndicator", "textbox", "log")
     assert not [role for role, name in named if role in need_names and not name]
-    words = "GPU load: 99 %, in the last ten minutes at most 99 %"
-    assert ("image", words) in named or ("img", words) in named
+    words = "GPU load: 38 %, in the last ten minutes at most 38 %"
+
+    assert ("image", words) in named
     assert ("button", "Unload a") in named and ("textbox", "Model") in named
     assert ("log", "What happened in the last ten minutes") in named
     assert {role for role, _ in named} >= {"status", "region", "heading", "list", "listitem"}
@@ -725,7 +728,7 @@ def test_it_fits_and_names_wrap_between_words(stub, stub_page, width, gpu):
         assert all(line[-1] in "/-" for line in lines[:-1]), lines
         assert len(lines) == 1 or width == 390 and len(name) > 20
     used = stub_page.run("return document.querySelector('main').getBoundingClientRect().width")
-    assert used > 0.9 * width
+    assert used >= min(width, 2400) - 2 * 16 - 15  # the margins, a scroll bar
 
 
 # The contrast of each text with what lies behind it, by WCAG's formula: those below 4.5.
@@ -758,8 +761,8 @@ def test_every_text_can_be_read(stub, stub_page, scheme):
     seen = stub_page.run(CONTRAST)
     assert len(seen) > 40
     assert [each for each in seen if each[2] < 4.5] == []
-    dark = stub_page.run("return getComputedStyle(document.body).backgroundColor") < "rgb(1"
-    assert dark != (scheme == "light") or True
+    ground = stub_page.run("return getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(243, 245, 248)", "dark": "rgb(18, 21, 26)"}[scheme]
 
 
 # Services of their own
