@@ -953,7 +953,7 @@ METRICS: list[tuple[str, str, str, str, float]] = [
     ("llm_runner_tokens_total", "counter", "Tokens decoded.", "runners tokens", 1),
     ("llm_downloads_running", "gauge", "Downloads under way.", "downloads_running", 1),
     ("llm_downloads_total", "counter", "Ended downloads.", "downloads_ended outcome", 1),
-    ("llm_clears_total", "counter", "Clears done.", "clears", 1),
+    ("llm_clears_total", "counter", "Clears, also of resets and deletes.", "clears", 1),
     ("llm_resets_total", "counter", "Resets done.", "resets", 1),
     ("llm_healings_total", "counter", "Healed by the service.", "healings what", 1),
     ("llm_ollama_restarts_total", "counter", "Restarts of Ollama.", "ollama restarts", 1),

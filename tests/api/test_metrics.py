@@ -128,12 +128,15 @@ def test_the_figures_are_those_of_stats_in_base_units(service):
 
 
 def test_clears_and_resets_are_counted(service):
-    before = scrape(service)
+    def counts():
+        families = scrape(service)
+        return value(families, "llm_clears"), value(families, "llm_resets")
+
+    clears, resets = counts()
     clear(service)
+    assert counts() == (clears + 1, resets)
     assert service.post("/api/session/reset").status_code == 200
-    after = scrape(service)
-    assert value(after, "llm_clears") == value(before, "llm_clears") + 1
-    assert value(after, "llm_resets") == value(before, "llm_resets") + 1
+    assert counts() == (clears + 2, resets + 1)  # a reset clears, too
     clear(service)
 
 
