@@ -518,7 +518,7 @@ def health():
 @app.get("/metrics")
 def metrics():
     """Tell the same figures to Prometheus."""
-    return Response(metrics_text(), mimetype="text/plain; version=0.0.4; charset=utf-8")
+    return Response(metrics_text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @app.get("/api/info")
@@ -969,6 +969,7 @@ def highest(reading: Json, figure: str) -> int | None:
 # that brings it to the base unit. A list or a map there gives a sample for each entry.
 METRICS: list[tuple[str, str, str, str, float]] = [
     ("llm_up", "gauge", "1 where the last look found no fault.", "up", 1),
+    ("llm_gpu_state", "gauge", "1 for the state of the GPUs.", "gpu_states state", 1),
     ("llm_gpu_utilization_ratio", "gauge", "Load of a GPU.", "gpus utilization_percent", 0.01),
     ("llm_gpu_memory_used_bytes", "gauge", "GPU memory in use.", "gpus memory_used_mb", MB),
     ("llm_gpu_memory_total_bytes", "gauge", "GPU memory.", "gpus memory_total_mb", MB),
@@ -990,7 +991,7 @@ METRICS: list[tuple[str, str, str, str, float]] = [
     ("llm_runner_tokens_total", "counter", "Tokens decoded.", "runners tokens", 1),
     ("llm_downloads_running", "gauge", "Downloads under way.", "downloads_running", 1),
     ("llm_downloads_total", "counter", "Ended downloads.", "downloads_ended outcome", 1),
-    ("llm_clears_total", "counter", "Clears done.", "clears", 1),
+    ("llm_clears_total", "counter", "Clears, also of resets and deletes.", "clears", 1),
     ("llm_resets_total", "counter", "Resets done.", "resets", 1),
     ("llm_healings_total", "counter", "Healed by the service.", "healings what", 1),
     ("llm_ollama_restarts_total", "counter", "Restarts of Ollama.", "ollama restarts", 1),
@@ -999,8 +1000,10 @@ METRICS: list[tuple[str, str, str, str, float]] = [
 
 def metrics_text() -> str:
     """Return all figures in Prometheus' text format; what nobody knows is left out."""
-    figures = machine_stats() | {
-        "up": watch.up(),
+    figures = machine_stats()
+    figures |= {
+        "up": watch.up() if figures["gpu"] != "lost" else 0,
+        "gpu_states": {figures["gpu"]: 1},
         "models_loaded": len(watch.loaded),
         "downloads_running": downloads.running_count(),
         "downloads_ended": downloads.counts,
@@ -1013,7 +1016,8 @@ def metrics_text() -> str:
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
         for labels, value in known:
             pairs = ",".join(f'{key}="{label_text(text)}"' for key, text in labels.items())
-            lines.append(f"{name}{{{pairs}}} {round(value * factor, 6)}")
+            shown = f"{{{pairs}}}" if pairs else ""
+            lines.append(f"{name}{shown} {round(value * factor, 6)}")
     return "\n".join(lines) + "\n"
 
 
@@ -1023,7 +1027,7 @@ def metric_samples(figures: Json, place: str) -> list[tuple[Json, typing.Any]]:
     found = figures[key]
     if key == "gpus":
         return [({"gpu": gpu["index"]}, gpu[figure]) for gpu in found]
-    if key in ("downloads_ended", "healings"):
+    if key in ("gpu_states", "downloads_ended", "healings"):
         return [({figure: name}, count) for name, count in found.items()]
     if key != "runners":
         return [({}, (found or {}).get(figure) if figure else found)]

@@ -19,10 +19,10 @@ from helpers.answers import GEMMA
 from helpers.places import ROOT
 from helpers.ports import free_port
 from helpers.ptrace import HeldLoop
-from helpers.waiting import wait_for
+from helpers.waiting import call, wait_for
 
 FLEET = Path(ROOT, "tests", "fleet")
-STUCK_S = 10
+STUCK_S = 20  # ten looks, of which the verdict needs as many, take as long
 LONGEST_S = STUCK_S + 15
 CALLERS = 4
 BODY = {
@@ -107,6 +107,7 @@ class Proxy:
             self._process = subprocess.Popen(
                 [program("haproxy"), "-f", config], stdout=log, stderr=log
             )
+        wait_for(lambda: call("GET", f"http://127.0.0.1:{self.port}/"), 10, "HAProxy")
 
     def close(self):
         self._process.terminate()
@@ -139,16 +140,15 @@ def callers(nodes, proxy):
     many.stop()
 
 
-def check(callers, since, record, what):
+def check(callers, since, what):
     """The rules of the fleet; the node of the fault is gpu1, which must be back by itself."""
     back = wait_for(lambda: callers.good_of("gpu1", since), 90, "gpu1 is back")
     callers.wait_for_answers(["gpu1", "gpu2"])
     callers.stop()
     lost, longest = callers.lost(), max(seconds for _, seconds, _, _ in callers.answers)
-    record(
-        "fleet",
+    print(
         f"{what}: {len(lost)} of {len(callers.answers)} lost, the longest wait {longest:.1f} s, "
-        f"the node answers again after {back - since:.1f} s",
+        f"the node answers again after {back - since:.1f} s"
     )
     assert {node for _, _, node, _ in lost} <= {"gpu1"}, lost
     assert len(lost) <= 2 * CALLERS, lost
@@ -164,38 +164,38 @@ def in_mid_answer(node):
     return runner
 
 
-def test_a_frozen_decode_loop(nodes, callers, record_property):
+def test_a_frozen_decode_loop(nodes, callers):
     runner = in_mid_answer(nodes[0])
     with HeldLoop(runner.pid):
         since = time.monotonic()
         wait_for(lambda: not runner.is_running(), LONGEST_S, "the runner is ended")
-    check(callers, since, record_property, "frozen decode loop")
+    check(callers, since, "frozen decode loop")
     assert nodes[0].get("/api/stats").json()["healed"]["runners"] == 1
 
 
-def test_a_killed_server(nodes, callers, record_property):
+def test_a_killed_server(nodes, callers):
     since = time.monotonic()
     os.kill(nodes[0].ollama_pid(), signal.SIGKILL)
     time.sleep(0.5)  # an answer under way may have come all the same
-    check(callers, since + 0.5, record_property, "killed server")
+    check(callers, since + 0.5, "killed server")
 
 
-def test_a_stopped_server(nodes, callers, record_property):
+def test_a_stopped_server(nodes, callers):
     server = psutil.Process(nodes[0].ollama_pid())
     server.suspend()
     since = time.monotonic()
     with contextlib.suppress(psutil.NoSuchProcess):
         server.wait(90)  # healed: ended by the service
-    check(callers, since, record_property, "stopped server")
+    check(callers, since, "stopped server")
 
 
-def test_a_node_that_stops(nodes, callers, record_property):
+def test_a_node_that_stops(nodes, callers):
     since = time.monotonic()
     os.kill(nodes[0].process.pid, signal.SIGTERM)
     nodes[0].process.wait(20)
     callers.wait_for_answers(["gpu2"])
     nodes[0].start()
-    check(callers, since + 1, record_property, "stop and start of a node")
+    check(callers, since + 1, "stop and start of a node")
 
 
 # ---------------------------------------------------------------------------------------
