@@ -629,6 +629,8 @@ def diagnose(error):
 
 def starting(server):
     """Tell whether this server has not answered yet and still may take its time."""
+    if not processes.launched():  # the launcher starts the API first, and may be installing Ollama
+        return True
     uptime_s = processes.uptime_s(server) if server else STARTING_S
     answered_s = time.monotonic() - ollama.answered_at
     return uptime_s < STARTING_S and answered_s > uptime_s

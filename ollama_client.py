@@ -419,6 +419,10 @@ class Processes:
         records = self._records()
         return _process(*records[-1][:2]) if records else None
 
+    def launched(self):
+        """Tell whether the launcher has started a server at all."""
+        return bool(self._records())
+
     def restarts(self):
         """Return how often the launcher has started Ollama anew."""
         records = self._records()
