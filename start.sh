@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Runs the management API and, beside it, `ollama serve`. First it installs what is missing of either.
 #   ./start.sh                         runs the service; the README lists its settings
-#   ./start.sh --setup [FILE…]         only installs, also what these requirement files (paths from here)
-#                                      want, and prints the paths of its Python and of Ollama
+#   ./start.sh --setup [FILE…]         only installs, these requirement files too; prints where Python and Ollama are
 #   ./start.sh --setup-python [FILE…]  the same without Ollama
 set -euo pipefail
 trap 'exit 0' TERM INT HUP # being stopped is no failure, however early
@@ -123,8 +122,7 @@ stop() { # within 10 s, whatever hangs; the exit status stays
 }
 
 # --- The start itself ---
-[[ $# == 0 || $1 == --setup || $1 == --setup-python ]] ||
-    die "unknown argument ${1@Q}: there are only --setup [FILE…] and --setup-python [FILE…]"
+[[ $# == 0 || $1 =~ ^--setup(-python)?$ ]] || die "unknown argument ${1@Q}: there are --setup and --setup-python [FILE…]"
 [[ $# == 0 ]] || trap 'exit 130' TERM INT HUP
 type -P flock setsid setpriv pkill >/dev/null || die 'programs are missing: apt-get install util-linux procps'
 cd "$(dirname "$(realpath "$0")")"
