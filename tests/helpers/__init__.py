@@ -17,6 +17,7 @@ page_stub       a stand-in for the service that plays answers back to the page
 places          folders, and the mark by which a run's processes are found
 ports           free ports
 processes       finding and ending what a test has started
+ptrace          a decode loop that stands
 raw             requests written byte by byte
 registry        a model registry with faults
 service         the service as ./start.sh starts it
