@@ -56,7 +56,8 @@ refused() { # PORT…, at every address but loopback
 }
 up() {
     compose up -d || die "$tool up failed: $(tail -n 5 "$log")"
-    within 8000 "$(started)" "$tool: healthy after the container's start" is_healthy
+    within 8000 "$(started)" "$tool: answers after the container's start" get "$api/health"
+    within 12000 "$(started)" '  and is healthy, by the first or the second check (each 5 s)' is_healthy
 }
 anew() { # docker-compose 1.29 cannot replace a container of Docker 25 or later
     compose down
