@@ -29,7 +29,7 @@ function write(node, text, className = node.className) {
 function size(bytes) {
   if (bytes == null) return "?";
   const [unit, one] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e5 || !bytes ? ["MB", 1e6] : ["kB", 1e3];
-  return `${(bytes / one).toFixed(bytes >= 1e10 ? 0 : 1)} ${unit}`;
+  return `${(bytes / one).toFixed(bytes >= 1e10 ? 0 : 1)}\u00a0${unit}`;
 }
 
 const send = (...request) => call(...request).catch(() => ({ error: "The service did not answer." }));
@@ -225,11 +225,11 @@ $("pull-form").onsubmit = async (event) => {
   if (answer.ok) $("pull-name").value = "";
   poll();
 };
-for (const [id, path, text, question] of [
-  ["clear", "/api/cache/clear", "Clear memory", "Unload all models? Answers under way are ended."],
-  ["reset", "/api/session/reset", "Reset session", "Unload all and load the default model? Answers under way are ended."],
-  ["prune", "/api/models/prune", "Prune", "Remove the files that no model uses and nothing has touched for an hour?"]]) {
-  $("heal").append(Object.assign(action(text, null, question, "POST", path), { id }));
+for (const [parent, id, path, text, question] of [
+  ["heal", "clear", "/api/cache/clear", "Clear memory", "Unload all models? Answers under way are ended."],
+  ["heal", "reset", "/api/session/reset", "Reset session", "Unload all and load the default model? Answers under way are ended."],
+  ["space", "prune", "/api/models/prune", "Prune", "Remove the files that no model uses and nothing has touched for an hour?"]]) {
+  $(parent).append(Object.assign(action(text, null, question, "POST", path), { id }));
 }
 document.addEventListener("visibilitychange", poll);
 poll();
