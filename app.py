@@ -2022,8 +2022,9 @@ def on_starting(_server):
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             try:
                 listening.enter_context(socket.create_server((host, port), family=family))
-            except OSError as e:
-                reason = in_the_way(port) if e.errno == errno.EADDRINUSE else str(e.strerror)
+            except (OSError, UnicodeError) as e:  # the latter for a name such as a..b
+                taken = getattr(e, "errno", None) == errno.EADDRINUSE
+                reason = in_the_way(port) if taken else str(e)
                 reason = reason.partition(" (")[0]
                 sys.exit(f"llm-service: cannot listen at {name} ({reason}): {advice}")
 

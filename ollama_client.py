@@ -591,7 +591,7 @@ class Store:
         digests. Raises ServiceError ``manifest_unreadable`` or ``model_being_pulled``, with
         nothing removed.
         """
-        self._check_at_rest(files)
+        self.check_at_rest(files)
         freed, count = 0, 0
         for path, size in self._unused(older_than_s):
             wanted = only is None or _digest_of(path.name) in only
@@ -639,7 +639,7 @@ class Store:
             with contextlib.suppress(OSError), file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _check_at_rest(self, files: "OpenFiles") -> None:
+    def check_at_rest(self, files: "OpenFiles") -> None:
         """Refuse while Ollama writes a file of the store, or reads one that has no manifest yet."""
         named = self._named()
         new = {name for name in files.of_server if _digest_of(name) not in named}
@@ -1448,6 +1448,7 @@ class Downloads:
         """
         if not dry_run and not self._running:
             wait_until(self.store.settled, time.monotonic() + 2 * SETTLED_S)
+            self._check_rest_lasts()
         with self._lock, file_errors():
             if self._running or not (dry_run or self.store.settled()):
                 raise ServiceError(
@@ -1455,6 +1456,17 @@ class Downloads:
                     "A download is under way: wait for its end, or cancel it.",
                 )
             return self.store.prune(older_than_s, self._processes.open_files(), dry_run)
+
+    def _check_rest_lasts(self) -> None:
+        """Raise ``model_being_pulled`` unless nothing of the store is in use for a while.
+
+        Between two files of a pull Ollama has none open, for a moment.
+        """
+        until = time.monotonic() + SETTLED_S
+        while time.monotonic() < until:
+            with file_errors():
+                self.store.check_at_rest(self._processes.open_files())
+            time.sleep(0.05)
 
     def remove_replaced(self, download: Download, digests: set[str]) -> None:
         """Remove these blobs of a model's old version; what may be needed yet is unused then."""

@@ -101,7 +101,7 @@ keep_ollama() { # as long as the API lives
         reason="status $status: $(grep -s . "$state.reason" || echo 'no reason given')"
         ((${#deaths[@]} < 5 || SECONDS - deaths[4] >= 60)) || die "Ollama ended five times in a minute, with $reason"
         say "Ollama ended with $reason; starting it again in ${pauses[pause]} s"
-        run sleep "${pauses[pause]}"
+        run sleep "${pauses[pause]}" || true
         pause=$((pause < 5 ? pause + 1 : 5))
     done
 }

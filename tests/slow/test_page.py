@@ -380,7 +380,7 @@ def test_a_frozen_runner_that_nobody_heals_shows_as_stuck_and_what_to_do(browser
         page.wait_row("models", GEMMA, "stuck since", 60)
         words, classes = page.state(GEMMA)
         assert re.fullmatch(r"stuck since \d\d:\d\d:\d\d", words) and "bad" in classes
-        page.wait_text("state", f"The runner of {GEMMA} is stuck: no progress.")
+        page.wait_text("state", f"The runner of {GEMMA} is stuck: no progress for")
         assert "Reset the session below." in page.text("state")
         said = page.text("state"), words
         rounds = page.service.log().count("GET /api/stats ")
