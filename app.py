@@ -1088,7 +1088,7 @@ class RunnerState:
         self.cpu_s = 0.0  # at the last look
         self.under_way = True  # at the last look
         self.asked_at = now
-        self.evidence = ""
+        self.evidence = ""  # as it was at the verdict
         self.healed: str | None = None  # the state that it was healed of
         self._looked_at = now
         self._step_s = 0.0  # between the last two looks
@@ -1103,8 +1103,11 @@ class RunnerState:
             self._begin_count(look.at)
         self._looked_at = look.at
         self.tokens_per_second = 0.0
+        evidence = self.evidence
         state = self._judge(look)
-        if state != self.state:
+        if state == self.state:
+            self.evidence = evidence
+        else:
             self.state, self.since = state, look.at
 
     def _begin_count(self, now: float) -> None:
