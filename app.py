@@ -2088,6 +2088,28 @@ def post_worker_init(_worker):
     watch.start()
 
 
+def tell_keep_alive(answer: typing.Callable) -> typing.Callable:
+    """Wrap the WSGI app: say for how long a kept connection stays open.
+
+    gunicorn drops this header where the app sets it, and knows the time.
+    """
+
+    def wrapped(environ, start_response):
+        def start(*args):
+            write = start_response(*args)
+            response = getattr(start_response, "__self__", None)  # gunicorn's
+            if response and not response.should_close():
+                response.headers.append(("Keep-Alive", f"timeout={keepalive}"))
+            return write
+
+        return answer(environ, start)
+
+    return wrapped
+
+
+app.wsgi_app = tell_keep_alive(app.wsgi_app)  # type: ignore[method-assign]
+
+
 class ServiceLogger(Logger):
     """gunicorn's logger with one line a request, but none for what is asked all the time."""
 

@@ -137,6 +137,13 @@ class Asker:
         )
 
 
+def test_a_kept_connection_says_for_how_long(service):
+    kept = service.get("/api/info")
+    assert kept.headers["Keep-Alive"] == "timeout=30"
+    closed = service.post("/api/cache/clear", data=BIG)
+    assert closed.headers["Connection"] == "close" and "Keep-Alive" not in closed.headers
+
+
 def test_requests_loses_nothing_on_a_kept_connection(service):
     asker = Asker(1)
     with requests.Session() as session:
