@@ -146,6 +146,7 @@ LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
 ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
 LIST_S = 1.2
+DYING_S = 0.3
 CLEAR_S = 3.7
 RESET_S = 3.9
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
@@ -836,13 +837,20 @@ def diagnose(error: ServiceError) -> tuple[str, str, str]:
         return "model_store_unreadable", words, "restart_service"
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
-    if server is None or dying(server):
+    refused = error.code == "ollama_unreachable"
+    if server is None or ends_soon(server, DYING_S if refused else 0):
         return diagnose_end(last_words())
     if watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"
     if error.code == "ollama_timeout":
         return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
     return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
+
+
+def ends_soon(server: psutil.Process, wait_s: float) -> bool:
+    """Tell whether a server is about to end: a killed one refuses before it looks dead."""
+    deadline = time.monotonic() + wait_s
+    return wait_until(lambda: dying(server) or not alive(server), deadline)
 
 
 def diagnose_end(said: str) -> tuple[str, str, str]:
@@ -877,8 +885,19 @@ def find_warnings(reading: Json, loaded: list[Json]) -> list[Json]:
         words = f"{healer.load['model']} did not load: {healer.load['error']}"
         warnings.append(("load_failed", words))
     if reading["state"] == "ok" and not reading["memory_shared"]:
-        warnings += gpu_warnings(reading, loaded)
+        running = {runner["model"] for runner in watch.runners()}  # Ollama may list dead ones
+        warnings += gpu_warnings(reading, [m for m in loaded if m["name"] in running])
     return [{"code": code, "message": message} for code, message in warnings]
+
+
+GPU_ADVICE = (
+    "Check CUDA_VISIBLE_DEVICES, the container's runtime (LLM_RUNTIME=nvidia) and the driver."
+)
+NO_GPU_ADVICE = f"Ollama sees no GPU, whatever LLM_GPU_LAYERS says. {GPU_ADVICE}"
+PARTLY_ADVICE = (
+    "Set LLM_GPU_LAYERS=all where it fits the GPU, else choose a smaller model or context; in "
+    "Docker check LLM_RUNTIME=nvidia."
+)
 
 
 def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
@@ -889,17 +908,16 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
         if vram_mb < size_mb:
             words = (
                 f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory, "
-                "which is slow: set LLM_GPU_LAYERS=all where it fits the GPU, else choose a "
-                "smaller model or context; in Docker check LLM_RUNTIME=nvidia."
+                "which is slow. "
             )
+            words += PARTLY_ADVICE if vram_mb else NO_GPU_ADVICE
             warnings.append(("model_on_cpu", words))
     claimed_mb = sum(bytes_of(model, "size_vram") for model in loaded) // MB
     used_mb, _ = gpu.memory_totals(reading)
     if used_mb is not None and claimed_mb > used_mb:
         words = (
             f"Ollama says that {claimed_mb} MB of its models lie on the GPU, of which only "
-            f"{used_mb} MB are in use: the models run on the CPU. Check CUDA_VISIBLE_DEVICES, "
-            "the container's runtime (LLM_RUNTIME=nvidia) and the driver."
+            f"{used_mb} MB are in use: the models run on the CPU. {GPU_ADVICE}"
         )
         warnings.append(("gpu_not_used", words))
     return warnings
@@ -1200,8 +1218,12 @@ class RunnerState:
         self.tokens_per_second = round(new / max(self._step_s, 0.1), 1)
         return moved
 
+    def holds_up(self, server: psutil.Process | None) -> bool:
+        """Tell whether this server waits for the end of this runner, which is dead."""
+        return unreaped(self.process, server)
+
     def report(self, now: float) -> Json:
-        """Return the line of ``runners`` in /health and /api/stats."""
+        """Return the line of ``runners in /health and /api/stats."""
         return {
             "pid": self.process.pid,
             "model": self.model,
@@ -1449,6 +1471,8 @@ class Watch:
     def _faults(self) -> list[RunnerState]:
         order = ("ghost", "stuck", "silent")
         faults = [state for state in self._states.values() if state.state in order]
+        server = processes.server()  # a ghost of the server before holds nobody up
+        faults = [each for each in faults if each.state != "ghost" or each.holds_up(server)]
         return sorted(faults, key=lambda state: order.index(state.state))
 
     def _action(self, state: RunnerState) -> str:
