@@ -146,7 +146,6 @@ LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
 ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
 LIST_S = 1.2
-DYING_S = 0.3
 CLEAR_S = 3.7
 RESET_S = 3.9
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
@@ -787,7 +786,7 @@ def check_health() -> Json:
         names = [model["name"] for model in tags(LIST_S)]
         loaded = loaded_now()
     except ServiceError as e:
-        raise unhealthy(*diagnose(e)) from e
+        raise unhealthy(*diagnose(e, server)) from e
     watch.server.note_answer(server)
     watch.raise_fault()
     warnings = find_warnings(reading, loaded)
@@ -829,28 +828,21 @@ def unhealthy(code: str, reason: str, action: str) -> ServiceError:
     return error
 
 
-def diagnose(error: ServiceError) -> tuple[str, str, str]:
-    """Tell code, reason and the action that heals from the error that Ollama's API gave."""
+def diagnose(error: ServiceError, asked: psutil.Process | None) -> tuple[str, str, str]:
+    """Tell code, reason and the action that heals from the error of the server asked."""
     server = processes.server()
     if error.code not in ("ollama_timeout", "ollama_unreachable"):
         words = f"Ollama cannot list the models: {error}"
         return "model_store_unreadable", words, "restart_service"
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
-    refused = error.code == "ollama_unreachable"
-    if server is None or ends_soon(server, DYING_S if refused else 0):
+    if server is None or dying(server):
         return diagnose_end(last_words())
-    if watch.server.starting(server):
+    if server != asked or watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"
     if error.code == "ollama_timeout":
         return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
     return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
-
-
-def ends_soon(server: psutil.Process, wait_s: float) -> bool:
-    """Tell whether a server is about to end: a killed one refuses before it looks dead."""
-    deadline = time.monotonic() + wait_s
-    return wait_until(lambda: dying(server) or not alive(server), deadline)
 
 
 def diagnose_end(said: str) -> tuple[str, str, str]:
