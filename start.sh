@@ -21,10 +21,12 @@ take_settings() { # fails if the API has ended instead
 }
 
 # --- Install ---
-run() { # COMMAND…: one that ends with this script, and that a signal interrupts
-    setpriv --pdeathsig TERM "$@" 9>&- &
-    wait $!
+run() { # COMMAND…: one that a signal to this script interrupts, with all that it has started
+    setsid setpriv --pdeathsig TERM "$@" 9>&- &
+    running=$!
+    wait "$running" && running=''
 }
+end_run() { kill -- -"$running" || true; } 2>/dev/null
 
 need_python() { # sets `python`
     venv=$cache/venv-$(cat requirements.txt "${files[@]}" | sha256sum | head -c 12)
@@ -71,8 +73,7 @@ pass_messages() { # and keep what Ollama says at its end, which is the reason fo
         [[ $said == @(Error|panic|fatal error):\ * ]] || said=$line # a stack trace may follow
         [[ $line != time=*\ level=[DIW]* ]] || said='' # DEBUG, INFO, WARN: it goes on
     done
-    printf '%.300s\n' "$said" >"$state.reason.new"
-    mv "$state.reason.new" "$state.reason"
+    printf '%.300s\n' "$said" >"$state.reason"
 }
 
 keep_ollama() { # as long as the API lives
@@ -92,10 +93,7 @@ keep_ollama() { # as long as the API lives
         end_sessions "$state" # runners outlive their server, and hold the GPU's memory
         wait_for_end 1 "$reader"
         restarts=$((restarts + 1))
-        if [[ -e $state.ended && $(<"$state.ended") == "$server" ]]; then
-            say 'the API ended Ollama; starting it again'
-            continue
-        fi
+        [[ $(cat "$state.ended" 2>/dev/null) != "$server" ]] || { say 'the API ended Ollama; starting it again'; continue; }
         ((SECONDS - born < 60)) || pause=0
         deaths=("$SECONDS" "${deaths[@]:0:4}")
         reason="status $status: $(grep -s . "$state.reason" || echo 'no reason given')"
@@ -111,6 +109,7 @@ keep_ollama() { # as long as the API lives
 stop() { # within 10 s, whatever hangs; the exit status stays
     set +e
     trap '' TERM INT HUP
+    end_run
     exec 2>/dev/null 5>&- 6>&- # without what bash tells of processes that were killed
     kill "$api" # first: with its pulls closed, Ollama keeps what it has of their parts
     wait_for_end 1 "$api"
@@ -127,7 +126,8 @@ stop() { # within 10 s, whatever hangs; the exit status stays
 type -P flock setsid setpriv pkill >/dev/null || die 'programs are missing: apt-get install util-linux procps'
 cd "$(dirname "$(realpath "$0")")"
 export HOME=${HOME:-~}
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm-service files=("${@:2}") ollama='' api='' restarts=0 status=0
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm-service files=("${@:2}") ollama='' api='' running='' restarts=0 status=0
+trap end_run EXIT
 { mkdir -p "$cache/run" && [[ -w $cache/run ]]; } 2>/dev/null ||
     die "cannot write to $cache: set XDG_CACHE_HOME to a folder that can be written to"
 need_python
