@@ -1443,7 +1443,8 @@ class Watch:
                 look = look._replace(late=True)
         state.note(look)
         state.asked_at = look.at
-        state.cpu_s = cpu_seconds(state.process)  # without what the asking took
+        with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+            state.cpu_s = cpu_seconds(state.process)  # without what the asking took
 
     def _look_at_machine(self, server: psutil.Process | None) -> None:
         self.cpu_percent = psutil.cpu_percent()

@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 import app
+import ollama_client
 from app import Look, RunnerState, ServerState
 
 STUCK_S = 40
@@ -97,6 +98,16 @@ def test_it_is_busy_while_tokens_come_and_then_idle(runner):
         assert runner.look(slot(decoded=decoded)) == "busy"
     assert runner.look(slot(decoded=60, active=False)) == "idle"
     assert not runner.state.under_way
+
+
+def test_a_runner_that_ends_while_it_is_asked_is_no_bug(monkeypatch):
+    process = psutil.Popen(["true"])
+    process.wait()
+    gone = ollama_client.Runner(process, digest=None, name=None, port="1")
+    monkeypatch.setattr(app.processes, "runners", lambda: [gone])
+    watch = app.Watch()
+    watch.look()
+    assert [each["pid"] for each in watch.runners()] == [process.pid]
 
 
 def test_seconds_count_from_the_change(busy):
