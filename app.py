@@ -418,12 +418,10 @@ def origin_allowed(origin: str) -> bool:
 FLAG_WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def arguments(
-    model: bool, older_than_s: float | None = None, **flags: bool
-) -> types.SimpleNamespace:
-    """Parse the body and the query to ``model`` (checked) and flags with these defaults.
+def arguments(model: bool, **defaults: bool | int) -> types.SimpleNamespace:
+    """Parse the body and the query to ``model`` (checked), and flags and numbers by defaults.
 
-    ``model`` true means that it must be there. ``older_than_s`` is a number with a default.
+    ``model`` true means that it must be there.
     """
     given = {**request.args, **body_object()}
     names = [given[key] for key in ("model", "name") if given.get(key) is not None]
@@ -431,28 +429,24 @@ def arguments(
         raise ServiceError("bad_model_name", '"model" and "name" differ: send one of them.')
     if not names and model:
         raise ServiceError("model_missing", 'Say which model: {"model": "llama3.1:8b"}.')
-    found = types.SimpleNamespace(model=check_name(names[0]) if names else None)
-    for name, default in flags.items():
-        setattr(found, name, read_flag(name, given.get(name), default))
-    if older_than_s is not None:
-        found.older_than_s = read_number("older_than_s", given.get("older_than_s"), older_than_s)
+    found = types.SimpleNamespace(model=check_name(names[0]) if names else None, **defaults)
+    for name, default in defaults.items():
+        read = read_flag if isinstance(default, bool) else read_number
+        if given.get(name) is not None:
+            setattr(found, name, read(name, given[name]))
     return found
 
 
-def read_flag(name: str, value: object, default: bool) -> bool:
+def read_flag(name: str, value: object) -> bool:
     """Return a flag; a form field sends it as a word."""
-    if value is None:
-        return default
     flag = FLAG_WORDS.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(flag, bool):
         raise ServiceError("bad_field", f'"{name}" must be true or false.')
     return flag
 
 
-def read_number(name: str, value: typing.Any, default: float) -> float:
+def read_number(name: str, value: typing.Any) -> float:
     """Return a number from 0; a form field sends it as a word."""
-    if value is None:
-        return default
     with contextlib.suppress(ValueError, TypeError):
         number = float(value) if not isinstance(value, bool) else -1
         if 0 <= number < float("inf"):
@@ -876,9 +870,8 @@ def find_warnings(reading: Json, loaded: list[Json]) -> list[Json]:
     if healer.load and healer.load["state"] == "failed":
         words = f"{healer.load['model']} did not load: {healer.load['error']}"
         warnings.append(("load_failed", words))
-    if reading["state"] == "ok" and not reading["memory_shared"]:
-        running = {runner["model"] for runner in watch.runners()}  # Ollama may list dead ones
-        warnings += gpu_warnings(reading, [m for m in loaded if m["name"] in running])
+    running = {runner["model"] for runner in watch.runners()}  # Ollama may list dead ones
+    warnings += gpu_warnings(reading, [each for each in loaded if each["name"] in running])
     return [{"code": code, "message": message} for code, message in warnings]
 
 
@@ -894,7 +887,9 @@ PARTLY_ADVICE = (
 
 def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
     """Compare where Ollama says that its models lie with what was asked for and measured."""
-    warnings = []
+    warnings: list[tuple[str, str]] = []
+    if reading["state"] != "ok" or reading["memory_shared"]:
+        return warnings
     for model in loaded if GPU_LAYERS != "0" else ():
         size_mb, vram_mb = bytes_of(model, "size") // MB, bytes_of(model, "size_vram") // MB
         if vram_mb < size_mb:
@@ -975,85 +970,99 @@ def highest(reading: Json, figure: str) -> int | None:
     return max(told, default=None)
 
 
-# Name, type, help; then where the figure stands in the answer of /api/stats, and the factor
-# that brings it to the base unit. A list or a map there gives a sample for each entry.
-METRICS: list[tuple[str, str, str, str, float]] = [
-    ("llm_up", "gauge", "1 where the last look found no fault.", "up", 1),
-    ("llm_gpu_state", "gauge", "1 for the state of the GPUs.", "gpu_states state", 1),
-    ("llm_gpu_utilization_ratio", "gauge", "Load of a GPU.", "gpus utilization_percent", 0.01),
-    ("llm_gpu_memory_used_bytes", "gauge", "GPU memory in use.", "gpus memory_used_mb", MB),
-    ("llm_gpu_memory_total_bytes", "gauge", "GPU memory.", "gpus memory_total_mb", MB),
-    ("llm_gpu_temperature_celsius", "gauge", "GPU temperature.", "gpus temperature_c", 1),
-    ("llm_gpu_power_watts", "gauge", "Power that a GPU draws.", "gpus power_w", 1),
-    ("llm_board_power_watts", "gauge", "Power that the board draws.", "gpus board_power_w", 1),
-    ("llm_memory_used_bytes", "gauge", "The machine's memory in use.", "memory used_mb", MB),
-    ("llm_memory_total_bytes", "gauge", "The machine's memory.", "memory total_mb", MB),
-    ("llm_process_memory_bytes", "gauge", "API, Ollama, runners.", "process_memory_mb", MB),
-    ("llm_cpu_utilization_ratio", "gauge", "Load of the CPU.", "cpu_percent", 0.01),
-    ("llm_disk_free_bytes", "gauge", "Free on the models' disk.", "disk free_bytes", 1),
-    ("llm_disk_total_bytes", "gauge", "Size of the models' disk.", "disk total_bytes", 1),
-    ("llm_disk_partial_bytes", "gauge", "Unfinished downloads.", "disk partial_bytes", 1),
-    ("llm_disk_unused_bytes", "gauge", "What a prune would free.", "disk unused_bytes", 1),
-    ("llm_models_loaded", "gauge", "Models in memory.", "models_loaded", 1),
-    ("llm_runner_state", "gauge", "1 for the state of a runner.", "runners state", 1),
-    ("llm_runner_memory_bytes", "gauge", "Memory of a runner.", "runners memory_mb", MB),
-    ("llm_runner_tokens_per_second", "gauge", "Speed.", "runners tokens_per_second", 1),
-    ("llm_runner_tokens_total", "counter", "Tokens decoded.", "runners tokens", 1),
-    ("llm_downloads_running", "gauge", "Downloads under way.", "downloads_running", 1),
-    ("llm_downloads_total", "counter", "Ended downloads.", "downloads_ended outcome", 1),
-    ("llm_clears_total", "counter", "Clears, also of resets and deletes.", "clears", 1),
-    ("llm_resets_total", "counter", "Resets done.", "resets", 1),
-    ("llm_healings_total", "counter", "Healed by the service.", "healings what", 1),
-    ("llm_ollama_restarts_total", "counter", "Restarts of Ollama.", "ollama restarts", 1),
+# Name, help; then the group of rows and the figure in them, which metric_rows gives.
+METRICS = [
+    ("llm_up", "1 where the last look found no fault.", "service up"),
+    ("llm_gpu_state", "1 for the state of the GPUs.", "gpu_state is"),
+    ("llm_gpu_utilization_ratio", "Load of a GPU.", "gpus utilization_percent"),
+    ("llm_gpu_memory_used_bytes", "GPU memory in use.", "gpus memory_used_mb"),
+    ("llm_gpu_memory_total_bytes", "GPU memory.", "gpus memory_total_mb"),
+    ("llm_gpu_temperature_celsius", "GPU temperature.", "gpus temperature_c"),
+    ("llm_gpu_power_watts", "Power that a GPU draws.", "gpus power_w"),
+    ("llm_board_power_watts", "Power that the board draws.", "gpus board_power_w"),
+    ("llm_memory_used_bytes", "The machine's memory in use.", "memory used_mb"),
+    ("llm_memory_total_bytes", "The machine's memory.", "memory total_mb"),
+    ("llm_process_memory_bytes", "API, Ollama, runners.", "service process_memory_mb"),
+    ("llm_cpu_utilization_ratio", "Load of the CPU.", "service cpu_percent"),
+    ("llm_disk_free_bytes", "Free on the models' disk.", "disk free_bytes"),
+    ("llm_disk_total_bytes", "Size of the models' disk.", "disk total_bytes"),
+    ("llm_disk_partial_bytes", "Unfinished downloads.", "disk partial_bytes"),
+    ("llm_disk_unused_bytes", "What a prune would free.", "disk unused_bytes"),
+    ("llm_models_loaded", "Models in memory.", "service models_loaded"),
+    ("llm_runner_state", "1 for the state of a runner.", "runner_state is"),
+    ("llm_runner_memory_bytes", "Memory of a runner.", "runners memory_mb"),
+    ("llm_runner_tokens_per_second", "Speed.", "runners tokens_per_second"),
+    ("llm_runner_tokens_total", "Tokens decoded.", "runners tokens"),
+    ("llm_downloads_running", "Downloads under way.", "service downloads_running"),
+    ("llm_downloads_total", "Ended downloads.", "downloads ended"),
+    ("llm_clears_total", "Clears, also of resets and deletes.", "service clears"),
+    ("llm_resets_total", "Resets done.", "service resets"),
+    ("llm_healings_total", "Healed by the service.", "healings done"),
+    ("llm_ollama_restarts_total", "Restarts of Ollama.", "ollama restarts"),
 ]
+BASE_UNITS = {"mb": MB, "percent": 0.01}  # by the last word of a figure's name
 
 
 def metrics_text() -> str:
     """Return all figures in Prometheus' text format; what nobody knows is left out."""
-    figures = machine_stats()
-    figures |= {
-        "up": watch.up() if figures["gpu"] != "lost" else 0,
-        "gpu_states": {figures["gpu"]: 1},
-        "models_loaded": len(watch.loaded),
-        "downloads_running": downloads.running_count(),
-        "downloads_ended": downloads.counts,
-        "healings": {what: watch.healed[what] for what in ("runners", "ollama")},
-    }
+    rows = metric_rows()
     lines = []
-    for name, kind, about, place, factor in METRICS:
-        known = [sample for sample in metric_samples(figures, place) if sample[1] is not None]
-        if known:
-            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-        for labels, value in known:
-            pairs = ",".join(f'{key}="{label_text(text)}"' for key, text in labels.items())
-            shown = f"{{{pairs}}}" if pairs else ""
-            lines.append(f"{name}{shown} {round(value * factor, 6)}")
+    for name, about, place in METRICS:
+        group, figure = place.split()
+        factor = BASE_UNITS.get(figure.rpartition("_")[2], 1)
+        samples = [
+            f"{name}{labels} {round(row[figure] * factor, 6)}"
+            for labels, row in rows[group]
+            if row.get(figure) is not None
+        ]
+        if samples:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *samples]
     return "\n".join(lines) + "\n"
 
 
-def metric_samples(figures: Json, place: str) -> list[tuple[Json, typing.Any]]:
-    """Return the samples that stand at a place of METRICS, as (labels, value)."""
-    key, _, figure = place.partition(" ")
-    found = figures[key]
-    if key == "gpus":
-        return [({"gpu": gpu["index"]}, gpu[figure]) for gpu in found]
-    if key in ("gpu_states", "downloads_ended", "healings"):
-        return [({figure: name}, count) for name, count in found.items()]
-    if key != "runners":
-        return [({}, (found or {}).get(figure) if figure else found)]
-    samples = []
-    for runner in found:
-        labels = {"model": runner["model"] or "unknown", "pid": runner["pid"]}
-        if figure == "state":
-            samples.append(({**labels, "state": runner["state"]}, 1))
-        else:
-            samples.append((labels, runner[figure]))
-    return samples
+def metric_rows() -> dict[str, list[tuple[str, Json]]]:
+    """Return all figures by their group in METRICS, as rows of (labels, figures)."""
+    stats = machine_stats()
+    service = {
+        **stats,
+        "up": watch.up() if stats["gpu"] != "lost" else 0,
+        "models_loaded": len(watch.loaded),
+        "downloads_running": downloads.running_count(),
+    }
+    runners = [
+        (runner, {"model": runner["model"] or "unknown", "pid": runner["pid"]})
+        for runner in stats["runners"]
+    ]
+    return {
+        "service": [("", service)],
+        "memory": [("", stats["memory"])],
+        "disk": [("", stats["disk"] or {})],
+        "ollama": [("", stats["ollama"])],
+        "gpu_state": [(label_text(state=stats["gpu"]), {"is": 1})],
+        "gpus": [(label_text(gpu=each["index"]), each) for each in stats["gpus"]],
+        "runners": [(label_text(**labels), runner) for runner, labels in runners],
+        "runner_state": [
+            (label_text(**labels, state=runner["state"]), {"is": 1}) for runner, labels in runners
+        ],
+        "downloads": [
+            (label_text(outcome=outcome), {"ended": count})
+            for outcome, count in downloads.counts.items()
+        ],
+        "healings": [
+            (label_text(what=what), {"done": stats["healed"][what]})
+            for what in ("runners", "ollama")
+        ],
+    }
 
 
-def label_text(text: object) -> str:
-    """Escape a label's value."""
-    return str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def label_text(**labels: object) -> str:
+    """Write labels as Prometheus takes them, with their values escaped."""
+    pairs = []
+    for name, value in labels.items():
+        escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        pairs.append(f'{name}="{escaped}"')
+    return f"{{{','.join(pairs)}}}"
 
 
 # ---------------------------------------------------------------------------------------
