@@ -14,6 +14,7 @@ import pytest
 import app
 from helpers.answers import CLEAR, GEMMA, ask, clear, error, health, reset, stats, wait_loaded
 from helpers.causes import Waiting
+from helpers.embedding import add_embedding_model
 from helpers.frozen import frozen
 from helpers.generation import Generation
 from helpers.places import ROOT
@@ -355,6 +356,49 @@ def test_a_runner_without_slots_is_busy_while_it_uses_cpu(make_service, tmp_path
     suspend(runner)
     Faults(service).wait_healed(15, runners=1)
     assert is_gone(runner)
+
+
+EMBEDDER = "embedder:latest"
+TEXT = "some words to embed " * 30
+
+
+def embed(service, count):
+    """Embed so many texts; return the answer."""
+    body = {"model": EMBEDDER, "input": [f"{number} {TEXT}" for number in range(count)]}
+    return service.ollama("POST", "/api/embed", json=body, timeout=120)
+
+
+@pytest.fixture
+def embedder(well):
+    """The runner of an embedding model, which cannot generate."""
+    add_embedding_model(well.models, EMBEDDER)
+    assert reset(well, model=EMBEDDER)["model"] == EMBEDDER
+    wait_loaded(well, EMBEDDER)
+    (runner,) = well.runners()
+    wait_state(well, runner, "idle")
+    return runner
+
+
+def test_embeddings_are_work_and_no_standstill(well, embedder, others):
+    answer, seen = others.submit(embed, well, 60), set()
+    wait_state(well, embedder, "busy")
+    began = time.monotonic()
+    while not answer.done():
+        seen.add(state_of(well, embedder))
+        time.sleep(0.1)
+    print(f"busy for {time.monotonic() - began:.1f} s")
+    assert answer.result().status_code == 200 and len(answer.result().json()["embeddings"]) == 60
+    assert seen <= {"busy", "idle"}
+    wait_state(well, embedder, "idle")
+
+
+def test_an_embedding_that_stands_is_stuck_and_healed(well, embedder, others):
+    with frozen(embedder):
+        answer = others.submit(embed, well, 1)
+        last = Faults(well).wait_healed(STUCK_S + 15, **more(well, runners=1))
+        assert answer.result().status_code >= 400
+    assert last["what"] == EMBEDDER
+    assert embed(well, 1).status_code == 200
 
 
 # What Ollama says of the GPU

@@ -16,9 +16,9 @@ import requests
 import yaml
 
 from helpers.answers import GEMMA
+from helpers.frozen import frozen
 from helpers.places import ROOT
 from helpers.ports import free_port
-from helpers.ptrace import HeldLoop
 from helpers.waiting import call, wait_for
 
 FLEET = Path(ROOT, "tests", "fleet")
@@ -166,7 +166,7 @@ def in_mid_answer(node):
 
 def test_a_frozen_decode_loop(nodes, callers):
     runner = in_mid_answer(nodes[0])
-    with HeldLoop(runner.pid):
+    with frozen(runner):
         since = time.monotonic()
         wait_for(lambda: not runner.is_running(), LONGEST_S, "the runner is ended")
     check(callers, since, "frozen decode loop")

@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 import helpers.waiting
 from helpers.answers import GEMMA, ask, clear, reset
 from helpers.browser import start_browser
-from helpers.held import main_thread_held
+from helpers.frozen import frozen
 from helpers.listener import PULL, pulls, running_pulls
 from helpers.models import config_json
 from helpers.page_stub import H100, PageStub, gpu_stats, model, runner
@@ -361,7 +361,7 @@ def test_a_frozen_runner_shows_as_busy_and_then_as_healed_with_the_mark(browser,
     answer = service.generate(GEMMA)
     wait_for(lambda: re.match(r"busy, [1-9][\d.]* tokens/s", page.state(GEMMA)[0]), 60, "busy")
     assert "work" in page.state(GEMMA)[1]
-    with main_thread_held(service.runners()[0]):
+    with frozen(service.runners()[0]):
         page.wait_text("marks", f"Healed {GEMMA} (stuck: no progress for", 60)
         wait_for(lambda: page.marks("tokens") and page.marks("cpu"), 10, "the mark in the charts")
         page.wait_row("models", GEMMA, "not loaded")
@@ -376,7 +376,7 @@ def test_a_frozen_runner_shows_as_busy_and_then_as_healed_with_the_mark(browser,
 def test_a_frozen_runner_that_nobody_heals_shows_as_stuck_and_what_to_do(browser, freezable):
     page = Page(browser, freezable(LLM_SELF_HEAL="off"))
     answer = page.service.generate(GEMMA)
-    with main_thread_held(page.service.runners()[0]):
+    with frozen(page.service.runners()[0]):
         page.wait_row("models", GEMMA, "stuck since", 60)
         words, classes = page.state(GEMMA)
         assert re.fullmatch(r"stuck since \d\d:\d\d:\d\d", words) and "bad" in classes

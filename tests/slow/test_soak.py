@@ -166,6 +166,14 @@ CALLS = {
     Soak.stop_ollama: 2,
     Soak.kill_ollama: 1,
 }
+FAULTS = (
+    Soak.stop_a_runner,
+    Soak.kill_a_runner,
+    Soak.hold_a_runner,
+    Soak.make_a_ghost,
+    Soak.stop_ollama,
+    Soak.kill_ollama,
+)
 
 
 def held(worker):
@@ -186,9 +194,9 @@ def answers(service, name):
     return service.ollama("POST", "/api/generate", json=body, timeout=40).ok
 
 
-def take_steps(soak):
-    for number in range(1, STEPS + 1):
-        (step,) = soak.random.choices(list(CALLS), CALLS.values())
+def take_steps(soak, steps, count):
+    for number in range(1, count + 1):
+        (step,) = soak.random.choices(list(steps), steps.values())
         step(soak)
         # So that faults and calls meet models that load, answer and unload.
         time.sleep(soak.random.uniform(0, 1))
@@ -207,8 +215,8 @@ def assert_one_of_each_is_left(service):
     assert sum(line.endswith(" serve") for line in running) == 1, running
 
 
-@pytest.mark.timeout(120 + 4 * STEPS)
-def test_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf_variant, registry):
+@pytest.fixture
+def soak(make_service, make_gguf_variant, registry):
     models = {name: make_gguf_variant(n) for n, name in enumerate(MODELS, 1)}
     service = make_service(
         models=models,
@@ -218,7 +226,30 @@ def test_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf
         # More looks and more healings than in half an hour of real life.
         constants={"app.LOOK_S": 0.5, "app.HEALINGS": 1000},
     )
-    soak = Soak(service, registry)
+    return Soak(service, registry)
+
+
+def assert_all_answers(soak):
+    """Assert that the service has become well by itself, and that each model answers."""
+    while soak.generations:
+        soak.leave()
+    soak.service.wait_healthy(60)
+    for name in MODELS:
+        wait_for(lambda name=name: answers(soak.service, name), 60, f"{name} answers")
+    print(stats(soak.service)["healed"])
+
+
+@pytest.mark.timeout(120 + 4 * STEPS)
+def test_faults_are_healed_without_a_clear_or_a_reset(soak):
+    kept = (Soak.health, Soak.stats, Soak.generate, Soak.leave, *FAULTS)
+    take_steps(soak, {step: CALLS[step] for step in kept}, STEPS // 2)
+    assert_all_answers(soak)
+    soak.tracers.close()
+
+
+@pytest.mark.timeout(120 + 4 * STEPS)
+def test_random_faults_and_calls_leave_a_healthy_service(soak):
+    service = soak.service
     soak.pull_and_leave()
     for _ in range(3):
         soak.several_at_once()
@@ -229,14 +260,9 @@ def test_random_faults_and_calls_leave_a_healthy_service(make_service, make_gguf
     wait_default_loaded(service)
     threads, files = held(worker)
 
-    take_steps(soak)
+    take_steps(soak, CALLS, STEPS)
 
-    while soak.generations:
-        soak.leave()
-    service.wait_healthy(60)  # by itself
-    for name in MODELS:
-        wait_for(lambda name=name: answers(service, name), 60, f"{name} answers")
-    print(stats(service)["healed"])
+    assert_all_answers(soak)
     soak.tracers.close()
     soak.call(RESET)
     service.wait_healthy(10)

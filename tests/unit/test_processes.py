@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from helpers.waiting import wait_for
-from ollama_client import Processes, alive, end
+from ollama_client import Processes, alive, dying, end
 
 DIGEST = "c" * 64
 SLEEP = "import time; time.sleep(60)"
@@ -141,6 +141,22 @@ def test_a_zombie_is_dead(server):
     wait_for(lambda: not alive(recorded), 5, "the server's end")
     assert os.path.exists(f"/proc/{server.process.pid}")
     assert processes.server() is None
+
+
+def test_one_whose_main_thread_has_ended_lives_until_its_last_thread_has():
+    """So looks a runner that was killed while a thread of it waits for the GPU's driver."""
+    script = (
+        "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); "
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as started:
+        process = psutil.Process(started.pid)
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 10, "the main thread's end")
+        assert alive(process) and dying(process)
+        end(process)
+        wait_for(lambda: not alive(process), 5, "the end of the last thread")
+        assert dying(process)  # until it is reaped
+    assert not dying(process)
 
 
 def test_signalling_a_process_that_has_ended_does_nothing(server):
