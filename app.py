@@ -82,7 +82,8 @@ def setting(name: str, default: str, pattern: str, takes: str) -> str:
 
 def items(text: str) -> set[str]:
     """Split a list with commas."""
-    return {item.strip().lower().rstrip("/") for item in text.split(",") if item.strip()}
+    found = [item.strip().rstrip("/") for item in text.lower().split(",")]
+    return set(filter(None, found))
 
 
 MODEL = setting(
@@ -259,12 +260,17 @@ def error_answer(
     status: int, code: str, message: str, fields: Json | None = None
 ) -> tuple[Json, int, dict[str, str]]:
     """Make an answer of the one error shape: body, status, headers."""
-    headers = {"Retry-After": "5"} if status in (429, 503) else {}
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = "5"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    word = STATUS_WORDS.get(request.path)
-    first = {"status": word} if word else {}
-    return {**first, **(fields or {}), "error": message, "code": code}, status, headers
+    body: Json = {}
+    if request.path in STATUS_WORDS:
+        body["status"] = STATUS_WORDS[request.path]
+    body |= fields or {}
+    body |= {"error": message, "code": code}
+    return body, status, headers
 
 
 @app.errorhandler(ServiceError)
@@ -280,7 +286,8 @@ def answer_http_error(error):
     headers = {name: value for name, value in error.get_headers() if name == "Allow"}
     if headers:
         message = f"This path takes {headers['Allow']}: send one of these."
-    body, status, more = error_answer(error.code, re.sub(r"\W+", "_", error.name.lower()), message)
+    code = re.sub(r"\W+", "_", error.name.lower())
+    body, status, more = error_answer(error.code, code, message)
     return body, status, {**headers, **more}
 
 
@@ -342,9 +349,11 @@ def answer_preflight():
 @app.before_request
 def check_token():
     """Refuse a call without the token, where one is set."""
-    if not TOKEN or (request.method in ("GET", "HEAD") and is_open(request.path)):
+    reads = request.method in ("GET", "HEAD")
+    if not TOKEN or (reads and is_open(request.path)):
         return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    sent = request.headers.get("Authorization", "")
+    scheme, _, given = sent.partition(" ")
     right = hmac.compare_digest(given.encode(), TOKEN.encode())
     if scheme.lower() != "bearer" or not right:
         words = "Send the token: Authorization: Bearer <LLM_API_TOKEN>."
@@ -423,13 +432,16 @@ def arguments(model: bool, **defaults: bool | int) -> types.SimpleNamespace:
 
     ``model`` true means that it must be there.
     """
-    given = {**request.args, **body_object()}
-    names = [given[key] for key in ("model", "name") if given.get(key) is not None]
-    if len(names) == 2 and names[0] != names[1]:
+    given: Json = {**request.args, **body_object()}
+    name, other = given.get("model"), given.get("name")
+    if None not in (name, other) and name != other:
         raise ServiceError("bad_model_name", '"model" and "name" differ: send one of them.')
-    if not names and model:
+    name = other if name is None else name
+    if model and name is None:
         raise ServiceError("model_missing", 'Say which model: {"model": "llama3.1:8b"}.')
-    found = types.SimpleNamespace(model=check_name(names[0]) if names else None, **defaults)
+    found = types.SimpleNamespace(model=None, **defaults)
+    if name is not None:
+        found.model = check_name(name)
     for name, default in defaults.items():
         read = read_flag if isinstance(default, bool) else read_number
         if given.get(name) is not None:
@@ -439,17 +451,18 @@ def arguments(model: bool, **defaults: bool | int) -> types.SimpleNamespace:
 
 def read_flag(name: str, value: object) -> bool:
     """Return a flag; a form field sends it as a word."""
-    flag = FLAG_WORDS.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(flag, bool):
+    if isinstance(value, str):
+        value = FLAG_WORDS.get(value.lower())
+    if not isinstance(value, bool):
         raise ServiceError("bad_field", f'"{name}" must be true or false.')
-    return flag
+    return value
 
 
 def read_number(name: str, value: typing.Any) -> float:
     """Return a number from 0; a form field sends it as a word."""
     with contextlib.suppress(ValueError, TypeError):
-        number = float(value) if not isinstance(value, bool) else -1
-        if 0 <= number < float("inf"):
+        number = float(value)
+        if 0 <= number < float("inf") and not isinstance(value, bool):
             return number
     raise ServiceError("bad_field", f'"{name}" must be a number from 0.')
 
@@ -644,7 +657,8 @@ def list_models() -> str:
     for model in tags(LIST_S):
         match = by_name.get(model["name"]) or by_digest.get(model.get("digest"))
         listed.append(model_entry(model, match or {}))
-    return json.dumps({"models": listed, "count": len(listed)}, separators=(",", ":")) + "\n"
+    answer = {"models": listed, "count": len(listed)}
+    return json.dumps(answer, separators=(",", ":")) + "\n"
 
 
 listing = SharedRun(lambda outcome, _key, came: outcome.began >= came)
@@ -668,8 +682,13 @@ def model_entry(model: Json, loaded: Json) -> Json:
 
 def loaded_entry(model: Json) -> Json:
     """Describe a model in memory by its line of ``/api/ps``."""
-    kept = {key: model.get(key) for key in ("name", "size", "size_vram", "context_length")}
-    return {**kept, "expires_at": utc(model.get("expires_at"))}
+    return {
+        "name": model["name"],
+        "size": model.get("size"),
+        "size_vram": model.get("size_vram"),
+        "context_length": model.get("context_length"),
+        "expires_at": utc(model.get("expires_at")),
+    }
 
 
 def utc(moment: typing.Any) -> str | None:
@@ -750,9 +769,10 @@ def delete_model(model: str, force: bool) -> int:
             f'{model} is in the middle of an answer: try again, or send "force": true.',
         )
     digests = store.models().get(name_key(model), [])
-    before = store.sizes(digests)
+    before = store.sizes(digests).values()
     ollama.delete(model)
-    return sum(before.values()) - sum(store.sizes(digests).values())
+    after = store.sizes(digests).values()
+    return sum(before) - sum(after)
 
 
 def must_exist(model: str | None) -> None:
@@ -891,7 +911,8 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
     if reading["state"] != "ok" or reading["memory_shared"]:
         return warnings
     for model in loaded if GPU_LAYERS != "0" else ():
-        size_mb, vram_mb = bytes_of(model, "size") // MB, bytes_of(model, "size_vram") // MB
+        size_mb = bytes_of(model, "size") // MB
+        vram_mb = bytes_of(model, "size_vram") // MB
         if vram_mb < size_mb:
             words = (
                 f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory, "
@@ -923,7 +944,10 @@ def bytes_of(model: Json, key: str) -> int:
 
 def machine_stats() -> Json:
     """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
-    reading, memory, server = gpu.sample(), psutil.virtual_memory(), processes.server()
+    reading = gpu.sample()
+    memory = psutil.virtual_memory()
+    server = processes.server()
+    age_s = time.time() - server.create_time() if server else None
     return {
         **gpu_strings(reading),
         "process_memory_mb": watch.process_memory_mb,
@@ -943,7 +967,7 @@ def machine_stats() -> Json:
         "looked_at": timestamp(watch.looked_at),
         "ollama": {
             "pid": server.pid if server else None,
-            "uptime_seconds": round(time.time() - server.create_time()) if server else None,
+            "uptime_seconds": None if age_s is None else round(age_s),
             "restarts": processes.restarts(),
         },
         "healed": watch.healed,
@@ -966,8 +990,8 @@ def gpu_strings(reading: Json) -> Json:
 
 def highest(reading: Json, figure: str) -> int | None:
     """Return the highest of a figure over all GPUs that tell it."""
-    told = [each[figure] for each in reading["gpus"] if each[figure] is not None]
-    return max(told, default=None)
+    figures = [each[figure] for each in reading["gpus"]]
+    return max((each for each in figures if each is not None), default=None)
 
 
 # Name, help; then the group of rows and the figure in them, which metric_rows gives.
