@@ -18,6 +18,7 @@ from helpers.answers import (
 )
 from helpers.causes import Waiting, hung_runner, ollama_dead
 from helpers.generation import Generation
+from helpers.models import manifest_path
 from helpers.processes import is_gone, suspend
 from helpers.raw import dial
 from helpers.waiting import wait_for
@@ -84,6 +85,21 @@ def test_a_runner_that_ends_its_answer_in_time_is_not_killed(idle):
             break
     assert (report["killed"], report["unloaded_models"], report["verified"]) == ([], [GEMMA], True)
     assert busy.wait(2).error is None
+
+
+def test_a_model_deleted_in_the_middle_of_its_clear_is_no_bug(idle, gguf, others):
+    idle.add_model("going:latest", gguf)
+    busy = idle.generate(GEMMA)
+    first = others.submit(clear, idle, force=False)  # which waits for the busy one
+    wait_for(lambda: not first.done(), 5, "the first clear")
+    time.sleep(0.3)
+    second = others.submit(idle.post, CLEAR, json={"model": "going"})  # waits for its turn
+    time.sleep(0.3)
+    assert not first.done()
+    manifest_path(idle.models, "going:latest").unlink()
+    assert second.result().status_code == 200
+    assert first.result()["left"] == [GEMMA]
+    busy.close()
 
 
 def test_an_idle_model_goes_without_a_kill(idle):

@@ -1,5 +1,6 @@
 """An Ollama that speaks nonsense: every answer of the service is the contract's all the same."""
 
+import json
 import re
 
 import psutil
@@ -81,6 +82,9 @@ def test_a_pull_that_ollama_answers_with_nonsense_ends_with_a_clear_error(confus
     answer = confused.post(PULL, json={"model": name, "stream": False}, timeout=20)
     assert answer.status_code in (502, 503)
     assert answer.json()["code"] in ("bad_answer", "pull_interrupted", "ollama_unreachable")
-    # Two, where the first ended before its caller had joined it.
+    streamed = confused.post(PULL, json={"model": name}, timeout=20)
+    lines = [json.loads(line) for line in streamed.iter_lines()]
+    assert "code" in lines[-1] and "success" not in str(lines)
+    # Two or more, where the first ended before its caller had joined it.
     states = [pull["state"] for pull in pulls(confused) if pull["model"] == name]
     assert set(states) == {"error"}

@@ -96,6 +96,18 @@ def test_a_recorded_server_and_its_runner_are_found(server):
     assert {each.pid for each in processes.all()} == {pid, runner.process.pid}
 
 
+def test_a_runner_stays_the_same_whatever_its_state_and_its_parent(server):
+    (before,) = server.processes.runners()
+    before.process.suspend()
+    wait_for(lambda: before.process.status() == psutil.STATUS_STOPPED, 5, "it is stopped")
+    assert server.processes.runners() == [before]
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: before.process.ppid() != server.process.pid, 5, "it has another parent")
+    (after,) = server.processes.runners()
+    assert after == before and hash(after) == hash(before)
+
+
 @pytest.mark.parametrize("offset", [1, -1])
 def test_a_number_with_another_start_time_is_void(server, offset):
     void = server.record(offset)

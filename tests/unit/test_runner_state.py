@@ -110,6 +110,19 @@ def test_a_runner_that_ends_while_it_is_asked_is_no_bug(monkeypatch):
     assert [each["pid"] for each in watch.runners()] == [process.pid]
 
 
+def test_the_machines_cpu_is_told_however_many_runners_came_and_went(monkeypatch):
+    watch = app.Watch()
+    for _ in range(70):
+        process = psutil.Popen(["sleep", "60"])
+        one = ollama_client.Runner(process, digest=None, name=None, port="1")
+        monkeypatch.setattr(app.processes, "runners", lambda one=one: [one])
+        watch.look()
+        process.kill()
+        process.wait()
+    assert isinstance(watch.cpu_percent, float)
+    assert [each["pid"] for each in watch.runners()] == [process.pid]
+
+
 def test_seconds_count_from_the_change(busy):
     assert seconds(busy) == 0
     busy.look(slot(decoded=6))
