@@ -11,6 +11,8 @@ idle                    in faults/: the file's service with gemma:latest, well a
 trio                    a service of three models that can be loaded at once
 others                  a pool of threads for calls at the same time
 nvml                    a stand-in for NVIDIA's library
+small_disk              a file system of 64 MB
+on_small_disk           a service whose models lie there, with a reserve of 8 MB
 """
 
 import concurrent.futures
@@ -19,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 
 import pytest
@@ -183,3 +186,21 @@ def make_nvml(tmp_path):
 @pytest.fixture
 def nvml(make_nvml):
     return make_nvml()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system: mounting a tmpfs takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def on_small_disk(make_service, small_disk):
+    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
+    return make_service(OLLAMA_MODELS=small_disk, constants=constants)

@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -569,27 +568,13 @@ def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp
 # A small disk
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no small file system: mounting a tmpfs takes root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_disk_that_fills_while_it_verifies(make_service, small_disk, registry):
-    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
-    service = make_service(OLLAMA_MODELS=small_disk, constants=constants)
+def test_a_disk_that_fills_while_it_verifies(on_small_disk, small_disk, registry):
     name = registry.add_random("ns/repaired:latest", 30, shares=(0.9, 0.1))
-    pull(service, name)
+    pull(on_small_disk, name)
     path = blob_path(small_disk, registry.layers(name)[0]["digest"])
     flip(path)
     registry.rate = 5e6
-    listener = Listener(service, name, verify=True)
+    listener = Listener(on_small_disk, name, verify=True)
     listener.until(lambda line: line["status"].startswith("removed"), "the damage")
     listener.until(lambda line: line.get("completed", 0) > 3e6, "the download")
     other = small_disk / "other"
@@ -600,19 +585,15 @@ def test_a_disk_that_fills_while_it_verifies(make_service, small_disk, registry)
     assert shutil.disk_usage(small_disk).free > 0
     other.unlink()
     registry.rate = None
-    pull(service, name)
+    pull(on_small_disk, name)
     assert file_digest_now(path) == registry.layers(name)[0]["digest"]
 
 
-def test_a_disk_that_fills_while_it_updates_leaves_the_old_version(
-    make_service, small_disk, registry
-):
-    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
-    service = make_service(OLLAMA_MODELS=small_disk, constants=constants)
+def test_a_disk_that_fills_while_it_updates_leaves_the_old_version(on_small_disk, registry):
     name = registry.add_random("ns/full:latest", 36)
-    pull(service, name)
+    pull(on_small_disk, name)
     old = blobs_of(registry, name)
     registry.add_random("ns/full:latest", 36, seed="new")
-    assert Listener(service, name).end()["code"] == "disk_full"
-    assert old <= blobs(service)
-    assert pull_of(service, name)["state"] == "error"
+    assert Listener(on_small_disk, name).end()["code"] == "disk_full"
+    assert old <= blobs(on_small_disk)
+    assert pull_of(on_small_disk, name)["state"] == "error"

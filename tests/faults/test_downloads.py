@@ -198,24 +198,6 @@ def test_one_download_too_many_is_refused(make_service, registry):
     assert Listener(service, names[2]).status == 200
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no small file system: mounting a tmpfs takes root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-@pytest.fixture
-def on_small_disk(make_service, small_disk):
-    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
-    return make_service(OLLAMA_MODELS=small_disk, constants=constants)
-
-
 def test_what_does_not_fit_is_refused_before_a_byte_is_written(on_small_disk, registry, small_disk):
     name = registry.add_random("ns/toobig:latest", 100)
     registry.rate = 20e6
