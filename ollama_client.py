@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import queue
@@ -55,7 +56,6 @@ ANSWER_LIMIT_BYTES = 1 << 25
 LINE_LIMIT_BYTES = 1 << 18
 LAYERS_LIMIT = 1000
 ENDED_KEPT = 20
-ENDED_KEPT_S = 3600
 
 log = logging.getLogger("llm-service")
 
@@ -284,14 +284,14 @@ class Ollama:
         self._request("DELETE", "/api/delete", {"model": model}, timeout_s).close()
 
     def pull(self, model: str, insecure: bool = False) -> "Stream":
-        """Start or join a pull; return its progress."""
+        """Return the progress of a pull, which begins, or is joined, with the first line."""
         body = {"model": model, "insecure": insecure, "stream": True}
-        return Stream(self._request("POST", "/api/pull", body, PULL_SILENCE_S))
+        return Stream(lambda: self._request("POST", "/api/pull", body, PULL_SILENCE_S))
 
     def runner_health(self, port: str | None, timeout_s: float) -> str:
         """Ask a runner's own port: "ok", "loading" (or nothing listens yet) or "silent"."""
         try:
-            self._ask_runner(port, "/health", timeout_s).close()
+            self._request("GET", runner_url(port, "health"), None, timeout_s).close()
         except ServiceError as e:
             states = {"ollama_timeout": "silent", "ollama_unreachable": "loading"}
             starting = "loading" if "loading" in str(e).lower() else "ok"
@@ -303,23 +303,13 @@ class Ollama:
 
         Raises ServiceError ``ollama_timeout`` where it does not answer.
         """
-        deadline = time.monotonic() + timeout_s
         try:
-            with self._ask_runner(port, "/slots", timeout_s) as response:
-                slots = json.loads(_read(response, deadline))
+            slots = self._json("GET", runner_url(port, "slots"), None, timeout_s, list)
         except ServiceError as e:
             if e.code == "ollama_timeout":
                 raise
             return None
-        except ValueError:
-            return None
-        listed = isinstance(slots, list) and all(isinstance(slot, dict) for slot in slots)
-        return slots if listed else None
-
-    def _ask_runner(self, port: str | None, path: str, timeout_s: float) -> requests.Response:
-        """Ask on a connection of its own: one that is kept costs the runner CPU and a thread."""
-        url, close = f"http://127.0.0.1:{port}{path}", {"Connection": "close"}
-        return self._request("GET", url, None, timeout_s, close)
+        return slots if all(isinstance(slot, dict) for slot in slots) else None
 
     def _models(self, path: str, timeout_s: float) -> list[Json]:
         models = self._json("GET", path, timeout_s=timeout_s).get("models")
@@ -328,33 +318,37 @@ class Ollama:
         return models
 
     def _json(
-        self, method: str, path: str, body: Json | None = None, timeout_s: float = ANSWER_S
-    ) -> Json:
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        timeout_s: float = ANSWER_S,
+        kind: type = dict,
+    ) -> typing.Any:
         deadline = time.monotonic() + timeout_s
         with self._request(method, path, body, timeout_s) as response:
             try:
                 answer = json.loads(_read(response, deadline))
             except (ValueError, RecursionError):
                 answer = None
-        if not isinstance(answer, dict):
+        if not isinstance(answer, kind):
             raise ServiceError(
                 "bad_answer",
-                f"The answer to {path} is no JSON object: is {self.url} an Ollama?",
+                f"The answer to {path} makes no sense: is {self.url} an Ollama?",
             )
         return answer
 
     def _request(
-        self,
-        method: str,
-        path: str,
-        body: Json | None,
-        timeout_s: float,
-        headers: dict[str, str] | None = None,
+        self, method: str, path: str, body: Json | None, timeout_s: float
     ) -> requests.Response:
+        """Send a request to a path of Ollama's, or to the whole URL of a runner."""
+        url = urllib.parse.urljoin(self.url, path)
+        # A connection that is kept costs a runner CPU and a thread.
+        headers = {} if url.startswith(self.url) else {"Connection": "close"}
         try:
             response = self._session.request(
                 method,
-                urllib.parse.urljoin(self.url, path),
+                url,
                 json=body,
                 headers=headers,
                 timeout=(min(CONNECT_S, timeout_s), timeout_s),
@@ -376,6 +370,10 @@ class Ollama:
             with response:
                 raise _refusal(response)
         return response
+
+
+def runner_url(port: str | None, path: str) -> str:
+    return f"http://127.0.0.1:{port}/{path}"
 
 
 def _is_model(model: object) -> bool:
@@ -427,17 +425,22 @@ def _refusal(response: requests.Response) -> ServiceError:
 class Stream:
     """The progress lines of one pull, as dicts. ``close`` may come from another thread.
 
-    Raises the error that a line carries, ``pull_interrupted`` where the connection breaks,
-    ``bad_answer`` for what is no progress line.
+    Raises the error that Ollama answers or a line carries, ``pull_interrupted`` where the
+    connection breaks, ``bad_answer`` for what is no progress line.
     """
 
-    def __init__(self, response: requests.Response):
-        self._response = response
+    def __init__(self, request: typing.Callable[[], requests.Response]):
+        self._request = request
+        self._response: requests.Response | None = None
+        self._closed = False
 
     def __iter__(self) -> typing.Iterator[Json]:
+        response = self._response = self._request()
+        if self._closed:  # while it was asked for
+            self.close()
         rest = b""
         try:
-            for chunk in self._response.iter_content(1 << 16):
+            for chunk in response.iter_content(1 << 16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > LINE_LIMIT_BYTES:
                     raise ServiceError("bad_answer", "Ollama sent a line without an end.")
@@ -450,29 +453,30 @@ class Stream:
                 "The connection to Ollama broke: pull again, it goes on from here.",
             ) from e
         finally:
-            self._response.close()
+            response.close()
 
     def close(self) -> None:
-        """End the connection, by which Ollama stops the pull."""
+        """End the connection, also one that is not open yet: so Ollama stops the pull."""
+        self._closed = True
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended by itself
-            self._response.raw.shutdown()
+            if self._response:
+                self._response.raw.shutdown()
 
 
 def _progress(line: bytes) -> Json:
     try:
         progress = json.loads(line)
-        error = progress.get("error")
-        sizes = [progress.get("total", 0), progress.get("completed", 0)]
-        words = [progress.get("status") if error is None else "", progress.get("digest", "")]
-        proper = all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)
-        proper = proper and all(isinstance(word, str) for word in words)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        error, proper = None, False
-    if error is not None:
-        raise failure(error)
-    if not proper:
-        raise ServiceError("bad_answer", "Ollama sent something that is no progress line.")
-    return progress
+    except (ValueError, RecursionError):
+        progress = None
+    if isinstance(progress, dict):
+        if progress.get("error") is not None:
+            raise failure(progress["error"])
+        words = progress.get("status"), progress.get("digest", "")
+        sizes = progress.get("total", 0), progress.get("completed", 0)
+        proper = all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+        if proper and all(isinstance(word, str) for word in words):
+            return progress
+    raise ServiceError("bad_answer", "Ollama sent something that is no progress line.")
 
 
 # ---------------------------------------------------------------------------------------
@@ -491,31 +495,33 @@ class Store:
 
     def models(self) -> dict[str, list[str]]:
         """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
-        root, found = self.path / "manifests", {}
-        # Not pathlib's glob: it fails where Ollama removes a folder meanwhile.
-        for file in glob.iglob("*/*/*/*", root_dir=root):
+        found = {}
+        for file in self._files("manifests/*/*/*/*"):
             try:
-                manifest = json.loads((root / file).read_bytes())
-                layers = [*manifest["layers"], manifest.get("config") or {"digest": ""}]
-                layers = [layer for layer in layers if layer["digest"]]
-                layers.sort(key=lambda layer: not layer["mediaType"].endswith(".model"))
-                digests = [digest_of(layer["digest"]) for layer in layers]
+                manifest = json.loads(file.read_bytes())
+                layers = [*manifest["layers"], manifest.get("config") or {}]
+                layers.sort(key=lambda layer: not layer.get("mediaType", "").endswith(".model"))
+                digests = [digest_of(layer["digest"]) for layer in layers if layer.get("digest")]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
-            place, _, tag = file.rpartition("/")
             if digests:
-                found[name_key(f"{place}:{tag}")] = digests
+                *place, tag = file.parts[-4:]
+                found[name_key(f"{'/'.join(place)}:{tag}")] = digests
         return found
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
+        found = []
         try:
-            found = tuple(sorted(_entries(str(self.path / "manifests"), 4)))
+            for folder, _, files in os.walk(self.path / "manifests", followlinks=True):
+                for path in (folder, *(os.path.join(folder, file) for file in files)):
+                    about = os.stat(path)
+                    found.append((path, about.st_mtime_ns, about.st_size))
         except OSError:
             return None
-        latest = max(changed_ns for _, changed_ns, _ in found)
+        latest_ns = max((changed_ns for _, changed_ns, _ in found), default=math.inf)
         # A file that changes twice within one tick of the clock would look the same.
-        return found if time.time() - latest / 1e9 > 1 else None
+        return tuple(sorted(found)) if time.time() - latest_ns / 1e9 > 1 else None
 
     def blob(self, digest: str) -> pathlib.Path:
         """Return the path of the blob with this digest (hex)."""
@@ -535,10 +541,6 @@ class Store:
             return (self.path / "blobs").stat().st_mtime_ns
         except OSError:
             return 0
-
-    def settled(self) -> bool:
-        """Tell whether no blob or part was added or removed for a moment."""
-        return abs(time.time() - self.changed_ns() / 1e9) > SETTLED_S
 
     def free_bytes(self) -> int | None:
         """Return the free bytes of the models' disk; None if there is no store."""
@@ -568,15 +570,16 @@ class Store:
 
     def writable(self) -> bool:
         """Tell whether the service's user may write wherever a pull or a delete does."""
-        names = glob.iglob("manifests/**", root_dir=self.path, recursive=True)
-        paths = [self.path, self.path / "blobs", *map(self.path.joinpath, names)]
-        paths += self.parts("*")
-        mine = [path for path in paths if os.access(path, os.W_OK, effective_ids=True)]
-        return not any(map(os.path.exists, set(paths).difference(mine)))
+        for pattern in (".", "blobs", "manifests/**", "blobs/*-partial*"):
+            for path in self._files(pattern):
+                allowed = os.access(path, os.W_OK, effective_ids=True)
+                if not allowed and path.exists():
+                    return False
+        return True
 
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
-        return list((self.path / "blobs").glob(f"sha256-{digest}-partial*"))
+        return list(self._files(f"blobs/sha256-{digest}-partial*"))
 
     def prune(
         self,
@@ -635,7 +638,7 @@ class Store:
 
     def drop_page_cache(self) -> None:
         """Give the page cache of the blobs back: shared memory counts it as the GPU's."""
-        for file in (self.path / "blobs").glob("sha256-*"):
+        for file in self._files("blobs/sha256-*"):
             with contextlib.suppress(OSError), file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -651,23 +654,15 @@ class Store:
 
     def _unused(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
         """Return (path, bytes) of what a prune may remove; no bytes where a link stays."""
-        old = self._old_files(older_than_s)
+        old, now = [], time.time()
+        for path in self._files("blobs/sha256-*"):
+            with contextlib.suppress(FileNotFoundError):
+                about = path.lstat()
+                ours = stat.S_ISREG(about.st_mode) and _BLOB_FILE.fullmatch(path.name)
+                if ours and now - about.st_mtime >= older_than_s:
+                    old.append((path, about.st_blocks * 512 if about.st_nlink == 1 else 0))
         named = self._named()  # after the blobs: a model's manifest is written last
         return [(path, size) for path, size in old if _digest_of(path.name) not in named]
-
-    def _old_files(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
-        found = []
-        try:
-            entries = list(os.scandir(self.path / "blobs"))
-        except FileNotFoundError:
-            return []
-        for entry in filter(lambda entry: _BLOB_FILE.fullmatch(entry.name), entries):
-            with contextlib.suppress(FileNotFoundError):
-                about = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= older_than_s:
-                    size = about.st_blocks * 512 if about.st_nlink == 1 else 0
-                    found.append((pathlib.Path(entry.path), size))
-        return found
 
     def _named(self) -> set[str]:
         """Return every digest that any manifest file names, whatever its place and form."""
@@ -685,6 +680,10 @@ class Store:
                 f"that model, then try again ({clean(file)}: {clean(e)}).",
             ) from e
         return found
+
+    def _files(self, pattern: str) -> typing.Iterator[pathlib.Path]:
+        """Yield what fits; pathlib's own fails where Ollama removes a folder meanwhile."""
+        return map(self.path.joinpath, glob.iglob(pattern, root_dir=self.path, recursive=True))
 
 
 def _files_below(folder: pathlib.Path) -> typing.Iterator[pathlib.Path]:
@@ -706,18 +705,6 @@ def digest_of(text: str) -> str:
     if not match:
         raise ValueError("not a digest")
     return match[1].lower()
-
-
-def _entries(folder: str, depth: int) -> typing.Iterator[tuple[str, int, int]]:
-    """Yield (path, changed_ns, size) of a folder and of all in it. It is on the hot path."""
-    yield folder, os.stat(folder).st_mtime_ns, 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if depth > 1 and entry.is_dir():
-                yield from _entries(entry.path, depth - 1)
-            elif depth == 1:
-                about = entry.stat()
-                yield entry.path, about.st_mtime_ns, about.st_size
 
 
 def _size(file: pathlib.Path) -> int:
@@ -931,8 +918,8 @@ class Progress:
     def __init__(self, now: float):
         self.layers: dict[str, list[int]] = {}  # digest: [completed, total], as Ollama shows them
         self.moved_at = now  # when the last byte came, or the last change of status
+        self.part = (0, 100)  # what goes on now is from here to there of the whole work, in %
         self._percent = 0.0
-        self._from, self._to = 0.0, 100.0  # the part of the whole work that goes on now
         self._received = 0
         self._speed: collections.deque[tuple[float, int]] = collections.deque()
 
@@ -960,10 +947,6 @@ class Progress:
         while now - self._speed[0][0] > SPEED_WINDOW_S:
             self._speed.popleft()
 
-    def begin_part(self, start: float, end: float) -> None:
-        """Let what comes now count from ``start`` to ``end`` percent of the whole."""
-        self._from, self._to = start, end
-
     def set_layers(self, sizes: dict[str, int], completed: bool) -> None:
         """Replace the layers by a model's files: to check them, or at the end."""
         self.layers = {
@@ -983,7 +966,8 @@ class Progress:
         completed, missing = self.completed_bytes(), self.missing_bytes()
         total = completed + missing
         if total:
-            percent = self._from + (self._to - self._from) * completed / total
+            start, end = self.part
+            percent = start + (end - start) * completed / total
             self._percent = max(self._percent, min(99.9, int(percent * 10) / 10))
         speed = 0
         if self._speed and not ended:
@@ -1010,43 +994,6 @@ class Progress:
 # ---------------------------------------------------------------------------------------
 
 
-class Reader(threading.Thread):
-    """Puts the progress lines of one connection into ``lines``; at its end a ServiceError.
-
-    Reading may block: ``requests`` fixes the timeout when the request is sent, and Ollama is
-    silent while it verifies.
-    """
-
-    def __init__(self, ollama: Ollama, model: str, insecure: bool):
-        super().__init__(name=f"read {model}", daemon=True)
-        self.lines: queue.SimpleQueue[Json | ServiceError] = queue.SimpleQueue()
-        self._pull = (ollama, model, insecure)
-        self._stream: Stream | None = None
-        self._closed = False
-        self.start()
-
-    def run(self) -> None:
-        ollama, model, insecure = self._pull
-        try:
-            self._stream = ollama.pull(model, insecure)
-            if self._closed:
-                self._stream.close()
-            for line in self._stream:
-                self.lines.put(line)
-            raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
-        except ServiceError as e:
-            self.lines.put(e)
-        except Exception as e:
-            log.exception("pull %s: a bug", model)
-            self.lines.put(ServiceError("bug", f"The download broke on a bug: {clean(e)}."))
-
-    def close(self) -> None:
-        """End the connection, also one that is not open yet."""
-        self._closed = True
-        if self._stream:
-            self._stream.close()
-
-
 class Download:
     """One pull of one model, owned by the service; any number of listeners attach to it.
 
@@ -1059,33 +1006,33 @@ class Download:
         self.state = "running"
         self.error: ServiceError | None = None
         self.ended_at: float | None = None
-        self.first_news = threading.Event()  # a layer was seen, or it has ended
-        self.ended = threading.Event()
         self._tools, self._insecure = tools, insecure
-        self._progress = Progress(time.monotonic())
         self._started_at = time.time()
+        self._progress = Progress(time.monotonic())
+        self._stream: Stream | None = None
+        self._changed = threading.Condition()  # guards all below, and the progress
         self._listeners, self._detached = 0, False
-        self._changed = threading.Condition()
+        self._joinable = True
+        self._stop: ServiceError | None = None
+        self._had_news = False  # more than the manifest was seen
         self._line: Json = {"status": "starting"}
         self._said: collections.deque[Json] = collections.deque(maxlen=64)
         self._said_count = 0
-        self._reader: Reader | None = None
-        self._stop: ServiceError | None = None
-        self._ends_unchecked = False  # so it is too late to join with verify
-        threading.Thread(target=self._run, name=f"pull {model}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"pull {model}", daemon=True)
+        self._thread.start()
 
-    def join(self, detach: bool, verify: bool) -> typing.Iterable[Json] | None:
+    def join(self, detach: bool, verify: bool) -> typing.Iterator[Json] | None:
         """Attach a listener and return its lines; None if the download is about to end.
 
-        Detached, there are no lines, and the download goes on without listeners.
+        Detached, it goes on without listeners, and nobody reads the lines.
         """
         with self._changed:
-            if self._stop or self.state != "running" or (verify and self._ends_unchecked):
+            if not self._joinable:
                 return None
-            self.verify = self.verify or verify
-            self._detached = self._detached or detach
+            self.verify |= verify
+            self._detached |= detach
             self._listeners += not detach
-            return () if detach else self._lines(self._said_count)
+            return self._lines(self._said_count)
 
     def leave(self) -> None:
         """Take a listener away; with the last one the download stops."""
@@ -1096,15 +1043,27 @@ class Download:
                 self.stop(ServiceError("cancelled", words))
 
     def stop(self, error: ServiceError) -> None:
-        """End the download with this error; ``ended`` tells when it has."""
+        """End the download with this error."""
         with self._changed:
+            self._joinable = False
             self._stop = self._stop or error
             self._changed.notify_all()
 
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until a layer was seen; raise the error of a download that ended before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._had_news or self.ended_at, timeout_s)
+            if self.error and not self._had_news:
+                raise self.error
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for the end."""
+        self._thread.join(timeout_s)
+
     def reconnect(self) -> None:
         """Break the connection to Ollama; the download makes a new one."""
-        if self._reader:
-            self._reader.close()
+        if self._stream:
+            self._stream.close()
 
     def digests(self) -> set[str]:
         """Return the digests (hex) of the layers seen so far."""
@@ -1137,40 +1096,34 @@ class Download:
     # The listeners' side
 
     def _lines(self, seen: int) -> typing.Iterator[Json]:
-        """Yield what is said, the figures between, and the last line."""
-        shown, shown_at, at_once = None, 0.0, seen > 0
-        while True:
-            lines, line, ended = self._wait_for_news(seen, 0 if at_once else PROGRESS_S)
-            seen += len(lines)
-            late = line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S
-            if late and not lines and not ended:
-                lines = [{**line, **self._figures()}]
-            if lines:
-                yield from lines
-                shown, shown_at = line, time.monotonic()
-            if ended:
-                yield self.last_line()
-                return
-            at_once = False
+        """Yield every change of status at once, the figures between, and the last line."""
+        shown, shown_at, ended = None, 0.0, False
+        while not ended:
+            with self._changed:
+                if self._said_count == seen and self.state == "running":
+                    self._changed.wait(PROGRESS_S)
+                lines = (
+                    list(self._said)[seen - self._said_count :] if self._said_count > seen else []
+                )
+                seen, ended = self._said_count, self.state != "running"
+                due = self._line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S
+                if due and not lines and not ended:
+                    lines = [{**self._line, **self._figures()}]
+                if lines:
+                    shown, shown_at = self._line, time.monotonic()
+            yield from lines
+        yield self.last_line()
 
-    def _wait_for_news(self, seen: int, timeout_s: float) -> tuple[list[Json], Json, bool]:
-        """Return the lines that were said since, the newest line, and whether it has ended."""
+    def _show(self, line: Json) -> None:
+        """Let the listeners see a line, at once where its status is new."""
         with self._changed:
-            self._changed.wait_for(lambda: self._has_news(seen), timeout_s)
-            new = self._said_count - seen
-            return list(self._said)[-new:] if new else [], self._line, self.state != "running"
-
-    def _has_news(self, seen: int) -> bool:
-        return self._said_count > seen or self.state != "running"
-
-    def _say(self, line: Json) -> None:
-        """Show a change of status to every listener at once."""
-        with self._changed:
+            is_new = line["status"] != self._line["status"]
             self._line = line
-            self._progress.moved_at = time.monotonic()
-            self._said.append({**line, **self._figures()})
-            self._said_count += 1
-            self._changed.notify_all()
+            if is_new:
+                self._progress.moved_at = time.monotonic()
+                self._said.append({**line, **self._figures()})
+                self._said_count += 1
+                self._changed.notify_all()
 
     def _figures(self) -> Json:
         ended, succeeded = self.state != "running", self.state == "success"
@@ -1185,117 +1138,107 @@ class Download:
                 self._work()
         except ServiceError as e:
             error = e
+            level = logging.INFO if e.code == "cancelled" else logging.WARNING
+            log.log(level, "pull %s: %s: %s", self.model, e.code, e)
         except Exception as e:
-            log.exception("pull %s: a bug", self.model)
             error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
-        if error:
-            level = logging.INFO if error.code == "cancelled" else logging.WARNING
-            log.log(level, "pull %s: %s: %s", self.model, error.code, error)
+            log.exception("pull %s: a bug", self.model)
         with self._changed:
             if not error:
                 self._line = {"status": "success"}
-            self.error, self.ended_at = error, time.time()
+            self._joinable, self.error, self.ended_at = False, error, time.time()
             code = error.code if error else "success"
             self.state = code if code in ("success", "cancelled") else "error"
         self._tools.note_end(self)
-        self.ended.set()
-        self.first_news.set()
         with self._changed:
             self._changed.notify_all()
 
     def _work(self) -> None:
         old = self._digests_there()
-        self._progress.begin_part(0, 50 if self.verify else 100)
+        self._progress.part = (0, 50 if self.verify else 100)
         try:
             self._pull()
         except ServiceError as e:
             if e.code == "model_not_found" and self.verify and old:
-                self._name_damage(e)
+                raise self._name_damage(e) from e
             raise
-        if self._is_check_wanted() and self._remove_damaged():
-            self._pull()
+        if self._is_check_wanted():
+            self._repair()
         new = self._digests_there()
-        with self._changed:  # Ollama shows no line of a layer that comes at once
-            self._progress.set_layers(self._tools.store.sizes(new), completed=True)
+        self._count_files(new, completed=True)  # Ollama shows no line of a layer that comes at once
         self._tools.remove_replaced(self, set(old).difference(new))
 
     def _is_check_wanted(self) -> bool:
         with self._changed:
-            self._ends_unchecked = not self.verify
+            self._joinable = self.verify  # else it is too late to join with verify
             return self.verify
 
     def _digests_there(self) -> list[str]:
         """Return the digests that the model's manifest names; [] if it is not there."""
         return self._tools.store.models().get(name_key(self.model), [])
 
+    def _count_files(self, digests: list[str], completed: bool) -> None:
+        """Count these files as the layers: to check them, or as completed."""
+        with self._changed:
+            self._progress.set_layers(self._tools.store.sizes(digests), completed)
+
     def _pull(self) -> None:
         """Pull until success, over as many connections as it takes."""
-        failures, mark = 0, 0
+        failures, most = 0, 0
         while True:
             try:
                 return self._follow_connection()
             except ServiceError as e:
                 if not self._goes_on_after(e):
                     raise
-                completed = self._progress.completed_bytes()
-                failures, mark = (1, completed) if completed > mark else (failures + 1, mark)
-                if failures > MAX_RECONNECTS:
-                    raise ServiceError(
-                        e.code,
-                        f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
-                        f"next pull goes on from here. The last reason: {e}",
-                    ) from e
-                self._pause_before_reconnect(failures, e)
+                reason = e
+            completed = self._progress.completed_bytes()
+            failures = 1 if completed > most else failures + 1
+            most = max(most, completed)
+            if failures > MAX_RECONNECTS:
+                raise ServiceError(
+                    reason.code,
+                    f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
+                    f"next pull goes on from here. The last reason: {reason}",
+                )
+            log.warning("pull %s: reconnecting: %s", self.model, reason)
+            status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
+            self._show({"status": status, "reason": str(reason)})
+            with self._changed:
+                pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
+                self._changed.wait_for(lambda: self._stop, pause_s)
 
     def _goes_on_after(self, error: ServiceError) -> bool:
         passing = ("ollama_unreachable", "ollama_timeout", "registry_unreachable")
         begun = bool(self._progress.layers)
         return error.code == "pull_interrupted" or (begun and error.code in passing)
 
-    def _pause_before_reconnect(self, failures: int, reason: ServiceError) -> None:
-        log.warning("pull %s: reconnecting: %s", self.model, reason)
-        status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
-        self._say({"status": status, "reason": str(reason)})
-        pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
-        with self._changed:
-            self._changed.wait_for(lambda: self._stop, pause_s)
-
     def _follow_connection(self) -> None:
         """Note the lines of one connection; return with Ollama's success."""
-        reader = self._reader = Reader(self._tools.ollama, self.model, self._insecure)
+        stream = self._stream = self._tools.ollama.pull(self.model, self._insecure)
+        lines: queue.SimpleQueue[Json | Exception] = queue.SimpleQueue()
+        threading.Thread(target=read_into, args=(lines, stream), daemon=True).start()
         try:
             while True:
                 self._check_stop()
-                line = self._next_line(reader)
-                if line and line["status"] == "success":
-                    return
-                if line:
-                    self._note(line)
                 if self._stalled():  # Ollama repeats its line meanwhile
                     raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+                with contextlib.suppress(queue.Empty):
+                    line = lines.get(timeout=PROGRESS_S)
+                    if isinstance(line, Exception):
+                        raise line
+                    if line["status"] == "success":
+                        return
+                    self._note(line)
         finally:
-            reader.close()
-
-    def _next_line(self, reader: Reader) -> Json | None:
-        try:
-            line = reader.lines.get(timeout=PROGRESS_S)
-        except queue.Empty:
-            return None
-        if isinstance(line, ServiceError):
-            raise line
-        return line
+            stream.close()
 
     def _note(self, line: Json) -> None:
-        keys = [key for key in ("status", "digest", "total", "completed") if key in line]
-        kept: Json = {key: line[key] for key in keys}
         with self._changed:
             self._progress.note(line, time.monotonic())
-            if line["status"] != self._line["status"]:
-                self._say(kept)
-            self._line = kept
         self._check_disk()  # what does not fit is refused before anything is answered
-        if "digest" in line or not line["status"].startswith("pulling"):
-            self.first_news.set()
+        self._had_news |= line["status"] != "pulling manifest"
+        self._show(line)
 
     def _stalled(self) -> bool:
         fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
@@ -1317,58 +1260,74 @@ class Download:
 
     # Checking what is there
 
-    def _remove_damaged(self) -> list[str]:
-        """Remove the files that differ from their digests, and say so; return their digests."""
+    def _repair(self) -> None:
+        """Remove the files that differ from their digests, and download them anew."""
         damaged = self._find_damaged()
+        if not damaged:
+            return
         for digest in damaged:
             self._tools.store.blob(digest).unlink(missing_ok=True)
-        if damaged:
-            names = ", ".join(digest[:12] for digest in damaged)
-            log.warning("pull %s: removed damaged files: %s", self.model, names)
-            self._say({"status": f"removed {len(damaged)} damaged: {names}"})
-        return damaged
+        names = short(damaged)
+        log.warning("pull %s: removed damaged files: %s", self.model, names)
+        self._show({"status": f"removed {len(damaged)} damaged: {names}"})
+        self._count_files(self._digests_there(), completed=True)
+        self._pull()
 
-    def _name_damage(self, error: ServiceError) -> None:
-        """Check a model that the registry does not know; raise what is wrong with its files."""
+    def _name_damage(self, error: ServiceError) -> ServiceError:
+        """Check a model that the registry does not know; return what to say of its files."""
         damaged = self._find_damaged()
-        names = ", ".join(digest[:12] for digest in damaged)
-        found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
-        raise ServiceError(
+        found = "its files are undamaged"
+        if damaged:
+            found = f"damaged are {short(damaged)}: create it anew"
+        return ServiceError(
             "model_damaged" if damaged else error.code,
             f"The registry does not know {self.model}, so nothing was removed; {found}.",
-        ) from error
+        )
 
     def _find_damaged(self) -> list[str]:
         """Read the model's files; return the digests of those whose content has another one."""
         digests = self._digests_there()
-        sizes = {digest: 0 for digest in digests} | self._tools.store.sizes(digests)
-        with self._changed:
-            self._progress.begin_part(50, 100)
-            self._progress.set_layers(sizes, completed=False)
-        self.first_news.set()
-        return [digest for digest, size in sizes.items() if not self._is_whole(digest, size)]
+        self._progress.part = (50, 100)
+        self._count_files(digests, completed=False)
+        self._had_news = True
+        return [digest for digest in digests if not self._is_whole(digest)]
 
-    def _is_whole(self, digest: str, size: int) -> bool:
-        layer = f"sha256:{digest}"
-        self._say({"status": f"checking {digest[:12]}", "digest": layer, "total": size})
-        checksum, buffer = hashlib.sha256(), memoryview(bytearray(CHECK_BYTES))
-        completed = 0
+    def _is_whole(self, digest: str) -> bool:
+        layer, checksum, completed = f"sha256:{digest}", hashlib.sha256(), 0
+        total = self._tools.store.sizes([digest]).get(digest, 0)
+        line = {"status": f"checking {digest[:12]}", "digest": layer, "total": total}
+        self._show(line)
         try:
             with self._tools.store.blob(digest).open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
+                while piece := file.read(CHECK_BYTES):
                     self._check_stop()
-                    checksum.update(buffer[:count])
-                    completed += count
+                    checksum.update(piece)
+                    completed += len(piece)
                     with self._changed:
-                        self._progress.note_layer(layer, completed, size, time.monotonic())
+                        self._progress.note_layer(layer, completed, total, time.monotonic())
         except OSError as e:
             if e.errno not in (errno.ENOENT, errno.EIO):  # missing, unreadable on the disk
                 raise
-        if checksum.hexdigest() == digest:
-            return True
-        with self._changed:
-            self._progress.note_layer(layer, 0, size, time.monotonic())
-        return False
+        return checksum.hexdigest() == digest
+
+
+def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> None:
+    """Put a pull's lines into a queue, and at its end the exception that says why.
+
+    It is a thread of its own: ``requests`` fixes the timeout when the request is sent, and
+    Ollama is silent while it verifies.
+    """
+    try:
+        for line in stream:
+            lines.put(line)
+        raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
+    except Exception as e:
+        lines.put(e)
+
+
+def short(digests: list[str]) -> str:
+    """Name files by the beginnings of their digests."""
+    return ", ".join(digest[:12] for digest in digests)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1398,38 +1357,42 @@ class Downloads:
                 lines = download.join(detach, verify)
             if lines is not None:
                 return download, lines
-            download.ended.wait(2)
+            download.wait(2)
         raise ServiceError(
             "model_being_pulled",
             "A download of this model is just being cancelled: try again.",
         )
 
     def cancel(self, model: str, purge: bool = False) -> int:
-        """Cancel a download; return the bytes that ``purge`` freed of its parts."""
-        download = self._find(model, ended=purge)
-        if download is None:
+        """Cancel a download; return the bytes that ``purge`` freed of its parts.
+
+        The last one that failed can be purged too.
+        """
+        began, key = time.monotonic(), name_key(model)
+        with self._lock:
+            known = [*(self._ended if purge else ()), *self._running.values()]
+        found = [each for each in known if name_key(each.model) == key and each.state != "success"]
+        if not found:
             raise ServiceError(
                 "no_such_pull",
                 f"No download of {model} is under way: GET /api/models/pull lists them.",
             )
-        began = time.monotonic()
-        next_pull = "its parts are removed" if purge else "pull again, it goes on from here"
-        download.stop(ServiceError("cancelled", f"Cancelled by request: {next_pull}."))
-        download.ended.wait(2)
+        download = found[-1]
+        words = "Cancelled by request: the next pull goes on from what is there."
+        download.stop(ServiceError("cancelled", words))
+        download.wait(2)
         if not purge:
             return 0
-        with self._lock:
-            others = list(self._running.values())
-        digests = download.digests().difference(*(other.digests() for other in others))
-        limit_s = PURGE_S - (time.monotonic() - began)
         with file_errors():
-            return self.store.purge(digests, lambda: self._processes.open_files().held, limit_s)
+            return self.store.purge(
+                download.digests(),
+                lambda: self._processes.open_files().held,
+                PURGE_S - (time.monotonic() - began),
+            )
 
     def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""
         with self._lock:
-            while self._ended and time.time() - (self._ended[0].ended_at or 0) > ENDED_KEPT_S:
-                self._ended.popleft()
             downloads = [*self._running.values(), *reversed(self._ended)]
         return [download.summary() for download in downloads]
 
@@ -1442,62 +1405,47 @@ class Downloads:
         return name_key(model) in self._running
 
     def prune(self, older_than_s: float, dry_run: bool) -> tuple[int, int]:
-        """Remove what no model uses; return (freed bytes, files).
+        """Remove what no model uses, once nothing of the store has been in use for a while.
 
-        Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
+        Between two files of a pull Ollama has none open, for a moment. Returns (freed bytes,
+        files). Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
         """
-        if not dry_run and not self._running:
-            wait_until(self.store.settled, time.monotonic() + 2 * SETTLED_S)
-            self._check_rest_lasts()
-        with self._lock, file_errors():
-            if self._running or not (dry_run or self.store.settled()):
-                raise ServiceError(
-                    "model_being_pulled",
-                    "A download is under way: wait for its end, or cancel it.",
-                )
-            return self.store.prune(older_than_s, self._processes.open_files(), dry_run)
-
-    def _check_rest_lasts(self) -> None:
-        """Raise ``model_being_pulled`` unless nothing of the store is in use for a while.
-
-        Between two files of a pull Ollama has none open, for a moment.
-        """
-        until = time.monotonic() + SETTLED_S
-        while time.monotonic() < until:
-            with file_errors():
-                self.store.check_at_rest(self._processes.open_files())
+        until = time.monotonic() + (0 if dry_run else SETTLED_S)
+        while True:
+            with self._lock, file_errors():
+                if self._running:
+                    raise ServiceError(
+                        "model_being_pulled",
+                        "A download is under way: wait for its end, or cancel it.",
+                    )
+                files = self._processes.open_files()
+                self.store.check_at_rest(files)
+                if time.monotonic() >= until:
+                    return self.store.prune(older_than_s, files, dry_run)
             time.sleep(0.05)
 
     def remove_replaced(self, download: Download, digests: set[str]) -> None:
         """Remove these blobs of a model's old version; what may be needed yet is unused then."""
         if not digests:
             return
-        with self._lock:
-            try:
-                with file_errors():
-                    self.store.make_old(digests)
-                    if [*self._running.values()] != [download]:
-                        return
-                    freed, _ = self.store.prune(0, self._processes.open_files(), only=digests)
-            except ServiceError as e:
-                log.warning("pull %s: the old version stays: %s", download.model, e)
-                return
-        log.info("pull %s: the old version is removed: %d bytes", download.model, freed)
+        try:
+            with self._lock, file_errors():
+                self.store.make_old(digests)
+                if len(self._running) == 1:  # this one
+                    self.store.prune(0, self._processes.open_files(), only=digests)
+        except ServiceError as e:
+            log.warning("pull %s: the old version stays: %s", download.model, e)
 
     def reconnect(self) -> None:
         """Break every download's connection: before Ollama is ended, so that it keeps the parts."""
-        with self._lock:
-            downloads = list(self._running.values())
-        for download in downloads:
+        for download in list(self._running.values()):
             download.reconnect()
 
     def close(self) -> None:
         """End all downloads: the service stops."""
+        words = "The service is stopping: pull again later, it goes on from here."
         with self._lock:
-            self._closing = ServiceError(
-                "shutting_down",
-                "The service is stopping: pull again later, it goes on from here.",
-            )
+            self._closing = ServiceError("shutting_down", words)
             downloads = list(self._running.values())
         for download in downloads:
             download.stop(self._closing)
@@ -1522,14 +1470,3 @@ class Downloads:
                 )
             self._running[key] = Download(self, model, insecure, verify)
         return self._running[key]
-
-    def _find(self, model: str, ended: bool) -> Download | None:
-        """Return the download under way; else, if asked for, the last one that failed."""
-        key = name_key(model)
-        with self._lock:
-            if key in self._running or not ended:
-                return self._running.get(key)
-            for download in reversed(self._ended):
-                if name_key(download.model) == key and download.state != "success":
-                    return download
-        return None

@@ -156,9 +156,9 @@ def test_when_the_last_byte_came_shows_a_stall():
 
 def test_a_part_of_the_work_has_its_part_of_the_percents():
     progress = Progress(0)
-    progress.begin_part(0, 50)
+    progress.part = (0, 50)
     progress, pulled = of_layers(layer(A, 50, 100), layer(A, 100, 100), progress=progress)
-    progress.begin_part(50, 100)
+    progress.part = (50, 100)
     progress.set_layers({A[7:]: 100, B[7:]: 100}, completed=False)
     begun = progress.figures(2)
     assert (begun["completed_bytes"], begun["total_bytes"]) == (0, 200)
@@ -169,14 +169,14 @@ def test_a_part_of_the_work_has_its_part_of_the_percents():
 
 def test_a_check_that_begins_late_does_not_take_percents_back():
     progress, _ = of_layers(layer(A, 100, 100))  # without a verify, so from 0 to 100
-    progress.begin_part(50, 100)
+    progress.part = (50, 100)
     progress.set_layers({A[7:]: 100}, completed=False)
     assert progress.figures(1)["percent"] == 99.9
 
 
 def test_checking_has_speed_and_eta():
     progress = Progress(0)
-    progress.begin_part(50, 100)
+    progress.part = (50, 100)
     progress.set_layers({A[7:]: 1000}, completed=False)
     for second in range(5):
         progress.note_layer(A, 100 * second, 1000, second)
@@ -219,7 +219,7 @@ def test_percent_never_falls_whatever_comes(seed):
         digest = chance.choice([A, B, C])
         match chance.randrange(20):
             case 0:
-                progress.begin_part(50, 100)
+                progress.part = (50, 100)
             case 1:
                 progress.set_layers({digest[7:]: total}, completed=chance.random() < 0.5)
             case 2:
