@@ -14,9 +14,9 @@ import datetime
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import logging
-import math
 import os
 import pathlib
 import queue
@@ -43,7 +43,7 @@ PULL_SILENCE_S = 1800  # Ollama is silent while it verifies: minutes for tens of
 STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops its bytes; a reconnect keeps them
 MAX_RECONNECTS = 10
 RECONNECT_MAX_S = 8
-HEARTBEAT_S = 0.8  # two writes show that a listener has left: within 2 s together
+LINE_S = 0.5  # at the latest, to listeners; two writes show that one has left
 PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
 PURGE_S = 2  # the most that a purge waits
@@ -211,25 +211,27 @@ def name_key(name: str) -> str:
 
 def dial_url(ollama_host: str) -> str:
     """Turn OLLAMA_HOST, in any of the ways that Ollama takes it, into the URL to dial."""
-    scheme, _, rest = ollama_host.strip(" '\"").rpartition("://")
-    if rest.count(":") > 1 and not rest.startswith("["):
-        rest = f"[{rest}]"
-    split = urllib.parse.urlsplit(f"//{rest}")
-    dialled = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = dialled.get(split.hostname) or split.hostname or ""
-    port = {"http": 80, "https": 443}.get(scheme, 11434)
-    with contextlib.suppress(ValueError):  # Ollama too takes its default then
-        port = split.port or port
-    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme, host, port = _read_address(ollama_host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen_address(ollama_host: str) -> tuple[str, int]:
     """Return the host and port that Ollama listens on; ``dial_url`` gives those to dial."""
-    dialled = urllib.parse.urlsplit(dial_url(ollama_host))
-    host = dialled.hostname or "127.0.0.1"
-    wildcard = {"127.0.0.1": "0.0.0.0", "::1": "::"}.get(host, host)
-    listened = wildcard if wildcard in ollama_host and host not in ollama_host else host
-    return listened, dialled.port or 11434
+    _, host, port = _read_address(ollama_host)
+    return host, port
+
+
+def _read_address(ollama_host: str) -> tuple[str, str, int]:
+    """Return scheme, host and port."""
+    scheme, _, rest = ollama_host.strip(" '\"").rpartition("://")
+    if rest.count(":") > 1 and not rest.startswith("["):
+        rest = f"[{rest}]"
+    split = urllib.parse.urlsplit(f"//{rest}")
+    port = {"http": 80, "https": 443}.get(scheme, 11434)
+    with contextlib.suppress(ValueError):  # Ollama too takes its default then
+        port = split.port or port
+    return scheme or "http", split.hostname or "127.0.0.1", port
 
 
 def timestamp(seconds: float | None) -> str | None:
@@ -511,17 +513,16 @@ class Store:
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
-        found = []
+        found, young_ns = [], time.time_ns() - 10**9
         try:
-            for folder, _, files in os.walk(self.path / "manifests", followlinks=True):
-                for path in (folder, *(os.path.join(folder, file) for file in files)):
-                    about = os.stat(path)
-                    found.append((path, about.st_mtime_ns, about.st_size))
+            for path in self._files("manifests/**"):
+                about = path.stat()
+                if about.st_mtime_ns > young_ns:  # one more change might not show
+                    return None
+                found.append((str(path), about.st_mtime_ns, about.st_size))
         except OSError:
             return None
-        latest_ns = max((changed_ns for _, changed_ns, _ in found), default=math.inf)
-        # A file that changes twice within one tick of the clock would look the same.
-        return tuple(sorted(found)) if time.time() - latest_ns / 1e9 > 1 else None
+        return tuple(found) or None
 
     def blob(self, digest: str) -> pathlib.Path:
         """Return the path of the blob with this digest (hex)."""
@@ -725,7 +726,6 @@ class Runner(typing.NamedTuple):
 
     process: psutil.Process
     digest: str | None  # of the weights; None where the command line names another file
-    name: str | None  # what follows --model, without its folder
     port: str | None
 
 
@@ -750,13 +750,11 @@ class Processes:
 
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
-        records = self._records()
-        if not records or _start_ticks(records[-1][0]) != records[-1][1]:
-            return None
-        with contextlib.suppress(psutil.Error):
-            server = psutil.Process(records[-1][0])
-            if alive(server):
-                return server
+        for pid, started, _ in self._records()[-1:]:
+            if _start_ticks(pid) == started:
+                with contextlib.suppress(psutil.Error):
+                    server = psutil.Process(pid)
+                    return server if alive(server) else None
         return None
 
     def ever_started(self) -> bool:
@@ -788,7 +786,11 @@ class Processes:
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline() if alive(process) else []
                 if "--model" in words and ("llama-server" in words[0] or "runner" in words):
-                    found.append(_runner(process, dict(zip(words, words[1:], strict=False))))
+                    options = dict(itertools.pairwise(words))
+                    digest = _DIGEST.search(options["--model"])
+                    found.append(
+                        Runner(process, digest and digest[1].lower(), options.get("--port"))
+                    )
         return found
 
     def open_files(self) -> OpenFiles:
@@ -878,14 +880,6 @@ def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
     return True
 
 
-def _runner(process: psutil.Process, options: dict[str, str]) -> Runner:
-    model = options["--model"]
-    digest = _DIGEST.search(model)
-    return Runner(
-        process, digest and digest[1].lower(), os.path.basename(model), options.get("--port")
-    )
-
-
 def _start_ticks(pid: int) -> int | None:
     """Return when a process was started; None if there is none.
 
@@ -919,20 +913,26 @@ class Progress:
         self.layers: dict[str, list[int]] = {}  # digest: [completed, total], as Ollama shows them
         self.moved_at = now  # when the last byte came, or the last change of status
         self.part = (0, 100)  # what goes on now is from here to there of the whole work, in %
+        self._status: str | None = None
         self._percent = 0.0
         self._received = 0
         self._speed: collections.deque[tuple[float, int]] = collections.deque()
 
     def note(self, line: Json, now: float) -> None:
-        """Note one of Ollama's progress lines."""
+        """Note one of Ollama's progress lines, or one of the same form."""
         digest = line.get("digest")
         if digest:
-            self.note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
-        if digest or not line["status"].startswith("pulling"):
-            self._complete_layers_before(digest)
+            self._note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
+        if digest or line["status"].startswith("verifying"):
+            # Ollama has gone on. The last line of a layer may stay below its total.
+            for _, sizes in itertools.takewhile(
+                lambda each: each[0] != digest, self.layers.items()
+            ):
+                sizes[0] = sizes[1]
+        if line["status"] != self._status:
+            self._status, self.moved_at = line["status"], now
 
-    def note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
-        """Note how much of a layer is there."""
+    def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
         before = self.layers.get(digest)
         completed = min(completed, total)
         self.layers[digest] = [completed, total]
@@ -981,13 +981,6 @@ class Progress:
             "eta_seconds": missing // speed if speed else None,
         }
 
-    def _complete_layers_before(self, digest: str | None) -> None:
-        """Ollama has gone on to this layer. The last line of a layer may stay below its total."""
-        for layer, sizes in self.layers.items():
-            if layer == digest:
-                return
-            sizes[0] = sizes[1]
-
 
 # ---------------------------------------------------------------------------------------
 # Download: one pull of one model
@@ -1006,7 +999,7 @@ class Download:
         self.state = "running"
         self.error: ServiceError | None = None
         self.ended_at: float | None = None
-        self._tools, self._insecure = tools, insecure
+        self._tools, self._store, self._insecure = tools, tools.store, insecure
         self._started_at = time.time()
         self._progress = Progress(time.monotonic())
         self._stream: Stream | None = None
@@ -1096,34 +1089,29 @@ class Download:
     # The listeners' side
 
     def _lines(self, seen: int) -> typing.Iterator[Json]:
-        """Yield every change of status at once, the figures between, and the last line."""
-        shown, shown_at, ended = None, 0.0, False
-        while not ended:
+        """Yield what is said at once, and how far it is while nothing is said."""
+        while self.state == "running" or seen < self._said_count:
             with self._changed:
-                if self._said_count == seen and self.state == "running":
-                    self._changed.wait(PROGRESS_S)
-                lines = (
-                    list(self._said)[seen - self._said_count :] if self._said_count > seen else []
-                )
-                seen, ended = self._said_count, self.state != "running"
-                due = self._line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S
-                if due and not lines and not ended:
-                    lines = [{**self._line, **self._figures()}]
-                if lines:
-                    shown, shown_at = self._line, time.monotonic()
+                if seen == self._said_count:
+                    self._changed.wait(LINE_S)
+                new, seen = self._said_count - seen, self._said_count
+                lines = list(self._said)[-new:] if new else [{**self._line, **self._figures()}]
             yield from lines
-        yield self.last_line()
 
-    def _show(self, line: Json) -> None:
-        """Let the listeners see a line, at once where its status is new."""
+    def _say(self, line: Json) -> None:
         with self._changed:
+            self._said.append(line)
+            self._said_count += 1
+            self._changed.notify_all()
+
+    def _note(self, line: Json) -> None:
+        """Count a line, and show it to the listeners: a change of status at once."""
+        with self._changed:
+            self._progress.note(line, time.monotonic())
             is_new = line["status"] != self._line["status"]
             self._line = line
             if is_new:
-                self._progress.moved_at = time.monotonic()
-                self._said.append({**line, **self._figures()})
-                self._said_count += 1
-                self._changed.notify_all()
+                self._say({**line, **self._figures()})
 
     def _figures(self) -> Json:
         ended, succeeded = self.state != "running", self.state == "success"
@@ -1132,41 +1120,38 @@ class Download:
     # The owner's side
 
     def _run(self) -> None:
-        error = None
+        state, error = "success", None
         try:
             with file_errors():
                 self._work()
         except ServiceError as e:
-            error = e
-            level = logging.INFO if e.code == "cancelled" else logging.WARNING
-            log.log(level, "pull %s: %s: %s", self.model, e.code, e)
+            state, error = ("cancelled" if e.code == "cancelled" else "error"), e
+            log.warning("pull %s: %s: %s", self.model, e.code, e)
         except Exception as e:
-            error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
+            state, error = "error", ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
             log.exception("pull %s: a bug", self.model)
         with self._changed:
-            if not error:
-                self._line = {"status": "success"}
-            self._joinable, self.error, self.ended_at = False, error, time.time()
-            code = error.code if error else "success"
-            self.state = code if code in ("success", "cancelled") else "error"
+            self._joinable = False
+            self.state, self.error, self.ended_at = state, error, time.time()
+            self._line = {"status": state}
+            self._say(self.last_line())
         self._tools.note_end(self)
-        with self._changed:
-            self._changed.notify_all()
 
     def _work(self) -> None:
         old = self._digests_there()
         self._progress.part = (0, 50 if self.verify else 100)
+        unknown = None
         try:
             self._pull()
         except ServiceError as e:
-            if e.code == "model_not_found" and self.verify and old:
-                raise self._name_damage(e) from e
-            raise
+            if e.code != "model_not_found" or not self.verify or not old:
+                raise
+            unknown = e
         if self._is_check_wanted():
-            self._repair()
+            self._check_files(unknown)
         new = self._digests_there()
         self._count_files(new, completed=True)  # Ollama shows no line of a layer that comes at once
-        self._tools.remove_replaced(self, set(old).difference(new))
+        self._tools.remove_replaced(self.model, set(old).difference(new))
 
     def _is_check_wanted(self) -> bool:
         with self._changed:
@@ -1175,12 +1160,12 @@ class Download:
 
     def _digests_there(self) -> list[str]:
         """Return the digests that the model's manifest names; [] if it is not there."""
-        return self._tools.store.models().get(name_key(self.model), [])
+        return self._store.models().get(name_key(self.model), [])
 
     def _count_files(self, digests: list[str], completed: bool) -> None:
         """Count these files as the layers: to check them, or as completed."""
         with self._changed:
-            self._progress.set_layers(self._tools.store.sizes(digests), completed)
+            self._progress.set_layers(self._store.sizes(digests), completed)
 
     def _pull(self) -> None:
         """Pull until success, over as many connections as it takes."""
@@ -1203,7 +1188,7 @@ class Download:
                 )
             log.warning("pull %s: reconnecting: %s", self.model, reason)
             status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
-            self._show({"status": status, "reason": str(reason)})
+            self._note({"status": status, "reason": str(reason)})
             with self._changed:
                 pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
                 self._changed.wait_for(lambda: self._stop, pause_s)
@@ -1221,90 +1206,80 @@ class Download:
         try:
             while True:
                 self._check_stop()
-                if self._stalled():  # Ollama repeats its line meanwhile
-                    raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+                self._check_stall()  # Ollama repeats its line meanwhile
                 with contextlib.suppress(queue.Empty):
                     line = lines.get(timeout=PROGRESS_S)
                     if isinstance(line, Exception):
                         raise line
                     if line["status"] == "success":
                         return
+                    self._check_disk(line)  # what does not fit is refused before it is news
+                    self._had_news |= line["status"] != "pulling manifest"
                     self._note(line)
         finally:
             stream.close()
-
-    def _note(self, line: Json) -> None:
-        with self._changed:
-            self._progress.note(line, time.monotonic())
-        self._check_disk()  # what does not fit is refused before anything is answered
-        self._had_news |= line["status"] != "pulling manifest"
-        self._show(line)
-
-    def _stalled(self) -> bool:
-        fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
-        return fetching and time.monotonic() - self._progress.moved_at > STALL_S
 
     def _check_stop(self) -> None:
         if self._stop:
             raise self._stop
 
-    def _check_disk(self) -> None:
-        free, missing = self._tools.store.free_bytes(), self._progress.missing_bytes()
-        if free is not None and missing and free - missing < DISK_RESERVE_BYTES:
+    def _check_stall(self) -> None:
+        fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
+        if fetching and time.monotonic() - self._progress.moved_at > STALL_S:
+            raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+
+    def _check_disk(self, line: Json) -> None:
+        free, missing = (
+            self._store.free_bytes(),
+            line.get("total", 0) - line.get("completed", 0),
+        )
+        if free is not None and missing > 0 and free - missing < DISK_RESERVE_BYTES:
             raise ServiceError(
                 "disk_full",
                 f"The rest of {self.model} needs {missing >> 20} MB and "
-                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._tools.store.path} has "
+                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._store.path} has "
                 f"{free >> 20} MB: delete a model or enlarge the disk.",
             )
 
     # Checking what is there
 
-    def _repair(self) -> None:
-        """Remove the files that differ from their digests, and download them anew."""
-        damaged = self._find_damaged()
-        if not damaged:
-            return
-        for digest in damaged:
-            self._tools.store.blob(digest).unlink(missing_ok=True)
-        names = short(damaged)
-        log.warning("pull %s: removed damaged files: %s", self.model, names)
-        self._show({"status": f"removed {len(damaged)} damaged: {names}"})
-        self._count_files(self._digests_there(), completed=True)
-        self._pull()
+    def _check_files(self, unknown: ServiceError | None) -> None:
+        """Read the model's files; remove those whose content has another digest, and pull again.
 
-    def _name_damage(self, error: ServiceError) -> ServiceError:
-        """Check a model that the registry does not know; return what to say of its files."""
-        damaged = self._find_damaged()
-        found = "its files are undamaged"
-        if damaged:
-            found = f"damaged are {short(damaged)}: create it anew"
-        return ServiceError(
-            "model_damaged" if damaged else error.code,
-            f"The registry does not know {self.model}, so nothing was removed; {found}.",
-        )
-
-    def _find_damaged(self) -> list[str]:
-        """Read the model's files; return the digests of those whose content has another one."""
+        Of a model that is ``unknown`` to the registry nothing is removed.
+        """
         digests = self._digests_there()
         self._progress.part = (50, 100)
         self._count_files(digests, completed=False)
         self._had_news = True
-        return [digest for digest in digests if not self._is_whole(digest)]
+        damaged = [digest for digest in digests if not self._is_whole(digest)]
+        names = ", ".join(digest[:12] for digest in damaged)
+        if unknown:
+            found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
+            raise ServiceError(
+                "model_damaged" if damaged else unknown.code,
+                f"The registry does not know {self.model}, so nothing was removed; {found}.",
+            )
+        if damaged:
+            for digest in damaged:
+                self._store.blob(digest).unlink(missing_ok=True)
+            log.warning("pull %s: removed damaged files: %s", self.model, names)
+            self._note({"status": f"removed {len(damaged)} damaged: {names}"})
+            self._count_files(self._digests_there(), completed=True)
+            self._pull()
 
     def _is_whole(self, digest: str) -> bool:
-        layer, checksum, completed = f"sha256:{digest}", hashlib.sha256(), 0
-        total = self._tools.store.sizes([digest]).get(digest, 0)
-        line = {"status": f"checking {digest[:12]}", "digest": layer, "total": total}
-        self._show(line)
+        total = self._store.sizes([digest]).get(digest, 0)
+        line = {"status": f"checking {digest[:12]}", "digest": f"sha256:{digest}", "total": total}
+        checksum, completed = hashlib.sha256(), 0
+        self._note(line)
         try:
-            with self._tools.store.blob(digest).open("rb", buffering=0) as file:
+            with self._store.blob(digest).open("rb", buffering=0) as file:
                 while piece := file.read(CHECK_BYTES):
                     self._check_stop()
                     checksum.update(piece)
                     completed += len(piece)
-                    with self._changed:
-                        self._progress.note_layer(layer, completed, total, time.monotonic())
+                    self._note({**line, "completed": completed})
         except OSError as e:
             if e.errno not in (errno.ENOENT, errno.EIO):  # missing, unreadable on the disk
                 raise
@@ -1323,11 +1298,6 @@ def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> N
         raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
     except Exception as e:
         lines.put(e)
-
-
-def short(digests: list[str]) -> str:
-    """Name files by the beginnings of their digests."""
-    return ", ".join(digest[:12] for digest in digests)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1351,9 +1321,13 @@ class Downloads:
         self, model: str, insecure: bool = False, detach: bool = False, verify: bool = False
     ) -> tuple[Download, typing.Iterable[Json]]:
         """Start a download or join the one under way; return it and its lines."""
+        key = name_key(model)
         for _ in range(3):
             with self._lock:
-                download = self._running_or_new(model, insecure, verify)
+                if key not in self._running:
+                    self._check_limit()
+                    self._running[key] = Download(self, model, insecure, verify)
+                download = self._running[key]
                 lines = download.join(detach, verify)
             if lines is not None:
                 return download, lines
@@ -1424,7 +1398,7 @@ class Downloads:
                     return self.store.prune(older_than_s, files, dry_run)
             time.sleep(0.05)
 
-    def remove_replaced(self, download: Download, digests: set[str]) -> None:
+    def remove_replaced(self, model: str, digests: set[str]) -> None:
         """Remove these blobs of a model's old version; what may be needed yet is unused then."""
         if not digests:
             return
@@ -1434,7 +1408,7 @@ class Downloads:
                 if len(self._running) == 1:  # this one
                     self.store.prune(0, self._processes.open_files(), only=digests)
         except ServiceError as e:
-            log.warning("pull %s: the old version stays: %s", download.model, e)
+            log.warning("pull %s: the old version stays: %s", model, e)
 
     def reconnect(self) -> None:
         """Break every download's connection: before Ollama is ended, so that it keeps the parts."""
@@ -1457,16 +1431,12 @@ class Downloads:
             self._ended.append(download)
             self.counts[download.state] += 1
 
-    def _running_or_new(self, model: str, insecure: bool, verify: bool) -> Download:
-        key = name_key(model)
+    def _check_limit(self) -> None:
         if self._closing:
             raise self._closing
-        if key not in self._running:
-            if len(self._running) >= self._limit:
-                raise ServiceError(
-                    "too_many_pulls",
-                    f"{self._limit} downloads are under way: wait for one, cancel one, or "
-                    "raise LLM_MAX_PULLS.",
-                )
-            self._running[key] = Download(self, model, insecure, verify)
-        return self._running[key]
+        if len(self._running) >= self._limit:
+            raise ServiceError(
+                "too_many_pulls",
+                f"{self._limit} downloads are under way: wait for one, cancel one, or "
+                "raise LLM_MAX_PULLS.",
+            )

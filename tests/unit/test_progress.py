@@ -162,7 +162,7 @@ def test_a_part_of_the_work_has_its_part_of_the_percents():
     progress.set_layers({A[7:]: 100, B[7:]: 100}, completed=False)
     begun = progress.figures(2)
     assert (begun["completed_bytes"], begun["total_bytes"]) == (0, 200)
-    progress.note_layer(A, 100, 100, 3)
+    progress.note(layer(A, 100, 100), 3)
     percents = [each["percent"] for each in (*pulled, begun, progress.figures(3))]
     assert percents == [25, 50, 50, 75]
 
@@ -179,7 +179,7 @@ def test_checking_has_speed_and_eta():
     progress.part = (50, 100)
     progress.set_layers({A[7:]: 1000}, completed=False)
     for second in range(5):
-        progress.note_layer(A, 100 * second, 1000, second)
+        progress.note(layer(A, 100 * second, 1000), second)
     figures = progress.figures(4)
     assert (figures["bytes_per_second"], figures["eta_seconds"]) == (100, 6)
 
@@ -187,9 +187,10 @@ def test_checking_has_speed_and_eta():
 def test_a_file_that_is_damaged_is_missing_again():
     progress = Progress(0)
     progress.set_layers({A[7:]: 100, B[7:]: 10}, completed=False)
-    progress.note_layer(A, 100, 100, 1)
-    progress.note_layer(A, 0, 100, 1)
-    progress.note_layer(B, 10, 10, 2)
+    progress.note(layer(A, 100, 100), 1)
+    progress.note(layer(B, 10, 10), 2)
+    progress.set_layers({B[7:]: 10}, completed=True)  # what is left of the model
+    progress.note(layer(A, 0, 100), 3)
     assert progress.missing_bytes() == 100 and progress.completed_bytes() == 10
 
 
