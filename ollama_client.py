@@ -503,9 +503,10 @@ class Store:
                 manifest = json.loads(file.read_bytes())
                 layers = [*manifest["layers"], manifest.get("config") or {}]
                 layers.sort(key=lambda layer: not layer.get("mediaType", "").endswith(".model"))
-                digests = [digest_of(layer["digest"]) for layer in layers if layer.get("digest")]
+                names = " ".join(layer.get("digest") or "" for layer in layers)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
+            digests = _DIGEST.findall(names.lower())
             if digests:
                 *place, tag = file.parts[-4:]
                 found[name_key(f"{'/'.join(place)}:{tag}")] = digests
@@ -555,16 +556,17 @@ class Store:
 
         ``unused_bytes`` is what a prune would free, None where that cannot be known.
         """
-        free = self.free_bytes()
-        if free is None:
+        try:
+            usage = shutil.disk_usage(self.path)
+        except OSError:
             return None
         unused = None
         with contextlib.suppress(ServiceError, OSError):
             unused = sum(size for _, size in self._unused(PRUNE_AGE_S))
         return {
             "path": str(self.path),
-            "total_bytes": shutil.disk_usage(self.path).total,
-            "free_bytes": free,
+            "total_bytes": usage.total,
+            "free_bytes": usage.free,
             "partial_bytes": sum(map(_size, self.parts("*"))),
             "unused_bytes": unused,
         }
@@ -596,15 +598,14 @@ class Store:
         nothing removed.
         """
         self.check_at_rest(files)
-        freed, count = 0, 0
+        sizes = []
         for path, size in self._unused(older_than_s):
             wanted = only is None or _digest_of(path.name) in only
-            if not wanted or path.name in files.held:
-                continue
-            if not dry_run:
-                path.unlink(missing_ok=True)
-            freed, count = freed + size, count + 1
-        return freed, count
+            if wanted and path.name not in files.held:
+                sizes.append(size)
+                if not dry_run:
+                    path.unlink(missing_ok=True)
+        return sum(sizes), len(sizes)
 
     def make_old(self, digests: typing.Collection[str]) -> None:
         """Let these blobs be old enough for any prune: they are no upload under way."""
@@ -673,7 +674,7 @@ class Store:
             for file in _files_below(root) if os.path.lexists(root) else ():
                 # Written anew, as a text may be in any encoding, with any escapes.
                 text = json.dumps(json.loads(file.read_bytes()))
-                found.update(digest.lower() for digest in _DIGEST.findall(text))
+                found.update(_DIGEST.findall(text.lower()))
         except (OSError, ValueError, RecursionError) as e:
             raise ServiceError(
                 "manifest_unreadable",
@@ -698,14 +699,6 @@ def _files_below(folder: pathlib.Path) -> typing.Iterator[pathlib.Path]:
 def _digest_of(name: str) -> str:
     """Return the digest in the name of a blob or of a part of one."""
     return name[7:71].lower()
-
-
-def digest_of(text: str) -> str:
-    """Return the hex of "sha256:…" or "sha256-…". Raises ValueError for anything else."""
-    match = _DIGEST.fullmatch(text)
-    if not match:
-        raise ValueError("not a digest")
-    return match[1].lower()
 
 
 def _size(file: pathlib.Path) -> int:
@@ -768,12 +761,13 @@ class Processes:
 
     def all(self) -> list[psutil.Process]:
         """Return every process of the recorded sessions, zombies included."""
-        sessions = set()
-        for pid, started, _ in self._records():
-            if _start_ticks(pid) in (started, None):  # None: the leader died, the rest may live
-                sessions.add(pid)
+        sessions = {
+            pid
+            for pid, started, _ in self._records()
+            if _start_ticks(pid) in (started, None)  # None: the leader died, the rest may live
+        }
         found = []
-        for pid in psutil.pids() if sessions else ():
+        for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError, psutil.Error):
                 if os.getsid(pid) in sessions:
                     found.append(psutil.Process(pid))
@@ -787,10 +781,8 @@ class Processes:
                 words = process.cmdline() if alive(process) else []
                 if "--model" in words and ("llama-server" in words[0] or "runner" in words):
                     options = dict(itertools.pairwise(words))
-                    digest = _DIGEST.search(options["--model"])
-                    found.append(
-                        Runner(process, digest and digest[1].lower(), options.get("--port"))
-                    )
+                    digest = _DIGEST.search(options["--model"].lower())
+                    found.append(Runner(process, digest and digest[1], options.get("--port")))
         return found
 
     def open_files(self) -> OpenFiles:
@@ -911,9 +903,8 @@ class Progress:
 
     def __init__(self, now: float):
         self.layers: dict[str, list[int]] = {}  # digest: [completed, total], as Ollama shows them
-        self.moved_at = now  # when the last byte came, or the last change of status
+        self.moved_at = now  # when the last byte came
         self.part = (0, 100)  # what goes on now is from here to there of the whole work, in %
-        self._status: str | None = None
         self._percent = 0.0
         self._received = 0
         self._speed: collections.deque[tuple[float, int]] = collections.deque()
@@ -925,12 +916,10 @@ class Progress:
             self._note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
         if digest or line["status"].startswith("verifying"):
             # Ollama has gone on. The last line of a layer may stay below its total.
-            for _, sizes in itertools.takewhile(
-                lambda each: each[0] != digest, self.layers.items()
-            ):
+            for layer, sizes in self.layers.items():
+                if layer == digest:
+                    break
                 sizes[0] = sizes[1]
-        if line["status"] != self._status:
-            self._status, self.moved_at = line["status"], now
 
     def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
         before = self.layers.get(digest)
@@ -957,14 +946,10 @@ class Progress:
         """Return how much of the layers seen so far is there."""
         return sum(completed for completed, _ in self.layers.values())
 
-    def missing_bytes(self) -> int:
-        """Return how much of the layers seen so far is not there yet."""
-        return sum(total - completed for completed, total in self.layers.values())
-
     def figures(self, now: float, ended: bool = False, succeeded: bool = False) -> Json:
         """Return percent (never falls, 100 only with success), bytes, speed and ETA."""
-        completed, missing = self.completed_bytes(), self.missing_bytes()
-        total = completed + missing
+        completed = self.completed_bytes()
+        total = sum(total for _, total in self.layers.values())
         if total:
             start, end = self.part
             percent = start + (end - start) * completed / total
@@ -978,7 +963,7 @@ class Progress:
             "completed_bytes": completed,
             "total_bytes": total,
             "bytes_per_second": speed,
-            "eta_seconds": missing // speed if speed else None,
+            "eta_seconds": (total - completed) // speed if speed else None,
         }
 
 
@@ -1061,8 +1046,7 @@ class Download:
     def digests(self) -> set[str]:
         """Return the digests (hex) of the layers seen so far."""
         with self._changed:
-            found = map(_DIGEST.fullmatch, self._progress.layers)
-            return {digest[1] for digest in found if digest}
+            return set(_DIGEST.findall(" ".join(self._progress.layers)))
 
     def summary(self) -> Json:
         """Return what ``GET /api/models/pull`` says of it."""
@@ -1133,7 +1117,8 @@ class Download:
         with self._changed:
             self._joinable = False
             self.state, self.error, self.ended_at = state, error, time.time()
-            self._line = {"status": state}
+            if not error:
+                self._line = {"status": state}
             self._say(self.last_line())
         self._tools.note_end(self)
 
@@ -1155,7 +1140,7 @@ class Download:
 
     def _is_check_wanted(self) -> bool:
         with self._changed:
-            self._joinable = self.verify  # else it is too late to join with verify
+            self._joinable &= self.verify  # else it is too late to join with verify
             return self.verify
 
     def _digests_there(self) -> list[str]:
@@ -1200,6 +1185,7 @@ class Download:
 
     def _follow_connection(self) -> None:
         """Note the lines of one connection; return with Ollama's success."""
+        self._progress.moved_at = time.monotonic()
         stream = self._stream = self._tools.ollama.pull(self.model, self._insecure)
         lines: queue.SimpleQueue[Json | Exception] = queue.SimpleQueue()
         threading.Thread(target=read_into, args=(lines, stream), daemon=True).start()
@@ -1229,10 +1215,8 @@ class Download:
             raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
 
     def _check_disk(self, line: Json) -> None:
-        free, missing = (
-            self._store.free_bytes(),
-            line.get("total", 0) - line.get("completed", 0),
-        )
+        free = self._store.free_bytes()
+        missing = line.get("total", 0) - line.get("completed", 0)  # the other layers are there
         if free is not None and missing > 0 and free - missing < DISK_RESERVE_BYTES:
             raise ServiceError(
                 "disk_full",
@@ -1343,9 +1327,10 @@ class Downloads:
         The last one that failed can be purged too.
         """
         began, key = time.monotonic(), name_key(model)
+        states = ("running", "error", "cancelled") if purge else ("running",)
         with self._lock:
-            known = [*(self._ended if purge else ()), *self._running.values()]
-        found = [each for each in known if name_key(each.model) == key and each.state != "success"]
+            known = [*self._ended, *self._running.values()]
+        found = [each for each in known if name_key(each.model) == key and each.state in states]
         if not found:
             raise ServiceError(
                 "no_such_pull",
