@@ -710,7 +710,7 @@ def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
 def whole_answer(download: Download) -> Json:
     """Answer with the download's end, with the status that fits."""
     leave = take_stream(download)
-    download.wait()
+    download.thread.join()
     leave()
     if download.error:
         raise download.error

@@ -145,7 +145,8 @@ class ServiceError(Exception):
 
     def __init__(self, code: str, message: str, **fields: object):
         super().__init__(message)
-        self.code, self.fields = code, fields
+        self.code = code
+        self.fields = fields
         self.status = STATUS.get(code, 502)
 
 
@@ -388,7 +389,8 @@ def _is_model(model: object) -> bool:
 
 def _read(response: requests.Response, deadline: float) -> bytes:
     """Read a whole answer; the timeout of requests is for each byte only."""
-    pieces, size = [], 0
+    pieces = []
+    size = 0
     try:
         while piece := response.raw.read1(1 << 20, decode_content=True):
             pieces.append(piece)
@@ -514,7 +516,8 @@ class Store:
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
-        found, young_ns = [], time.time_ns() - 10**9
+        found = []
+        young_ns = time.time_ns() - 10**9
         try:
             for path in self._files("manifests/**"):
                 about = path.stat()
@@ -625,7 +628,8 @@ class Store:
         without its data would corrupt the next pull. So this looks until none reappears, but
         no longer than ``limit_s``.
         """
-        freed, quiet, deadline = 0, 0, time.monotonic() + limit_s
+        freed = quiet = 0
+        deadline = time.monotonic() + limit_s
         while quiet < 2 and time.monotonic() < deadline - PURGE_PAUSE_S:
             time.sleep(PURGE_PAUSE_S)
             parts = [part for digest in digests for part in self.parts(digest)]
@@ -656,7 +660,8 @@ class Store:
 
     def _unused(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
         """Return (path, bytes) of what a prune may remove; no bytes where a link stays."""
-        old, now = [], time.time()
+        old = []
+        now = time.time()
         for path in self._files("blobs/sha256-*"):
             with contextlib.suppress(FileNotFoundError):
                 about = path.lstat()
@@ -790,7 +795,8 @@ class Processes:
 
         Raises ServiceError ``model_being_pulled`` where one does not let itself be read.
         """
-        found, server = OpenFiles(set(), set(), set()), self.server()
+        found = OpenFiles(set(), set(), set())
+        server = self.server()
         for process in [*self.all(), psutil.Process()]:
             try:
                 for file in process.open_files():
@@ -975,29 +981,32 @@ class Progress:
 class Download:
     """One pull of one model, owned by the service; any number of listeners attach to it.
 
-    Its thread decides on stop, stall, disk and reconnect. ``state`` is "running", then
-    "success", "error" or "cancelled".
+    Its ``thread``, which Downloads starts, decides on stop, stall, disk and reconnect.
+    ``state`` is "running", then "success", "error" or "cancelled".
     """
 
     def __init__(self, tools: "Downloads", model: str, insecure: bool, verify: bool):
-        self.model, self.verify = model, verify
+        self.model = model
+        self.verify = verify
         self.state = "running"
         self.error: ServiceError | None = None
         self.ended_at: float | None = None
-        self._tools, self._store, self._insecure = tools, tools.store, insecure
+        self.thread = threading.Thread(target=self._run, name=f"pull {model}", daemon=True)
+        self._tools = tools
+        self._store = tools.store
+        self._insecure = insecure
         self._started_at = time.time()
         self._progress = Progress(time.monotonic())
         self._stream: Stream | None = None
         self._changed = threading.Condition()  # guards all below, and the progress
-        self._listeners, self._detached = 0, False
+        self._listeners = 0
+        self._detached = False
         self._joinable = True
         self._stop: ServiceError | None = None
         self._had_news = False  # more than the manifest was seen
         self._line: Json = {"status": "starting"}
         self._said: collections.deque[Json] = collections.deque(maxlen=64)
         self._said_count = 0
-        self._thread = threading.Thread(target=self._run, name=f"pull {model}", daemon=True)
-        self._thread.start()
 
     def join(self, detach: bool, verify: bool) -> typing.Iterator[Json] | None:
         """Attach a listener and return its lines; None if the download is about to end.
@@ -1033,10 +1042,6 @@ class Download:
             self._changed.wait_for(lambda: self._had_news or self.ended_at, timeout_s)
             if self.error and not self._had_news:
                 raise self.error
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for the end."""
-        self._thread.join(timeout_s)
 
     def reconnect(self) -> None:
         """Break the connection to Ollama; the download makes a new one."""
@@ -1078,7 +1083,8 @@ class Download:
             with self._changed:
                 if seen == self._said_count:
                     self._changed.wait(LINE_S)
-                new, seen = self._said_count - seen, self._said_count
+                new = self._said_count - seen
+                seen = self._said_count
                 lines = list(self._said)[-new:] if new else [{**self._line, **self._figures()}]
             yield from lines
 
@@ -1104,21 +1110,24 @@ class Download:
     # The owner's side
 
     def _run(self) -> None:
-        state, error = "success", None
+        error = None
         try:
             with file_errors():
                 self._work()
         except ServiceError as e:
-            state, error = ("cancelled" if e.code == "cancelled" else "error"), e
+            error = e
             log.warning("pull %s: %s: %s", self.model, e.code, e)
         except Exception as e:
-            state, error = "error", ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
+            error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
             log.exception("pull %s: a bug", self.model)
+        code = error.code if error else "success"
         with self._changed:
             self._joinable = False
-            self.state, self.error, self.ended_at = state, error, time.time()
+            self.state = code if code in ("success", "cancelled") else "error"
+            self.error = error
+            self.ended_at = time.time()
             if not error:
-                self._line = {"status": state}
+                self._line = {"status": "success"}
             self._say(self.last_line())
         self._tools.note_end(self)
 
@@ -1154,7 +1163,7 @@ class Download:
 
     def _pull(self) -> None:
         """Pull until success, over as many connections as it takes."""
-        failures, most = 0, 0
+        failures = most = 0
         while True:
             try:
                 return self._follow_connection()
@@ -1255,7 +1264,8 @@ class Download:
     def _is_whole(self, digest: str) -> bool:
         total = self._store.sizes([digest]).get(digest, 0)
         line = {"status": f"checking {digest[:12]}", "digest": f"sha256:{digest}", "total": total}
-        checksum, completed = hashlib.sha256(), 0
+        checksum = hashlib.sha256()
+        completed = 0
         self._note(line)
         try:
             with self._store.blob(digest).open("rb", buffering=0) as file:
@@ -1293,8 +1303,10 @@ class Downloads:
     """The downloads under way, at most ``limit``, and the last ended ones."""
 
     def __init__(self, ollama: Ollama, store: Store, processes: Processes, limit: int):
-        self.ollama, self.store = ollama, store
-        self._processes, self._limit = processes, limit
+        self.ollama = ollama
+        self.store = store
+        self._processes = processes
+        self._limit = limit
         self._lock = threading.Lock()
         self._running: dict[str, Download] = {}
         self._ended: collections.deque[Download] = collections.deque(maxlen=ENDED_KEPT)
@@ -1313,9 +1325,11 @@ class Downloads:
                     self._running[key] = Download(self, model, insecure, verify)
                 download = self._running[key]
                 lines = download.join(detach, verify)
+                if not download.thread.ident:  # it is new, and may fail at once
+                    download.thread.start()
             if lines is not None:
                 return download, lines
-            download.wait(2)
+            download.thread.join(2)
         raise ServiceError(
             "model_being_pulled",
             "A download of this model is just being cancelled: try again.",
@@ -1326,7 +1340,8 @@ class Downloads:
 
         The last one that failed can be purged too.
         """
-        began, key = time.monotonic(), name_key(model)
+        began = time.monotonic()
+        key = name_key(model)
         states = ("running", "error", "cancelled") if purge else ("running",)
         with self._lock:
             known = [*self._ended, *self._running.values()]
@@ -1339,7 +1354,7 @@ class Downloads:
         download = found[-1]
         words = "Cancelled by request: the next pull goes on from what is there."
         download.stop(ServiceError("cancelled", words))
-        download.wait(2)
+        download.thread.join(2)
         if not purge:
             return 0
         with file_errors():
