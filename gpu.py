@@ -153,8 +153,7 @@ def _read_machine() -> dict[str, Any]:
     state, gpus = _read_nvml(jetson)
     if jetson:
         state, gpus = _add_files(state, gpus)
-    if state == "unified":
-        _known.memory_shared = True
+    _known.memory_shared |= state == "unified"
     return _reading(state, gpus)
 
 
@@ -294,18 +293,15 @@ def _add_files(state: str, gpus: list[dict[str, Any]]) -> tuple[str, list[dict[s
     NVML's error is the state only where the GPU's own load file does not speak against it.
     """
     figures = gpus[0] if gpus else _unknown(0)
-    load, temperature, (watts, rail) = _load(*LOADS), _temperature(), _board_power()
+    load = _load(*LOADS)
     if load is not None or state in ("ok", "none"):
         state = "unified"
-    if load is not None:
-        figures["utilization_percent"] = load
-    elif figures["utilization_percent"] is None:
+    told = {"utilization_percent": load, "temperature_c": _temperature()}
+    figures.update({name: figure for name, figure in told.items() if figure is not None})
+    if figures["utilization_percent"] is None:
         figures["utilization_percent"] = _load(THOR_LOAD)
-    if temperature is not None:
-        figures["temperature_c"] = temperature
-    if figures["name"] is None:
-        figures["name"] = _text("sys/devices/soc0/machine")
-    figures["board_power_w"], figures["power_rail"] = watts, rail
+    figures["name"] = figures["name"] or _text("sys/devices/soc0/machine")
+    figures["board_power_w"], figures["power_rail"] = _board_power()
     return state, [figures]
 
 

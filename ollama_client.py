@@ -296,9 +296,10 @@ class Ollama:
         try:
             self._request("GET", runner_url(port, "health"), None, timeout_s).close()
         except ServiceError as e:
-            states = {"ollama_timeout": "silent", "ollama_unreachable": "loading"}
-            starting = "loading" if "loading" in str(e).lower() else "ok"
-            return states.get(e.code, starting)
+            if e.code == "ollama_timeout":
+                return "silent"
+            if e.code == "ollama_unreachable" or "loading" in str(e).lower():
+                return "loading"
         return "ok"
 
     def runner_slots(self, port: str | None, timeout_s: float) -> list[Json] | None:
@@ -824,7 +825,7 @@ class Processes:
         server = self.server()
         if server is None:
             return True
-        self.state_file.with_name(f"{self.state_file.name}.ended").write_text(f"{server.pid}\n")
+        pathlib.Path(f"{self.state_file}.ended").write_text(f"{server.pid}\n")
         for sig, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, 0.5)):
             end(server, sig)
             if wait_until(lambda: not alive(server), time.monotonic() + seconds):
