@@ -348,7 +348,7 @@ class Ollama:
         """Send a request to a path of Ollama's, or to the whole URL of a runner."""
         url = urllib.parse.urljoin(self.url, path)
         # A connection that is kept costs a runner CPU and a thread.
-        headers = {} if url.startswith(self.url) else {"Connection": "close"}
+        headers = {} if path.startswith("/") else {"Connection": "close"}
         try:
             response = self._session.request(
                 method,
@@ -377,6 +377,7 @@ class Ollama:
 
 
 def runner_url(port: str | None, path: str) -> str:
+    """Return the URL of a runner's own port."""
     return f"http://127.0.0.1:{port}/{path}"
 
 
