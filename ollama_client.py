@@ -930,15 +930,14 @@ class Progress:
                 sizes[0] = sizes[1]
 
     def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
-        before = self.layers.get(digest)
         completed = min(completed, total)
+        before, _ = self.layers.get(digest, (completed, 0))  # it may be from an earlier pull
+        if completed > before or digest not in self.layers:
+            self.moved_at = now
+        self._received += max(0, completed - before)
         self.layers[digest] = [completed, total]
         if len(self.layers) > LAYERS_LIMIT:
             raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
-        gained = completed - before[0] if before else 0  # it may be there from an earlier pull
-        if gained > 0 or not before:
-            self.moved_at = now
-        self._received += max(0, gained)
         if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
             self._speed.append((now, self._received))
         while now - self._speed[0][0] > SPEED_WINDOW_S:
@@ -954,8 +953,11 @@ class Progress:
         """Return how much of the layers seen so far is there."""
         return sum(completed for completed, _ in self.layers.values())
 
-    def figures(self, now: float, ended: bool = False, succeeded: bool = False) -> Json:
-        """Return percent (never falls, 100 only with success), bytes, speed and ETA."""
+    def figures(self, now: float, state: str = "running") -> Json:
+        """Return percent (never falls, 100 only with success), bytes, speed and ETA.
+
+        ``state`` is the download's.
+        """
         completed = self.completed_bytes()
         total = sum(total for _, total in self.layers.values())
         if total:
@@ -963,11 +965,11 @@ class Progress:
             percent = start + (end - start) * completed / total
             self._percent = max(self._percent, min(99.9, int(percent * 10) / 10))
         speed = 0
-        if self._speed and not ended:
+        if self._speed and state == "running":
             began, received = self._speed[0]
             speed = int((self._received - received) / max(now - began, PROGRESS_S))
         return {
-            "percent": 100.0 if succeeded else self._percent,
+            "percent": 100.0 if state == "success" else self._percent,
             "completed_bytes": completed,
             "total_bytes": total,
             "bytes_per_second": speed,
@@ -1106,8 +1108,7 @@ class Download:
                 self._say({**line, **self._figures()})
 
     def _figures(self) -> Json:
-        ended, succeeded = self.state != "running", self.state == "success"
-        return self._progress.figures(time.monotonic(), ended, succeeded)
+        return self._progress.figures(time.monotonic(), self.state)
 
     # The owner's side
 

@@ -67,8 +67,8 @@ def test_percent_stays_where_ollama_drops_what_it_had():
 def test_percent_is_100_with_success_alone():
     progress, figures = of_layers(layer(A, 100, 100), {"status": "verifying sha256 digest"})
     assert [each["percent"] for each in figures] == [99.9, 99.9]
-    assert progress.figures(9, ended=True)["percent"] == 99.9
-    assert progress.figures(9, ended=True, succeeded=True)["percent"] == 100
+    assert progress.figures(9, "error")["percent"] == 99.9
+    assert progress.figures(9, "success")["percent"] == 100
 
 
 def test_percent_is_never_more_than_is_there():
@@ -137,8 +137,8 @@ def test_speed_falls_while_nothing_comes():
 
 def test_at_the_end_there_is_no_speed():
     progress, _ = of_layers(layer(A, 0, 100), layer(A, 50, 100))
-    assert progress.figures(2, ended=True)["bytes_per_second"] == 0
-    assert progress.figures(2, ended=True)["eta_seconds"] is None
+    assert progress.figures(2, "error")["bytes_per_second"] == 0
+    assert progress.figures(2, "error")["eta_seconds"] is None
 
 
 def test_many_lines_a_second_keep_few_samples():
@@ -201,7 +201,7 @@ def test_a_file_that_is_damaged_is_missing_again():
 def test_at_the_end_the_layers_are_the_models():
     progress, _ = of_layers(layer(A, 10, 100))
     progress.set_layers({A[7:]: 100, C[7:]: 7}, completed=True)
-    last = progress.figures(1, ended=True, succeeded=True)
+    last = progress.figures(1, "success")
     assert last["completed_bytes"] == last["total_bytes"] == 107
     assert last["percent"] == 100
 
