@@ -388,7 +388,7 @@ def _number(name: str, least: float = -math.inf, most: float = math.inf) -> int 
 def _text(name: str) -> str | None:
     """Return a file's text; None where it is missing, empty, unreadable or would block."""
     try:
-        file = os.open(os.path.join(ROOT, name), os.O_RDONLY | os.O_NONBLOCK)
+        file = os.open(f"{ROOT}/{name}", os.O_RDONLY | os.O_NONBLOCK)
         try:
             return os.read(file, 65536).decode().strip() or None
         finally:

@@ -1323,13 +1323,14 @@ class Downloads:
         key = name_key(model)
         for _ in range(3):
             with self._lock:
-                if key not in self._running:
+                download = self._running.get(key)
+                if not download:
                     self._check_limit()
-                    self._running[key] = Download(self, model, insecure, verify)
-                download = self._running[key]
-                lines = download.join(detach, verify)
-                if not download.thread.ident:  # it is new, and may fail at once
+                    download = Download(self, model, insecure, verify)
+                lines = download.join(detach, verify)  # before it starts: it may fail at once
+                if key not in self._running:
                     download.thread.start()
+                    self._running[key] = download
             if lines is not None:
                 return download, lines
             download.thread.join(2)
