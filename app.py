@@ -706,10 +706,11 @@ def utc(moment: typing.Any) -> str | None:
 def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
     """Answer with a download's lines as they come; an early error has its own status."""
     leave = take_stream(download)
-    download.first_news.wait(FIRST_NEWS_S)
-    if download.error:
+    try:
+        download.wait_for_news(FIRST_NEWS_S)
+    except ServiceError:
         leave()
-        raise download.error
+        raise
     response = Response(
         (json.dumps(line) + "\n" for line in lines),
         mimetype="application/x-ndjson",
@@ -722,7 +723,7 @@ def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
 def whole_answer(download: Download) -> Json:
     """Answer with the download's end, with the status that fits."""
     leave = take_stream(download)
-    download.ended.wait()
+    download.thread.join()
     leave()
     if download.error:
         raise download.error

@@ -24,6 +24,7 @@ jetson_stats, tegrastats, NVIDIA's Jetson Linux guide. None of it was tried on a
 import contextlib
 import dataclasses
 import glob
+import math
 import os
 import re
 import threading
@@ -53,6 +54,14 @@ FIGURES = (
     "board_power_w",
     "power_rail",
 )
+ERRORS: dict[type, str] = {  # the state of each of NVML's; any other is "lost"
+    pynvml.NVMLError_LibraryNotFound: "none",
+    pynvml.NVMLError_DriverNotLoaded: "none",
+    pynvml.NVMLError_NotSupported: "none",
+    pynvml.NVMLError_LibRmVersionMismatch: "driver_mismatch",
+    pynvml.NVMLLibraryMismatchError: "driver_mismatch",
+    pynvml.NVMLError_NoPermission: "no_permission",
+}
 MB = 1024 * 1024
 ROOT = "/"  # where the system's files are
 
@@ -89,11 +98,12 @@ def sample(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
 
 def memory_totals(reading: dict[str, Any]) -> tuple[int | None, int | None]:
     """Return the used and the total MB of all GPUs that say both; (None, None) if none does."""
-    figures = [(gpu["memory_used_mb"], gpu["memory_total_mb"]) for gpu in reading["gpus"]]
-    told = [(used, total) for used, total in figures if None not in (used, total)]
-    if not told:
-        return None, None
-    return sum(used for used, _ in told), sum(total for _, total in told)
+    used, total = None, None
+    for gpu in reading["gpus"]:
+        if None not in (gpu["memory_used_mb"], gpu["memory_total_mb"]):
+            used = (used or 0) + gpu["memory_used_mb"]
+            total = (total or 0) + gpu["memory_total_mb"]
+    return used, total
 
 
 def memory_in_use(reading: dict[str, Any]) -> tuple[str, int | None]:
@@ -143,8 +153,7 @@ def _read_machine() -> dict[str, Any]:
     state, gpus = _read_nvml(jetson)
     if jetson:
         state, gpus = _add_files(state, gpus)
-    if state == "unified":
-        _known.memory_shared = True
+    _known.memory_shared |= state == "unified"
     return _reading(state, gpus)
 
 
@@ -185,7 +194,7 @@ def _read_nvml(jetson: bool) -> tuple[str, list[dict[str, Any]]]:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
         _known.initialised = False
-        return _state(error), []
+        return ERRORS.get(type(error), "lost"), []
     states = [state for state, _ in answers]
     worst = next((state for state in states if state != "ok"), "ok" if states else "none")
     return worst, [figures for _, figures in answers]
@@ -203,11 +212,10 @@ def _read_device(index: int, jetson: bool) -> tuple[str, dict[str, Any]]:
         return "unified", figures
     utilization = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
     figures["utilization_percent"] = utilization and utilization.gpu
-    figures["temperature_c"] = _ask(
-        pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU
-    )
-    power_mw = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
-    figures["power_w"] = None if power_mw is None else round(power_mw / 1000, 1)
+    celsius = _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
+    figures["temperature_c"] = celsius
+    milliwatts = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
+    figures["power_w"] = milliwatts and round(milliwatts / 1000, 1)
     state, memory = ("unified", None) if jetson else _memory(handle)
     if memory:
         figures["memory_used_mb"] = round(memory.used / MB)
@@ -264,22 +272,6 @@ def _ask(call: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-def _state(error: Exception) -> str:
-    absent = (
-        pynvml.NVMLError_LibraryNotFound,
-        pynvml.NVMLError_DriverNotLoaded,
-        pynvml.NVMLError_NotSupported,
-    )
-    mismatch = (pynvml.NVMLError_LibRmVersionMismatch, pynvml.NVMLLibraryMismatchError)
-    if isinstance(error, absent):
-        return "none"
-    if isinstance(error, mismatch):
-        return "driver_mismatch"
-    if isinstance(error, pynvml.NVMLError_NoPermission):
-        return "no_permission"
-    return "lost"
-
-
 # ------------------------------------------------------------ a Jetson's files
 
 LOADS = ("sys/devices/platform/gpu.0/load", "sys/devices/gpu.0/load")  # up to Orin
@@ -292,7 +284,7 @@ def _is_jetson() -> bool:
     """Tell a Jetson, in a container too, where /proc/device-tree is masked."""
     family = _text("sys/devices/soc0/family") or ""
     signs = ("etc/nv_tegra_release", *LOADS)
-    return family.startswith("Tegra") or any(map(_exists, signs))
+    return family.startswith("Tegra") or any(os.path.exists(f"{ROOT}/{sign}") for sign in signs)
 
 
 def _add_files(state: str, gpus: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -301,26 +293,23 @@ def _add_files(state: str, gpus: list[dict[str, Any]]) -> tuple[str, list[dict[s
     NVML's error is the state only where the GPU's own load file does not speak against it.
     """
     figures = gpus[0] if gpus else _unknown(0)
-    load, temperature, (watts, rail) = _load(*LOADS), _temperature(), _board_power()
+    load = _load(*LOADS)
     if load is not None or state in ("ok", "none"):
         state = "unified"
-    if load is not None:
-        figures["utilization_percent"] = load
-    elif figures["utilization_percent"] is None:
+    told = {"utilization_percent": load, "temperature_c": _temperature()}
+    figures.update({name: figure for name, figure in told.items() if figure is not None})
+    if figures["utilization_percent"] is None:
         figures["utilization_percent"] = _load(THOR_LOAD)
-    if temperature is not None:
-        figures["temperature_c"] = temperature
-    if figures["name"] is None:
-        figures["name"] = _text("sys/devices/soc0/machine")
-    figures["board_power_w"], figures["power_rail"] = watts, rail
+    figures["name"] = figures["name"] or _text("sys/devices/soc0/machine")
+    figures["board_power_w"], figures["power_rail"] = _board_power()
     return state, [figures]
 
 
 def _load(*paths: str) -> int | None:
     """Return the percent of the first load file that tells; the files are per mille."""
     for path in paths:
-        load = _number(path)
-        if load is not None and 0 <= load <= 1000:
+        load = _number(path, 0, 1000)
+        if load is not None:
             return round(load / 10)
     return None
 
@@ -331,36 +320,34 @@ def _temperature() -> int | None:
     A GPU that is gated off answers EAGAIN or −256 °C. No other zone's temperature is read:
     that can hang.
     """
-    zones = {}
-    for path in _find("sys/class/thermal/thermal_zone*/type"):
-        zones[(_text(path) or "").lower()] = os.path.dirname(path)
-    zone = next((zones[name] for name in ZONES if name in zones), None)
-    millidegrees = _number(f"{zone}/temp") if zone else None
-    if millidegrees is None or not -60_000 < millidegrees < 200_000:
-        return None
-    return round(millidegrees / 1000)
+    files = {(_text(path) or "").lower(): path for path in _find("thermal/thermal_zone*/type")}
+    for zone in ZONES:
+        if zone in files:
+            millidegrees = _number(files[zone].replace("/type", "/temp"), -60_000, 200_000)
+            return None if millidegrees is None else round(millidegrees / 1000)
+    return None
 
 
 def _board_power() -> tuple[float | None, str | None]:
     """Return the watts and the name of the first of RAILS that the board measures."""
     channels = {}
-    for path in _find("sys/class/hwmon/hwmon*/name"):
+    for path in _find("hwmon/hwmon*/name"):
         chip, folder = _text(path), os.path.dirname(path)
         if chip == "ina3221":
             for number in (1, 2, 3):
                 channels[_text(f"{folder}/in{number}_label")] = folder, number
         elif chip == "ina238":
             channels["VIN"] = folder, 1
-    rail = next((name for name in RAILS if name in channels), None)
-    if rail is None:
-        return None, None
-    folder, number = channels[rail]
-    millivolts = _number(f"{folder}/in{number}_input")
-    milliamperes = _number(f"{folder}/curr{number}_input")
-    if millivolts is None or milliamperes is None:
-        return None, None
-    watts = round(millivolts * milliamperes / 1e6, 1)
-    return (watts, rail) if 0 <= watts < 1000 else (None, None)
+    for rail in RAILS:
+        if rail in channels:
+            folder, number = channels[rail]
+            millivolts = _number(f"{folder}/in{number}_input")
+            milliamperes = _number(f"{folder}/curr{number}_input")
+            if millivolts is None or milliamperes is None:
+                break
+            watts = round(millivolts * milliamperes / 1e6, 1)
+            return (watts, rail) if 0 <= watts < 1000 else (None, None)
+    return None, None
 
 
 def _fill_memory(figures: dict[str, Any]) -> str | None:
@@ -384,26 +371,24 @@ def _fill_memory(figures: dict[str, Any]) -> str | None:
 # ------------------------------------------------------------ reading files
 
 
-def _exists(name: str) -> bool:
-    return os.path.exists(os.path.join(ROOT, name))
-
-
 def _find(pattern: str) -> list[str]:
-    """Return the names below ROOT that fit; none where a folder is missing or closed."""
-    return sorted(glob.glob(pattern, root_dir=ROOT))
+    """Return the names in sysfs's classes that fit; none where a folder is missing or closed."""
+    return sorted(glob.glob(f"sys/class/{pattern}", root_dir=ROOT))
 
 
-def _number(name: str) -> int | None:
+def _number(name: str, least: float = -math.inf, most: float = math.inf) -> int | None:
+    """Return a file's whole number; None where it has none, or one that cannot be."""
     try:
-        return int(_text(name) or "")
+        number = int(_text(name) or "")
     except ValueError:
         return None
+    return number if least <= number <= most else None
 
 
 def _text(name: str) -> str | None:
     """Return a file's text; None where it is missing, empty, unreadable or would block."""
     try:
-        file = os.open(os.path.join(ROOT, name), os.O_RDONLY | os.O_NONBLOCK)
+        file = os.open(f"{ROOT}/{name}", os.O_RDONLY | os.O_NONBLOCK)
         try:
             return os.read(file, 65536).decode().strip() or None
         finally:

@@ -14,6 +14,7 @@ import datetime
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ PULL_SILENCE_S = 1800  # Ollama is silent while it verifies: minutes for tens of
 STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops its bytes; a reconnect keeps them
 MAX_RECONNECTS = 10
 RECONNECT_MAX_S = 8
-HEARTBEAT_S = 0.8  # two writes show that a listener has left: within 2 s together
+LINE_S = 0.5  # at the latest, to listeners; two writes show that one has left
 PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
 PURGE_S = 2  # the most that a purge waits
@@ -55,7 +56,6 @@ ANSWER_LIMIT_BYTES = 1 << 25
 LINE_LIMIT_BYTES = 1 << 18
 LAYERS_LIMIT = 1000
 ENDED_KEPT = 20
-ENDED_KEPT_S = 3600
 
 log = logging.getLogger("llm-service")
 
@@ -145,7 +145,8 @@ class ServiceError(Exception):
 
     def __init__(self, code: str, message: str, **fields: object):
         super().__init__(message)
-        self.code, self.fields = code, fields
+        self.code = code
+        self.fields = fields
         self.status = STATUS.get(code, 502)
 
 
@@ -211,25 +212,27 @@ def name_key(name: str) -> str:
 
 def dial_url(ollama_host: str) -> str:
     """Turn OLLAMA_HOST, in any of the ways that Ollama takes it, into the URL to dial."""
-    scheme, _, rest = ollama_host.strip(" '\"").rpartition("://")
-    if rest.count(":") > 1 and not rest.startswith("["):
-        rest = f"[{rest}]"
-    split = urllib.parse.urlsplit(f"//{rest}")
-    dialled = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = dialled.get(split.hostname) or split.hostname or ""
-    port = {"http": 80, "https": 443}.get(scheme, 11434)
-    with contextlib.suppress(ValueError):  # Ollama too takes its default then
-        port = split.port or port
-    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme, host, port = _read_address(ollama_host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen_address(ollama_host: str) -> tuple[str, int]:
     """Return the host and port that Ollama listens on; ``dial_url`` gives those to dial."""
-    dialled = urllib.parse.urlsplit(dial_url(ollama_host))
-    host = dialled.hostname or "127.0.0.1"
-    wildcard = {"127.0.0.1": "0.0.0.0", "::1": "::"}.get(host, host)
-    listened = wildcard if wildcard in ollama_host and host not in ollama_host else host
-    return listened, dialled.port or 11434
+    _, host, port = _read_address(ollama_host)
+    return host, port
+
+
+def _read_address(ollama_host: str) -> tuple[str, str, int]:
+    """Return scheme, host and port."""
+    scheme, _, rest = ollama_host.strip(" '\"").rpartition("://")
+    if rest.count(":") > 1 and not rest.startswith("["):
+        rest = f"[{rest}]"
+    split = urllib.parse.urlsplit(f"//{rest}")
+    port = {"http": 80, "https": 443}.get(scheme, 11434)
+    with contextlib.suppress(ValueError):  # Ollama too takes its default then
+        port = split.port or port
+    return scheme or "http", split.hostname or "127.0.0.1", port
 
 
 def timestamp(seconds: float | None) -> str | None:
@@ -284,18 +287,19 @@ class Ollama:
         self._request("DELETE", "/api/delete", {"model": model}, timeout_s).close()
 
     def pull(self, model: str, insecure: bool = False) -> "Stream":
-        """Start or join a pull; return its progress."""
+        """Return the progress of a pull, which begins, or is joined, with the first line."""
         body = {"model": model, "insecure": insecure, "stream": True}
-        return Stream(self._request("POST", "/api/pull", body, PULL_SILENCE_S))
+        return Stream(lambda: self._request("POST", "/api/pull", body, PULL_SILENCE_S))
 
     def runner_health(self, port: str | None, timeout_s: float) -> str:
         """Ask a runner's own port: "ok", "loading" (or nothing listens yet) or "silent"."""
         try:
-            self._ask_runner(port, "/health", timeout_s).close()
+            self._request("GET", runner_url(port, "health"), None, timeout_s).close()
         except ServiceError as e:
-            states = {"ollama_timeout": "silent", "ollama_unreachable": "loading"}
-            starting = "loading" if "loading" in str(e).lower() else "ok"
-            return states.get(e.code, starting)
+            if e.code == "ollama_timeout":
+                return "silent"
+            if e.code == "ollama_unreachable" or "loading" in str(e).lower():
+                return "loading"
         return "ok"
 
     def runner_slots(self, port: str | None, timeout_s: float) -> list[Json] | None:
@@ -303,23 +307,13 @@ class Ollama:
 
         Raises ServiceError ``ollama_timeout`` where it does not answer.
         """
-        deadline = time.monotonic() + timeout_s
         try:
-            with self._ask_runner(port, "/slots", timeout_s) as response:
-                slots = json.loads(_read(response, deadline))
+            slots = self._json("GET", runner_url(port, "slots"), None, timeout_s, list)
         except ServiceError as e:
             if e.code == "ollama_timeout":
                 raise
             return None
-        except ValueError:
-            return None
-        listed = isinstance(slots, list) and all(isinstance(slot, dict) for slot in slots)
-        return slots if listed else None
-
-    def _ask_runner(self, port: str | None, path: str, timeout_s: float) -> requests.Response:
-        """Ask on a connection of its own: one that is kept costs the runner CPU and a thread."""
-        url, close = f"http://127.0.0.1:{port}{path}", {"Connection": "close"}
-        return self._request("GET", url, None, timeout_s, close)
+        return slots if all(isinstance(slot, dict) for slot in slots) else None
 
     def _models(self, path: str, timeout_s: float) -> list[Json]:
         models = self._json("GET", path, timeout_s=timeout_s).get("models")
@@ -328,33 +322,37 @@ class Ollama:
         return models
 
     def _json(
-        self, method: str, path: str, body: Json | None = None, timeout_s: float = ANSWER_S
-    ) -> Json:
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        timeout_s: float = ANSWER_S,
+        kind: type = dict,
+    ) -> typing.Any:
         deadline = time.monotonic() + timeout_s
         with self._request(method, path, body, timeout_s) as response:
             try:
                 answer = json.loads(_read(response, deadline))
             except (ValueError, RecursionError):
                 answer = None
-        if not isinstance(answer, dict):
+        if not isinstance(answer, kind):
             raise ServiceError(
                 "bad_answer",
-                f"The answer to {path} is no JSON object: is {self.url} an Ollama?",
+                f"The answer to {path} makes no sense: is {self.url} an Ollama?",
             )
         return answer
 
     def _request(
-        self,
-        method: str,
-        path: str,
-        body: Json | None,
-        timeout_s: float,
-        headers: dict[str, str] | None = None,
+        self, method: str, path: str, body: Json | None, timeout_s: float
     ) -> requests.Response:
+        """Send a request to a path of Ollama's, or to the whole URL of a runner."""
+        url = urllib.parse.urljoin(self.url, path)
+        # A connection that is kept costs a runner CPU and a thread.
+        headers = {} if path.startswith("/") else {"Connection": "close"}
         try:
             response = self._session.request(
                 method,
-                urllib.parse.urljoin(self.url, path),
+                url,
                 json=body,
                 headers=headers,
                 timeout=(min(CONNECT_S, timeout_s), timeout_s),
@@ -378,6 +376,11 @@ class Ollama:
         return response
 
 
+def runner_url(port: str | None, path: str) -> str:
+    """Return the URL of a runner's own port."""
+    return f"http://127.0.0.1:{port}/{path}"
+
+
 def _is_model(model: object) -> bool:
     return (
         isinstance(model, dict)
@@ -388,7 +391,8 @@ def _is_model(model: object) -> bool:
 
 def _read(response: requests.Response, deadline: float) -> bytes:
     """Read a whole answer; the timeout of requests is for each byte only."""
-    pieces, size = [], 0
+    pieces = []
+    size = 0
     try:
         while piece := response.raw.read1(1 << 20, decode_content=True):
             pieces.append(piece)
@@ -427,17 +431,22 @@ def _refusal(response: requests.Response) -> ServiceError:
 class Stream:
     """The progress lines of one pull, as dicts. ``close`` may come from another thread.
 
-    Raises the error that a line carries, ``pull_interrupted`` where the connection breaks,
-    ``bad_answer`` for what is no progress line.
+    Raises the error that Ollama answers or a line carries, ``pull_interrupted`` where the
+    connection breaks, ``bad_answer`` for what is no progress line.
     """
 
-    def __init__(self, response: requests.Response):
-        self._response = response
+    def __init__(self, request: typing.Callable[[], requests.Response]):
+        self._request = request
+        self._response: requests.Response | None = None
+        self._closed = False
 
     def __iter__(self) -> typing.Iterator[Json]:
+        response = self._response = self._request()
+        if self._closed:  # while it was asked for
+            self.close()
         rest = b""
         try:
-            for chunk in self._response.iter_content(1 << 16):
+            for chunk in response.iter_content(1 << 16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > LINE_LIMIT_BYTES:
                     raise ServiceError("bad_answer", "Ollama sent a line without an end.")
@@ -450,29 +459,30 @@ class Stream:
                 "The connection to Ollama broke: pull again, it goes on from here.",
             ) from e
         finally:
-            self._response.close()
+            response.close()
 
     def close(self) -> None:
-        """End the connection, by which Ollama stops the pull."""
+        """End the connection, also one that is not open yet: so Ollama stops the pull."""
+        self._closed = True
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended by itself
-            self._response.raw.shutdown()
+            if self._response:
+                self._response.raw.shutdown()
 
 
 def _progress(line: bytes) -> Json:
     try:
         progress = json.loads(line)
-        error = progress.get("error")
-        sizes = [progress.get("total", 0), progress.get("completed", 0)]
-        words = [progress.get("status") if error is None else "", progress.get("digest", "")]
-        proper = all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)
-        proper = proper and all(isinstance(word, str) for word in words)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        error, proper = None, False
-    if error is not None:
-        raise failure(error)
-    if not proper:
-        raise ServiceError("bad_answer", "Ollama sent something that is no progress line.")
-    return progress
+    except (ValueError, RecursionError):
+        progress = None
+    if isinstance(progress, dict):
+        if progress.get("error") is not None:
+            raise failure(progress["error"])
+        words = progress.get("status"), progress.get("digest", "")
+        sizes = progress.get("total", 0), progress.get("completed", 0)
+        proper = all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+        if proper and all(isinstance(word, str) for word in words):
+            return progress
+    raise ServiceError("bad_answer", "Ollama sent something that is no progress line.")
 
 
 # ---------------------------------------------------------------------------------------
@@ -491,31 +501,34 @@ class Store:
 
     def models(self) -> dict[str, list[str]]:
         """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
-        root, found = self.path / "manifests", {}
-        # Not pathlib's glob: it fails where Ollama removes a folder meanwhile.
-        for file in glob.iglob("*/*/*/*", root_dir=root):
+        found = {}
+        for file in self._files("manifests/*/*/*/*"):
             try:
-                manifest = json.loads((root / file).read_bytes())
-                layers = [*manifest["layers"], manifest.get("config") or {"digest": ""}]
-                layers = [layer for layer in layers if layer["digest"]]
-                layers.sort(key=lambda layer: not layer["mediaType"].endswith(".model"))
-                digests = [digest_of(layer["digest"]) for layer in layers]
+                manifest = json.loads(file.read_bytes())
+                layers = [*manifest["layers"], manifest.get("config") or {}]
+                layers.sort(key=lambda layer: not layer.get("mediaType", "").endswith(".model"))
+                names = " ".join(layer.get("digest") or "" for layer in layers)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a manifest that Ollama would not list either
-            place, _, tag = file.rpartition("/")
+            digests = _DIGEST.findall(names.lower())
             if digests:
-                found[name_key(f"{place}:{tag}")] = digests
+                *place, tag = file.parts[-4:]
+                found[name_key(f"{'/'.join(place)}:{tag}")] = digests
         return found
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
+        found = []
+        young_ns = time.time_ns() - 10**9
         try:
-            found = tuple(sorted(_entries(str(self.path / "manifests"), 4)))
+            for path in self._files("manifests/**"):
+                about = path.stat()
+                if about.st_mtime_ns > young_ns:  # one more change might not show
+                    return None
+                found.append((str(path), about.st_mtime_ns, about.st_size))
         except OSError:
             return None
-        latest = max(changed_ns for _, changed_ns, _ in found)
-        # A file that changes twice within one tick of the clock would look the same.
-        return found if time.time() - latest / 1e9 > 1 else None
+        return tuple(found) or None
 
     def blob(self, digest: str) -> pathlib.Path:
         """Return the path of the blob with this digest (hex)."""
@@ -536,10 +549,6 @@ class Store:
         except OSError:
             return 0
 
-    def settled(self) -> bool:
-        """Tell whether no blob or part was added or removed for a moment."""
-        return abs(time.time() - self.changed_ns() / 1e9) > SETTLED_S
-
     def free_bytes(self) -> int | None:
         """Return the free bytes of the models' disk; None if there is no store."""
         try:
@@ -552,31 +561,33 @@ class Store:
 
         ``unused_bytes`` is what a prune would free, None where that cannot be known.
         """
-        free = self.free_bytes()
-        if free is None:
+        try:
+            usage = shutil.disk_usage(self.path)
+        except OSError:
             return None
         unused = None
         with contextlib.suppress(ServiceError, OSError):
             unused = sum(size for _, size in self._unused(PRUNE_AGE_S))
         return {
             "path": str(self.path),
-            "total_bytes": shutil.disk_usage(self.path).total,
-            "free_bytes": free,
+            "total_bytes": usage.total,
+            "free_bytes": usage.free,
             "partial_bytes": sum(map(_size, self.parts("*"))),
             "unused_bytes": unused,
         }
 
     def writable(self) -> bool:
         """Tell whether the service's user may write wherever a pull or a delete does."""
-        names = glob.iglob("manifests/**", root_dir=self.path, recursive=True)
-        paths = [self.path, self.path / "blobs", *map(self.path.joinpath, names)]
-        paths += self.parts("*")
-        mine = [path for path in paths if os.access(path, os.W_OK, effective_ids=True)]
-        return not any(map(os.path.exists, set(paths).difference(mine)))
+        for pattern in (".", "blobs", "manifests/**", "blobs/*-partial*"):
+            for path in self._files(pattern):
+                allowed = os.access(path, os.W_OK, effective_ids=True)
+                if not allowed and path.exists():
+                    return False
+        return True
 
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
-        return list((self.path / "blobs").glob(f"sha256-{digest}-partial*"))
+        return list(self._files(f"blobs/sha256-{digest}-partial*"))
 
     def prune(
         self,
@@ -592,15 +603,14 @@ class Store:
         nothing removed.
         """
         self.check_at_rest(files)
-        freed, count = 0, 0
+        sizes = []
         for path, size in self._unused(older_than_s):
             wanted = only is None or _digest_of(path.name) in only
-            if not wanted or path.name in files.held:
-                continue
-            if not dry_run:
-                path.unlink(missing_ok=True)
-            freed, count = freed + size, count + 1
-        return freed, count
+            if wanted and path.name not in files.held:
+                sizes.append(size)
+                if not dry_run:
+                    path.unlink(missing_ok=True)
+        return sum(sizes), len(sizes)
 
     def make_old(self, digests: typing.Collection[str]) -> None:
         """Let these blobs be old enough for any prune: they are no upload under way."""
@@ -620,7 +630,8 @@ class Store:
         without its data would corrupt the next pull. So this looks until none reappears, but
         no longer than ``limit_s``.
         """
-        freed, quiet, deadline = 0, 0, time.monotonic() + limit_s
+        freed = quiet = 0
+        deadline = time.monotonic() + limit_s
         while quiet < 2 and time.monotonic() < deadline - PURGE_PAUSE_S:
             time.sleep(PURGE_PAUSE_S)
             parts = [part for digest in digests for part in self.parts(digest)]
@@ -635,7 +646,7 @@ class Store:
 
     def drop_page_cache(self) -> None:
         """Give the page cache of the blobs back: shared memory counts it as the GPU's."""
-        for file in (self.path / "blobs").glob("sha256-*"):
+        for file in self._files("blobs/sha256-*"):
             with contextlib.suppress(OSError), file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -651,23 +662,16 @@ class Store:
 
     def _unused(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
         """Return (path, bytes) of what a prune may remove; no bytes where a link stays."""
-        old = self._old_files(older_than_s)
+        old = []
+        now = time.time()
+        for path in self._files("blobs/sha256-*"):
+            with contextlib.suppress(FileNotFoundError):
+                about = path.lstat()
+                ours = stat.S_ISREG(about.st_mode) and _BLOB_FILE.fullmatch(path.name)
+                if ours and now - about.st_mtime >= older_than_s:
+                    old.append((path, about.st_blocks * 512 if about.st_nlink == 1 else 0))
         named = self._named()  # after the blobs: a model's manifest is written last
         return [(path, size) for path, size in old if _digest_of(path.name) not in named]
-
-    def _old_files(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
-        found = []
-        try:
-            entries = list(os.scandir(self.path / "blobs"))
-        except FileNotFoundError:
-            return []
-        for entry in filter(lambda entry: _BLOB_FILE.fullmatch(entry.name), entries):
-            with contextlib.suppress(FileNotFoundError):
-                about = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= older_than_s:
-                    size = about.st_blocks * 512 if about.st_nlink == 1 else 0
-                    found.append((pathlib.Path(entry.path), size))
-        return found
 
     def _named(self) -> set[str]:
         """Return every digest that any manifest file names, whatever its place and form."""
@@ -677,7 +681,7 @@ class Store:
             for file in _files_below(root) if os.path.lexists(root) else ():
                 # Written anew, as a text may be in any encoding, with any escapes.
                 text = json.dumps(json.loads(file.read_bytes()))
-                found.update(digest.lower() for digest in _DIGEST.findall(text))
+                found.update(_DIGEST.findall(text.lower()))
         except (OSError, ValueError, RecursionError) as e:
             raise ServiceError(
                 "manifest_unreadable",
@@ -685,6 +689,10 @@ class Store:
                 f"that model, then try again ({clean(file)}: {clean(e)}).",
             ) from e
         return found
+
+    def _files(self, pattern: str) -> typing.Iterator[pathlib.Path]:
+        """Yield what fits; pathlib's own fails where Ollama removes a folder meanwhile."""
+        return map(self.path.joinpath, glob.iglob(pattern, root_dir=self.path, recursive=True))
 
 
 def _files_below(folder: pathlib.Path) -> typing.Iterator[pathlib.Path]:
@@ -698,26 +706,6 @@ def _files_below(folder: pathlib.Path) -> typing.Iterator[pathlib.Path]:
 def _digest_of(name: str) -> str:
     """Return the digest in the name of a blob or of a part of one."""
     return name[7:71].lower()
-
-
-def digest_of(text: str) -> str:
-    """Return the hex of "sha256:…" or "sha256-…". Raises ValueError for anything else."""
-    match = _DIGEST.fullmatch(text)
-    if not match:
-        raise ValueError("not a digest")
-    return match[1].lower()
-
-
-def _entries(folder: str, depth: int) -> typing.Iterator[tuple[str, int, int]]:
-    """Yield (path, changed_ns, size) of a folder and of all in it. It is on the hot path."""
-    yield folder, os.stat(folder).st_mtime_ns, 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if depth > 1 and entry.is_dir():
-                yield from _entries(entry.path, depth - 1)
-            elif depth == 1:
-                about = entry.stat()
-                yield entry.path, about.st_mtime_ns, about.st_size
 
 
 def _size(file: pathlib.Path) -> int:
@@ -738,7 +726,6 @@ class Runner(typing.NamedTuple):
 
     process: psutil.Process
     digest: str | None  # of the weights; None where the command line names another file
-    name: str | None  # what follows --model, without its folder
     port: str | None
 
 
@@ -763,13 +750,11 @@ class Processes:
 
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
-        records = self._records()
-        if not records or _start_ticks(records[-1][0]) != records[-1][1]:
-            return None
-        with contextlib.suppress(psutil.Error):
-            server = psutil.Process(records[-1][0])
-            if alive(server):
-                return server
+        for pid, started, _ in self._records()[-1:]:
+            if _start_ticks(pid) == started:
+                with contextlib.suppress(psutil.Error):
+                    server = psutil.Process(pid)
+                    return server if alive(server) else None
         return None
 
     def ever_started(self) -> bool:
@@ -783,12 +768,13 @@ class Processes:
 
     def all(self) -> list[psutil.Process]:
         """Return every process of the recorded sessions, zombies included."""
-        sessions = set()
-        for pid, started, _ in self._records():
-            if _start_ticks(pid) in (started, None):  # None: the leader died, the rest may live
-                sessions.add(pid)
+        sessions = {
+            pid
+            for pid, started, _ in self._records()
+            if _start_ticks(pid) in (started, None)  # None: the leader died, the rest may live
+        }
         found = []
-        for pid in psutil.pids() if sessions else ():
+        for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError, psutil.Error):
                 if os.getsid(pid) in sessions:
                     found.append(psutil.Process(pid))
@@ -801,7 +787,9 @@ class Processes:
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline() if alive(process) else []
                 if "--model" in words and ("llama-server" in words[0] or "runner" in words):
-                    found.append(_runner(process, dict(zip(words, words[1:], strict=False))))
+                    options = dict(itertools.pairwise(words))
+                    digest = _DIGEST.search(options["--model"].lower())
+                    found.append(Runner(process, digest and digest[1], options.get("--port")))
         return found
 
     def open_files(self) -> OpenFiles:
@@ -809,7 +797,8 @@ class Processes:
 
         Raises ServiceError ``model_being_pulled`` where one does not let itself be read.
         """
-        found, server = OpenFiles(set(), set(), set()), self.server()
+        found = OpenFiles(set(), set(), set())
+        server = self.server()
         for process in [*self.all(), psutil.Process()]:
             try:
                 for file in process.open_files():
@@ -837,7 +826,7 @@ class Processes:
         server = self.server()
         if server is None:
             return True
-        self.state_file.with_name(f"{self.state_file.name}.ended").write_text(f"{server.pid}\n")
+        pathlib.Path(f"{self.state_file}.ended").write_text(f"{server.pid}\n")
         for sig, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, 0.5)):
             end(server, sig)
             if wait_until(lambda: not alive(server), time.monotonic() + seconds):
@@ -891,14 +880,6 @@ def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
     return True
 
 
-def _runner(process: psutil.Process, options: dict[str, str]) -> Runner:
-    model = options["--model"]
-    digest = _DIGEST.search(model)
-    return Runner(
-        process, digest and digest[1].lower(), os.path.basename(model), options.get("--port")
-    )
-
-
 def _start_ticks(pid: int) -> int | None:
     """Return when a process was started; None if there is none.
 
@@ -930,39 +911,37 @@ class Progress:
 
     def __init__(self, now: float):
         self.layers: dict[str, list[int]] = {}  # digest: [completed, total], as Ollama shows them
-        self.moved_at = now  # when the last byte came, or the last change of status
+        self.moved_at = now  # when the last byte came
+        self.part = (0, 100)  # what goes on now is from here to there of the whole work, in %
         self._percent = 0.0
-        self._from, self._to = 0.0, 100.0  # the part of the whole work that goes on now
         self._received = 0
         self._speed: collections.deque[tuple[float, int]] = collections.deque()
 
     def note(self, line: Json, now: float) -> None:
-        """Note one of Ollama's progress lines."""
+        """Note one of Ollama's progress lines, or one of the same form."""
         digest = line.get("digest")
         if digest:
-            self.note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
-        if digest or not line["status"].startswith("pulling"):
-            self._complete_layers_before(digest)
+            self._note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
+        if digest or line["status"].startswith("verifying"):
+            # Ollama has gone on. The last line of a layer may stay below its total.
+            for layer, sizes in self.layers.items():
+                if layer == digest:
+                    break
+                sizes[0] = sizes[1]
 
-    def note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
-        """Note how much of a layer is there."""
-        before = self.layers.get(digest)
+    def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
         completed = min(completed, total)
+        before, _ = self.layers.get(digest, (completed, 0))  # it may be from an earlier pull
+        if completed > before or digest not in self.layers:
+            self.moved_at = now
+        self._received += max(0, completed - before)
         self.layers[digest] = [completed, total]
         if len(self.layers) > LAYERS_LIMIT:
             raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
-        gained = completed - before[0] if before else 0  # it may be there from an earlier pull
-        if gained > 0 or not before:
-            self.moved_at = now
-        self._received += max(0, gained)
         if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
             self._speed.append((now, self._received))
         while now - self._speed[0][0] > SPEED_WINDOW_S:
             self._speed.popleft()
-
-    def begin_part(self, start: float, end: float) -> None:
-        """Let what comes now count from ``start`` to ``end`` percent of the whole."""
-        self._from, self._to = start, end
 
     def set_layers(self, sizes: dict[str, int], completed: bool) -> None:
         """Replace the layers by a model's files: to check them, or at the end."""
@@ -974,35 +953,28 @@ class Progress:
         """Return how much of the layers seen so far is there."""
         return sum(completed for completed, _ in self.layers.values())
 
-    def missing_bytes(self) -> int:
-        """Return how much of the layers seen so far is not there yet."""
-        return sum(total - completed for completed, total in self.layers.values())
+    def figures(self, now: float, state: str = "running") -> Json:
+        """Return percent (never falls, 100 only with success), bytes, speed and ETA.
 
-    def figures(self, now: float, ended: bool = False, succeeded: bool = False) -> Json:
-        """Return percent (never falls, 100 only with success), bytes, speed and ETA."""
-        completed, missing = self.completed_bytes(), self.missing_bytes()
-        total = completed + missing
+        ``state`` is the download's.
+        """
+        completed = self.completed_bytes()
+        total = sum(total for _, total in self.layers.values())
         if total:
-            percent = self._from + (self._to - self._from) * completed / total
+            start, end = self.part
+            percent = start + (end - start) * completed / total
             self._percent = max(self._percent, min(99.9, int(percent * 10) / 10))
         speed = 0
-        if self._speed and not ended:
+        if self._speed and state == "running":
             began, received = self._speed[0]
             speed = int((self._received - received) / max(now - began, PROGRESS_S))
         return {
-            "percent": 100.0 if succeeded else self._percent,
+            "percent": 100.0 if state == "success" else self._percent,
             "completed_bytes": completed,
             "total_bytes": total,
             "bytes_per_second": speed,
-            "eta_seconds": missing // speed if speed else None,
+            "eta_seconds": (total - completed) // speed if speed else None,
         }
-
-    def _complete_layers_before(self, digest: str | None) -> None:
-        """Ollama has gone on to this layer. The last line of a layer may stay below its total."""
-        for layer, sizes in self.layers.items():
-            if layer == digest:
-                return
-            sizes[0] = sizes[1]
 
 
 # ---------------------------------------------------------------------------------------
@@ -1010,82 +982,48 @@ class Progress:
 # ---------------------------------------------------------------------------------------
 
 
-class Reader(threading.Thread):
-    """Puts the progress lines of one connection into ``lines``; at its end a ServiceError.
-
-    Reading may block: ``requests`` fixes the timeout when the request is sent, and Ollama is
-    silent while it verifies.
-    """
-
-    def __init__(self, ollama: Ollama, model: str, insecure: bool):
-        super().__init__(name=f"read {model}", daemon=True)
-        self.lines: queue.SimpleQueue[Json | ServiceError] = queue.SimpleQueue()
-        self._pull = (ollama, model, insecure)
-        self._stream: Stream | None = None
-        self._closed = False
-        self.start()
-
-    def run(self) -> None:
-        ollama, model, insecure = self._pull
-        try:
-            self._stream = ollama.pull(model, insecure)
-            if self._closed:
-                self._stream.close()
-            for line in self._stream:
-                self.lines.put(line)
-            raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
-        except ServiceError as e:
-            self.lines.put(e)
-        except Exception as e:
-            log.exception("pull %s: a bug", model)
-            self.lines.put(ServiceError("bug", f"The download broke on a bug: {clean(e)}."))
-
-    def close(self) -> None:
-        """End the connection, also one that is not open yet."""
-        self._closed = True
-        if self._stream:
-            self._stream.close()
-
-
 class Download:
     """One pull of one model, owned by the service; any number of listeners attach to it.
 
-    Its thread decides on stop, stall, disk and reconnect. ``state`` is "running", then
-    "success", "error" or "cancelled".
+    Its ``thread``, which Downloads starts, decides on stop, stall, disk and reconnect.
+    ``state`` is "running", then "success", "error" or "cancelled".
     """
 
     def __init__(self, tools: "Downloads", model: str, insecure: bool, verify: bool):
-        self.model, self.verify = model, verify
+        self.model = model
+        self.verify = verify
         self.state = "running"
         self.error: ServiceError | None = None
         self.ended_at: float | None = None
-        self.first_news = threading.Event()  # a layer was seen, or it has ended
-        self.ended = threading.Event()
-        self._tools, self._insecure = tools, insecure
-        self._progress = Progress(time.monotonic())
+        self.thread = threading.Thread(target=self._run, name=f"pull {model}", daemon=True)
+        self._tools = tools
+        self._store = tools.store
+        self._insecure = insecure
         self._started_at = time.time()
-        self._listeners, self._detached = 0, False
-        self._changed = threading.Condition()
+        self._progress = Progress(time.monotonic())
+        self._stream: Stream | None = None
+        self._changed = threading.Condition()  # guards all below, and the progress
+        self._listeners = 0
+        self._detached = False
+        self._joinable = True
+        self._stop: ServiceError | None = None
+        self._had_news = False  # more than the manifest was seen
         self._line: Json = {"status": "starting"}
         self._said: collections.deque[Json] = collections.deque(maxlen=64)
         self._said_count = 0
-        self._reader: Reader | None = None
-        self._stop: ServiceError | None = None
-        self._ends_unchecked = False  # so it is too late to join with verify
-        threading.Thread(target=self._run, name=f"pull {model}", daemon=True).start()
 
-    def join(self, detach: bool, verify: bool) -> typing.Iterable[Json] | None:
+    def join(self, detach: bool, verify: bool) -> typing.Iterator[Json] | None:
         """Attach a listener and return its lines; None if the download is about to end.
 
-        Detached, there are no lines, and the download goes on without listeners.
+        Detached, it goes on without listeners, and nobody reads the lines.
         """
         with self._changed:
-            if self._stop or self.state != "running" or (verify and self._ends_unchecked):
+            if not self._joinable:
                 return None
-            self.verify = self.verify or verify
-            self._detached = self._detached or detach
+            self.verify |= verify
+            self._detached |= detach
             self._listeners += not detach
-            return () if detach else self._lines(self._said_count)
+            return self._lines(self._said_count)
 
     def leave(self) -> None:
         """Take a listener away; with the last one the download stops."""
@@ -1096,21 +1034,28 @@ class Download:
                 self.stop(ServiceError("cancelled", words))
 
     def stop(self, error: ServiceError) -> None:
-        """End the download with this error; ``ended`` tells when it has."""
+        """End the download with this error."""
         with self._changed:
+            self._joinable = False
             self._stop = self._stop or error
             self._changed.notify_all()
 
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until a layer was seen; raise the error of a download that ended before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._had_news or self.ended_at, timeout_s)
+            if self.error and not self._had_news:
+                raise self.error
+
     def reconnect(self) -> None:
         """Break the connection to Ollama; the download makes a new one."""
-        if self._reader:
-            self._reader.close()
+        if self._stream:
+            self._stream.close()
 
     def digests(self) -> set[str]:
         """Return the digests (hex) of the layers seen so far."""
         with self._changed:
-            found = map(_DIGEST.fullmatch, self._progress.layers)
-            return {digest[1] for digest in found if digest}
+            return set(_DIGEST.findall(" ".join(self._progress.layers)))
 
     def summary(self) -> Json:
         """Return what ``GET /api/models/pull`` says of it."""
@@ -1137,44 +1082,33 @@ class Download:
     # The listeners' side
 
     def _lines(self, seen: int) -> typing.Iterator[Json]:
-        """Yield what is said, the figures between, and the last line."""
-        shown, shown_at, at_once = None, 0.0, seen > 0
-        while True:
-            lines, line, ended = self._wait_for_news(seen, 0 if at_once else PROGRESS_S)
-            seen += len(lines)
-            late = line is not shown or time.monotonic() - shown_at >= HEARTBEAT_S
-            if late and not lines and not ended:
-                lines = [{**line, **self._figures()}]
-            if lines:
-                yield from lines
-                shown, shown_at = line, time.monotonic()
-            if ended:
-                yield self.last_line()
-                return
-            at_once = False
-
-    def _wait_for_news(self, seen: int, timeout_s: float) -> tuple[list[Json], Json, bool]:
-        """Return the lines that were said since, the newest line, and whether it has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_news(seen), timeout_s)
-            new = self._said_count - seen
-            return list(self._said)[-new:] if new else [], self._line, self.state != "running"
-
-    def _has_news(self, seen: int) -> bool:
-        return self._said_count > seen or self.state != "running"
+        """Yield what is said at once, and how far it is while nothing is said."""
+        while self.state == "running" or seen < self._said_count:
+            with self._changed:
+                if seen == self._said_count:
+                    self._changed.wait(LINE_S)
+                new = self._said_count - seen
+                seen = self._said_count
+                lines = list(self._said)[-new:] if new else [{**self._line, **self._figures()}]
+            yield from lines
 
     def _say(self, line: Json) -> None:
-        """Show a change of status to every listener at once."""
         with self._changed:
-            self._line = line
-            self._progress.moved_at = time.monotonic()
-            self._said.append({**line, **self._figures()})
+            self._said.append(line)
             self._said_count += 1
             self._changed.notify_all()
 
+    def _note(self, line: Json) -> None:
+        """Count a line, and show it to the listeners: a change of status at once."""
+        with self._changed:
+            self._progress.note(line, time.monotonic())
+            is_new = line["status"] != self._line["status"]
+            self._line = line
+            if is_new:
+                self._say({**line, **self._figures()})
+
     def _figures(self) -> Json:
-        ended, succeeded = self.state != "running", self.state == "success"
-        return self._progress.figures(time.monotonic(), ended, succeeded)
+        return self._progress.figures(time.monotonic(), self.state)
 
     # The owner's side
 
@@ -1185,190 +1119,182 @@ class Download:
                 self._work()
         except ServiceError as e:
             error = e
+            log.warning("pull %s: %s: %s", self.model, e.code, e)
         except Exception as e:
-            log.exception("pull %s: a bug", self.model)
             error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
-        if error:
-            level = logging.INFO if error.code == "cancelled" else logging.WARNING
-            log.log(level, "pull %s: %s: %s", self.model, error.code, error)
+            log.exception("pull %s: a bug", self.model)
+        code = error.code if error else "success"
         with self._changed:
+            self._joinable = False
+            self.state = code if code in ("success", "cancelled") else "error"
+            self.error = error
+            self.ended_at = time.time()
             if not error:
                 self._line = {"status": "success"}
-            self.error, self.ended_at = error, time.time()
-            code = error.code if error else "success"
-            self.state = code if code in ("success", "cancelled") else "error"
+            self._say(self.last_line())
         self._tools.note_end(self)
-        self.ended.set()
-        self.first_news.set()
-        with self._changed:
-            self._changed.notify_all()
 
     def _work(self) -> None:
         old = self._digests_there()
-        self._progress.begin_part(0, 50 if self.verify else 100)
+        self._progress.part = (0, 50 if self.verify else 100)
+        unknown = None
         try:
             self._pull()
         except ServiceError as e:
-            if e.code == "model_not_found" and self.verify and old:
-                self._name_damage(e)
-            raise
-        if self._is_check_wanted() and self._remove_damaged():
-            self._pull()
+            if e.code != "model_not_found" or not self.verify or not old:
+                raise
+            unknown = e
+        if self._is_check_wanted():
+            self._check_files(unknown)
         new = self._digests_there()
-        with self._changed:  # Ollama shows no line of a layer that comes at once
-            self._progress.set_layers(self._tools.store.sizes(new), completed=True)
-        self._tools.remove_replaced(self, set(old).difference(new))
+        self._count_files(new, completed=True)  # Ollama shows no line of a layer that comes at once
+        self._tools.remove_replaced(self.model, set(old).difference(new))
 
     def _is_check_wanted(self) -> bool:
         with self._changed:
-            self._ends_unchecked = not self.verify
+            self._joinable &= self.verify  # else it is too late to join with verify
             return self.verify
 
     def _digests_there(self) -> list[str]:
         """Return the digests that the model's manifest names; [] if it is not there."""
-        return self._tools.store.models().get(name_key(self.model), [])
+        return self._store.models().get(name_key(self.model), [])
+
+    def _count_files(self, digests: list[str], completed: bool) -> None:
+        """Count these files as the layers: to check them, or as completed."""
+        with self._changed:
+            self._progress.set_layers(self._store.sizes(digests), completed)
 
     def _pull(self) -> None:
         """Pull until success, over as many connections as it takes."""
-        failures, mark = 0, 0
+        failures = most = 0
         while True:
             try:
                 return self._follow_connection()
             except ServiceError as e:
                 if not self._goes_on_after(e):
                     raise
-                completed = self._progress.completed_bytes()
-                failures, mark = (1, completed) if completed > mark else (failures + 1, mark)
-                if failures > MAX_RECONNECTS:
-                    raise ServiceError(
-                        e.code,
-                        f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
-                        f"next pull goes on from here. The last reason: {e}",
-                    ) from e
-                self._pause_before_reconnect(failures, e)
+                reason = e
+            completed = self._progress.completed_bytes()
+            failures = 1 if completed > most else failures + 1
+            most = max(most, completed)
+            if failures > MAX_RECONNECTS:
+                raise ServiceError(
+                    reason.code,
+                    f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
+                    f"next pull goes on from here. The last reason: {reason}",
+                )
+            log.warning("pull %s: reconnecting: %s", self.model, reason)
+            status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
+            self._note({"status": status, "reason": str(reason)})
+            with self._changed:
+                pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
+                self._changed.wait_for(lambda: self._stop, pause_s)
 
     def _goes_on_after(self, error: ServiceError) -> bool:
         passing = ("ollama_unreachable", "ollama_timeout", "registry_unreachable")
         begun = bool(self._progress.layers)
         return error.code == "pull_interrupted" or (begun and error.code in passing)
 
-    def _pause_before_reconnect(self, failures: int, reason: ServiceError) -> None:
-        log.warning("pull %s: reconnecting: %s", self.model, reason)
-        status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
-        self._say({"status": status, "reason": str(reason)})
-        pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
-        with self._changed:
-            self._changed.wait_for(lambda: self._stop, pause_s)
-
     def _follow_connection(self) -> None:
         """Note the lines of one connection; return with Ollama's success."""
-        reader = self._reader = Reader(self._tools.ollama, self.model, self._insecure)
+        self._progress.moved_at = time.monotonic()
+        stream = self._stream = self._tools.ollama.pull(self.model, self._insecure)
+        lines: queue.SimpleQueue[Json | Exception] = queue.SimpleQueue()
+        threading.Thread(target=read_into, args=(lines, stream), daemon=True).start()
         try:
             while True:
                 self._check_stop()
-                line = self._next_line(reader)
-                if line and line["status"] == "success":
-                    return
-                if line:
+                self._check_stall()  # Ollama repeats its line meanwhile
+                with contextlib.suppress(queue.Empty):
+                    line = lines.get(timeout=PROGRESS_S)
+                    if isinstance(line, Exception):
+                        raise line
+                    if line["status"] == "success":
+                        return
+                    self._check_disk(line)  # what does not fit is refused before it is news
+                    self._had_news |= line["status"] != "pulling manifest"
                     self._note(line)
-                if self._stalled():  # Ollama repeats its line meanwhile
-                    raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
         finally:
-            reader.close()
-
-    def _next_line(self, reader: Reader) -> Json | None:
-        try:
-            line = reader.lines.get(timeout=PROGRESS_S)
-        except queue.Empty:
-            return None
-        if isinstance(line, ServiceError):
-            raise line
-        return line
-
-    def _note(self, line: Json) -> None:
-        keys = [key for key in ("status", "digest", "total", "completed") if key in line]
-        kept: Json = {key: line[key] for key in keys}
-        with self._changed:
-            self._progress.note(line, time.monotonic())
-            if line["status"] != self._line["status"]:
-                self._say(kept)
-            self._line = kept
-        self._check_disk()  # what does not fit is refused before anything is answered
-        if "digest" in line or not line["status"].startswith("pulling"):
-            self.first_news.set()
-
-    def _stalled(self) -> bool:
-        fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
-        return fetching and time.monotonic() - self._progress.moved_at > STALL_S
+            stream.close()
 
     def _check_stop(self) -> None:
         if self._stop:
             raise self._stop
 
-    def _check_disk(self) -> None:
-        free, missing = self._tools.store.free_bytes(), self._progress.missing_bytes()
-        if free is not None and missing and free - missing < DISK_RESERVE_BYTES:
+    def _check_stall(self) -> None:
+        fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
+        if fetching and time.monotonic() - self._progress.moved_at > STALL_S:
+            raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+
+    def _check_disk(self, line: Json) -> None:
+        free = self._store.free_bytes()
+        missing = line.get("total", 0) - line.get("completed", 0)  # the other layers are there
+        if free is not None and missing > 0 and free - missing < DISK_RESERVE_BYTES:
             raise ServiceError(
                 "disk_full",
                 f"The rest of {self.model} needs {missing >> 20} MB and "
-                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._tools.store.path} has "
+                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._store.path} has "
                 f"{free >> 20} MB: delete a model or enlarge the disk.",
             )
 
     # Checking what is there
 
-    def _remove_damaged(self) -> list[str]:
-        """Remove the files that differ from their digests, and say so; return their digests."""
-        damaged = self._find_damaged()
-        for digest in damaged:
-            self._tools.store.blob(digest).unlink(missing_ok=True)
-        if damaged:
-            names = ", ".join(digest[:12] for digest in damaged)
-            log.warning("pull %s: removed damaged files: %s", self.model, names)
-            self._say({"status": f"removed {len(damaged)} damaged: {names}"})
-        return damaged
+    def _check_files(self, unknown: ServiceError | None) -> None:
+        """Read the model's files; remove those whose content has another digest, and pull again.
 
-    def _name_damage(self, error: ServiceError) -> None:
-        """Check a model that the registry does not know; raise what is wrong with its files."""
-        damaged = self._find_damaged()
-        names = ", ".join(digest[:12] for digest in damaged)
-        found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
-        raise ServiceError(
-            "model_damaged" if damaged else error.code,
-            f"The registry does not know {self.model}, so nothing was removed; {found}.",
-        ) from error
-
-    def _find_damaged(self) -> list[str]:
-        """Read the model's files; return the digests of those whose content has another one."""
+        Of a model that is ``unknown`` to the registry nothing is removed.
+        """
         digests = self._digests_there()
-        sizes = {digest: 0 for digest in digests} | self._tools.store.sizes(digests)
-        with self._changed:
-            self._progress.begin_part(50, 100)
-            self._progress.set_layers(sizes, completed=False)
-        self.first_news.set()
-        return [digest for digest, size in sizes.items() if not self._is_whole(digest, size)]
+        self._progress.part = (50, 100)
+        self._count_files(digests, completed=False)
+        self._had_news = True
+        damaged = [digest for digest in digests if not self._is_whole(digest)]
+        names = ", ".join(digest[:12] for digest in damaged)
+        if unknown:
+            found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
+            raise ServiceError(
+                "model_damaged" if damaged else unknown.code,
+                f"The registry does not know {self.model}, so nothing was removed; {found}.",
+            )
+        if damaged:
+            for digest in damaged:
+                self._store.blob(digest).unlink(missing_ok=True)
+            log.warning("pull %s: removed damaged files: %s", self.model, names)
+            self._note({"status": f"removed {len(damaged)} damaged: {names}"})
+            self._count_files(self._digests_there(), completed=True)
+            self._pull()
 
-    def _is_whole(self, digest: str, size: int) -> bool:
-        layer = f"sha256:{digest}"
-        self._say({"status": f"checking {digest[:12]}", "digest": layer, "total": size})
-        checksum, buffer = hashlib.sha256(), memoryview(bytearray(CHECK_BYTES))
+    def _is_whole(self, digest: str) -> bool:
+        total = self._store.sizes([digest]).get(digest, 0)
+        line = {"status": f"checking {digest[:12]}", "digest": f"sha256:{digest}", "total": total}
+        checksum = hashlib.sha256()
         completed = 0
+        self._note(line)
         try:
-            with self._tools.store.blob(digest).open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
+            with self._store.blob(digest).open("rb", buffering=0) as file:
+                while piece := file.read(CHECK_BYTES):
                     self._check_stop()
-                    checksum.update(buffer[:count])
-                    completed += count
-                    with self._changed:
-                        self._progress.note_layer(layer, completed, size, time.monotonic())
+                    checksum.update(piece)
+                    completed += len(piece)
+                    self._note({**line, "completed": completed})
         except OSError as e:
             if e.errno not in (errno.ENOENT, errno.EIO):  # missing, unreadable on the disk
                 raise
-        if checksum.hexdigest() == digest:
-            return True
-        with self._changed:
-            self._progress.note_layer(layer, 0, size, time.monotonic())
-        return False
+        return checksum.hexdigest() == digest
+
+
+def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> None:
+    """Put a pull's lines into a queue, and at its end the exception that says why.
+
+    It is a thread of its own: ``requests`` fixes the timeout when the request is sent, and
+    Ollama is silent while it verifies.
+    """
+    try:
+        for line in stream:
+            lines.put(line)
+        raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
+    except Exception as e:
+        lines.put(e)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1380,8 +1306,10 @@ class Downloads:
     """The downloads under way, at most ``limit``, and the last ended ones."""
 
     def __init__(self, ollama: Ollama, store: Store, processes: Processes, limit: int):
-        self.ollama, self.store = ollama, store
-        self._processes, self._limit = processes, limit
+        self.ollama = ollama
+        self.store = store
+        self._processes = processes
+        self._limit = limit
         self._lock = threading.Lock()
         self._running: dict[str, Download] = {}
         self._ended: collections.deque[Download] = collections.deque(maxlen=ENDED_KEPT)
@@ -1392,44 +1320,57 @@ class Downloads:
         self, model: str, insecure: bool = False, detach: bool = False, verify: bool = False
     ) -> tuple[Download, typing.Iterable[Json]]:
         """Start a download or join the one under way; return it and its lines."""
+        key = name_key(model)
         for _ in range(3):
             with self._lock:
-                download = self._running_or_new(model, insecure, verify)
-                lines = download.join(detach, verify)
+                download = self._running.get(key)
+                if not download:
+                    self._check_limit()
+                    download = Download(self, model, insecure, verify)
+                lines = download.join(detach, verify)  # before it starts: it may fail at once
+                if key not in self._running:
+                    download.thread.start()
+                    self._running[key] = download
             if lines is not None:
                 return download, lines
-            download.ended.wait(2)
+            download.thread.join(2)
         raise ServiceError(
             "model_being_pulled",
             "A download of this model is just being cancelled: try again.",
         )
 
     def cancel(self, model: str, purge: bool = False) -> int:
-        """Cancel a download; return the bytes that ``purge`` freed of its parts."""
-        download = self._find(model, ended=purge)
-        if download is None:
+        """Cancel a download; return the bytes that ``purge`` freed of its parts.
+
+        The last one that failed can be purged too.
+        """
+        began = time.monotonic()
+        key = name_key(model)
+        states = ("running", "error", "cancelled") if purge else ("running",)
+        with self._lock:
+            known = [*self._ended, *self._running.values()]
+        found = [each for each in known if name_key(each.model) == key and each.state in states]
+        if not found:
             raise ServiceError(
                 "no_such_pull",
                 f"No download of {model} is under way: GET /api/models/pull lists them.",
             )
-        began = time.monotonic()
-        next_pull = "its parts are removed" if purge else "pull again, it goes on from here"
-        download.stop(ServiceError("cancelled", f"Cancelled by request: {next_pull}."))
-        download.ended.wait(2)
+        download = found[-1]
+        words = "Cancelled by request: the next pull goes on from what is there."
+        download.stop(ServiceError("cancelled", words))
+        download.thread.join(2)
         if not purge:
             return 0
-        with self._lock:
-            others = list(self._running.values())
-        digests = download.digests().difference(*(other.digests() for other in others))
-        limit_s = PURGE_S - (time.monotonic() - began)
         with file_errors():
-            return self.store.purge(digests, lambda: self._processes.open_files().held, limit_s)
+            return self.store.purge(
+                download.digests(),
+                lambda: self._processes.open_files().held,
+                PURGE_S - (time.monotonic() - began),
+            )
 
     def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""
         with self._lock:
-            while self._ended and time.time() - (self._ended[0].ended_at or 0) > ENDED_KEPT_S:
-                self._ended.popleft()
             downloads = [*self._running.values(), *reversed(self._ended)]
         return [download.summary() for download in downloads]
 
@@ -1442,62 +1383,47 @@ class Downloads:
         return name_key(model) in self._running
 
     def prune(self, older_than_s: float, dry_run: bool) -> tuple[int, int]:
-        """Remove what no model uses; return (freed bytes, files).
+        """Remove what no model uses, once nothing of the store has been in use for a while.
 
-        Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
+        Between two files of a pull Ollama has none open, for a moment. Returns (freed bytes,
+        files). Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
         """
-        if not dry_run and not self._running:
-            wait_until(self.store.settled, time.monotonic() + 2 * SETTLED_S)
-            self._check_rest_lasts()
-        with self._lock, file_errors():
-            if self._running or not (dry_run or self.store.settled()):
-                raise ServiceError(
-                    "model_being_pulled",
-                    "A download is under way: wait for its end, or cancel it.",
-                )
-            return self.store.prune(older_than_s, self._processes.open_files(), dry_run)
-
-    def _check_rest_lasts(self) -> None:
-        """Raise ``model_being_pulled`` unless nothing of the store is in use for a while.
-
-        Between two files of a pull Ollama has none open, for a moment.
-        """
-        until = time.monotonic() + SETTLED_S
-        while time.monotonic() < until:
-            with file_errors():
-                self.store.check_at_rest(self._processes.open_files())
+        until = time.monotonic() + (0 if dry_run else SETTLED_S)
+        while True:
+            with self._lock, file_errors():
+                if self._running:
+                    raise ServiceError(
+                        "model_being_pulled",
+                        "A download is under way: wait for its end, or cancel it.",
+                    )
+                files = self._processes.open_files()
+                self.store.check_at_rest(files)
+                if time.monotonic() >= until:
+                    return self.store.prune(older_than_s, files, dry_run)
             time.sleep(0.05)
 
-    def remove_replaced(self, download: Download, digests: set[str]) -> None:
+    def remove_replaced(self, model: str, digests: set[str]) -> None:
         """Remove these blobs of a model's old version; what may be needed yet is unused then."""
         if not digests:
             return
-        with self._lock:
-            try:
-                with file_errors():
-                    self.store.make_old(digests)
-                    if [*self._running.values()] != [download]:
-                        return
-                    freed, _ = self.store.prune(0, self._processes.open_files(), only=digests)
-            except ServiceError as e:
-                log.warning("pull %s: the old version stays: %s", download.model, e)
-                return
-        log.info("pull %s: the old version is removed: %d bytes", download.model, freed)
+        try:
+            with self._lock, file_errors():
+                self.store.make_old(digests)
+                if len(self._running) == 1:  # this one
+                    self.store.prune(0, self._processes.open_files(), only=digests)
+        except ServiceError as e:
+            log.warning("pull %s: the old version stays: %s", model, e)
 
     def reconnect(self) -> None:
         """Break every download's connection: before Ollama is ended, so that it keeps the parts."""
-        with self._lock:
-            downloads = list(self._running.values())
-        for download in downloads:
+        for download in list(self._running.values()):
             download.reconnect()
 
     def close(self) -> None:
         """End all downloads: the service stops."""
+        words = "The service is stopping: pull again later, it goes on from here."
         with self._lock:
-            self._closing = ServiceError(
-                "shutting_down",
-                "The service is stopping: pull again later, it goes on from here.",
-            )
+            self._closing = ServiceError("shutting_down", words)
             downloads = list(self._running.values())
         for download in downloads:
             download.stop(self._closing)
@@ -1509,27 +1435,12 @@ class Downloads:
             self._ended.append(download)
             self.counts[download.state] += 1
 
-    def _running_or_new(self, model: str, insecure: bool, verify: bool) -> Download:
-        key = name_key(model)
+    def _check_limit(self) -> None:
         if self._closing:
             raise self._closing
-        if key not in self._running:
-            if len(self._running) >= self._limit:
-                raise ServiceError(
-                    "too_many_pulls",
-                    f"{self._limit} downloads are under way: wait for one, cancel one, or "
-                    "raise LLM_MAX_PULLS.",
-                )
-            self._running[key] = Download(self, model, insecure, verify)
-        return self._running[key]
-
-    def _find(self, model: str, ended: bool) -> Download | None:
-        """Return the download under way; else, if asked for, the last one that failed."""
-        key = name_key(model)
-        with self._lock:
-            if key in self._running or not ended:
-                return self._running.get(key)
-            for download in reversed(self._ended):
-                if name_key(download.model) == key and download.state != "success":
-                    return download
-        return None
+        if len(self._running) >= self._limit:
+            raise ServiceError(
+                "too_many_pulls",
+                f"{self._limit} downloads are under way: wait for one, cancel one, or "
+                "raise LLM_MAX_PULLS.",
+            )

@@ -26,6 +26,10 @@ def of_layers(*lines, progress=None, start=0):
     return progress, figures
 
 
+def missing_bytes(progress):
+    return sum(total - completed for completed, total in progress.layers.values())
+
+
 def test_before_the_first_line_nothing_is_known():
     assert Progress(0).figures(0) == {
         "percent": 0,
@@ -63,8 +67,8 @@ def test_percent_stays_where_ollama_drops_what_it_had():
 def test_percent_is_100_with_success_alone():
     progress, figures = of_layers(layer(A, 100, 100), {"status": "verifying sha256 digest"})
     assert [each["percent"] for each in figures] == [99.9, 99.9]
-    assert progress.figures(9, ended=True)["percent"] == 99.9
-    assert progress.figures(9, ended=True, succeeded=True)["percent"] == 100
+    assert progress.figures(9, "error")["percent"] == 99.9
+    assert progress.figures(9, "success")["percent"] == 100
 
 
 def test_percent_is_never_more_than_is_there():
@@ -83,12 +87,12 @@ def test_a_layer_is_whole_once_ollama_goes_on():
     progress, _ = of_layers(layer(A, 90, 100), layer(B, 0, 50))
     assert progress.layers == {A: [100, 100], B: [0, 50]}
     progress.note({"status": "verifying sha256 digest"}, 3)
-    assert progress.missing_bytes() == 0
+    assert missing_bytes(progress) == 0
 
 
 def test_a_manifest_asked_for_anew_completes_no_layer():
     progress, _ = of_layers(layer(A, 90, 100), {"status": "pulling manifest"})
-    assert progress.missing_bytes() == 10
+    assert missing_bytes(progress) == 10
 
 
 def test_after_a_reconnect_the_layers_go_on_from_where_they_were():
@@ -133,8 +137,8 @@ def test_speed_falls_while_nothing_comes():
 
 def test_at_the_end_there_is_no_speed():
     progress, _ = of_layers(layer(A, 0, 100), layer(A, 50, 100))
-    assert progress.figures(2, ended=True)["bytes_per_second"] == 0
-    assert progress.figures(2, ended=True)["eta_seconds"] is None
+    assert progress.figures(2, "error")["bytes_per_second"] == 0
+    assert progress.figures(2, "error")["eta_seconds"] is None
 
 
 def test_many_lines_a_second_keep_few_samples():
@@ -156,30 +160,30 @@ def test_when_the_last_byte_came_shows_a_stall():
 
 def test_a_part_of_the_work_has_its_part_of_the_percents():
     progress = Progress(0)
-    progress.begin_part(0, 50)
+    progress.part = (0, 50)
     progress, pulled = of_layers(layer(A, 50, 100), layer(A, 100, 100), progress=progress)
-    progress.begin_part(50, 100)
+    progress.part = (50, 100)
     progress.set_layers({A[7:]: 100, B[7:]: 100}, completed=False)
     begun = progress.figures(2)
     assert (begun["completed_bytes"], begun["total_bytes"]) == (0, 200)
-    progress.note_layer(A, 100, 100, 3)
+    progress.note(layer(A, 100, 100), 3)
     percents = [each["percent"] for each in (*pulled, begun, progress.figures(3))]
     assert percents == [25, 50, 50, 75]
 
 
 def test_a_check_that_begins_late_does_not_take_percents_back():
     progress, _ = of_layers(layer(A, 100, 100))  # without a verify, so from 0 to 100
-    progress.begin_part(50, 100)
+    progress.part = (50, 100)
     progress.set_layers({A[7:]: 100}, completed=False)
     assert progress.figures(1)["percent"] == 99.9
 
 
 def test_checking_has_speed_and_eta():
     progress = Progress(0)
-    progress.begin_part(50, 100)
+    progress.part = (50, 100)
     progress.set_layers({A[7:]: 1000}, completed=False)
     for second in range(5):
-        progress.note_layer(A, 100 * second, 1000, second)
+        progress.note(layer(A, 100 * second, 1000), second)
     figures = progress.figures(4)
     assert (figures["bytes_per_second"], figures["eta_seconds"]) == (100, 6)
 
@@ -187,16 +191,17 @@ def test_checking_has_speed_and_eta():
 def test_a_file_that_is_damaged_is_missing_again():
     progress = Progress(0)
     progress.set_layers({A[7:]: 100, B[7:]: 10}, completed=False)
-    progress.note_layer(A, 100, 100, 1)
-    progress.note_layer(A, 0, 100, 1)
-    progress.note_layer(B, 10, 10, 2)
-    assert progress.missing_bytes() == 100 and progress.completed_bytes() == 10
+    progress.note(layer(A, 100, 100), 1)
+    progress.note(layer(B, 10, 10), 2)
+    progress.set_layers({B[7:]: 10}, completed=True)  # what is left of the model
+    progress.note(layer(A, 0, 100), 3)
+    assert missing_bytes(progress) == 100 and progress.completed_bytes() == 10
 
 
 def test_at_the_end_the_layers_are_the_models():
     progress, _ = of_layers(layer(A, 10, 100))
     progress.set_layers({A[7:]: 100, C[7:]: 7}, completed=True)
-    last = progress.figures(1, ended=True, succeeded=True)
+    last = progress.figures(1, "success")
     assert last["completed_bytes"] == last["total_bytes"] == 107
     assert last["percent"] == 100
 
@@ -219,7 +224,7 @@ def test_percent_never_falls_whatever_comes(seed):
         digest = chance.choice([A, B, C])
         match chance.randrange(20):
             case 0:
-                progress.begin_part(50, 100)
+                progress.part = (50, 100)
             case 1:
                 progress.set_layers({digest[7:]: total}, completed=chance.random() < 0.5)
             case 2:

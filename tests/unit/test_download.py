@@ -1,0 +1,62 @@
+"""A download's end and its first news, on an Ollama that says what a test wants."""
+
+import pytest
+
+from ollama_client import Downloads, Processes, ServiceError, Store
+
+MANIFEST = {"status": "pulling manifest"}
+LAYER = {"status": "pulling abc", "digest": "sha256:" + "a" * 64, "total": 10, "completed": 10}
+VERIFYING = {"status": "verifying sha256 digest"}
+BROKEN = ServiceError("digest_mismatch", "The data was damaged.")
+
+
+class Script:
+    """Stands for Ollama: each pull says these lines, and raises what is an error."""
+
+    def __init__(self, *lines):
+        self.lines = lines
+
+    def pull(self, _model, _insecure):
+        return self
+
+    def __iter__(self):
+        for line in self.lines:
+            if isinstance(line, ServiceError):
+                raise line
+            yield line
+
+    def close(self):
+        pass
+
+
+def ended(folder, *lines):
+    """Run a download to its end, which its listener has slept through."""
+    downloads = Downloads(Script(*lines), Store(folder), Processes("/none"), 1)
+    download, listened = downloads.pull("m")
+    download.thread.join(10)
+    assert downloads.running_count() == 0 and len(downloads.list()) == 1
+    return download, listened
+
+
+@pytest.mark.parametrize("news", [LAYER, VERIFYING])
+def test_an_error_after_the_first_news_is_the_last_line_whatever_the_timing(tmp_path, news):
+    download, listened = ended(tmp_path, MANIFEST, news, BROKEN)
+    download.wait_for_news(0)
+    first, second, last = listened
+    assert [first["status"], second["status"]] == [MANIFEST["status"], news["status"]]
+    assert last == {"error": "The data was damaged.", "code": "digest_mismatch"}
+
+
+@pytest.mark.parametrize("lines", [(BROKEN,), (MANIFEST, BROKEN)])
+def test_an_error_before_the_first_news_is_raised(tmp_path, lines):
+    download, _ = ended(tmp_path, *lines)
+    with pytest.raises(ServiceError, match="damaged"):
+        download.wait_for_news(0)
+
+
+def test_success_is_the_one_last_line(tmp_path):
+    download, listened = ended(tmp_path, MANIFEST, LAYER, VERIFYING, {"status": "success"})
+    download.wait_for_news(0)
+    *others, last = listened
+    assert last["status"] == "success" and last["percent"] == 100
+    assert [line["percent"] for line in others] == [0, 99.9, 99.9]
