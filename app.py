@@ -2092,8 +2092,8 @@ def check_home() -> None:
     if not writable and not os.path.exists(f"{folder}/id_ed25519"):
         sys.exit(
             f"llm-service: user {os.geteuid()} cannot write to {folder}, where Ollama keeps its "
-            "key and its models (in Docker: the volume): run as its owner, chown -R it, or set "
-            "another HOME"
+            "key and its models (in Docker: the volume): run as its owner, "
+            f"chown -R {os.geteuid()} it, or set another HOME"
         )
 
 

@@ -243,7 +243,7 @@ keeps_models() {
 slow_registry() { # one of its own in the service's network, as Ollama takes plain HTTP from localhost only when asked to
     printf '%s\n' 'from helpers.registry import *' 'registry = Registry()' 'registry.rate = 10e6' \
         'print(registry.add_random("ns/big:latest", 500), flush=True)' 'threading.Event().wait()' |
-        python --name "$project-registry" -v "$root/tests:/tests:ro" -e PYTHONPATH=/tests --network container:llm-service >"$work/name" 2>>"$log" &
+        python --name "$project-registry" -v "$work/tests:/tests:ro" -e PYTHONPATH=/tests --network container:llm-service >"$work/name" 2>>"$log" &
     within 60000 "$(ms)" 'a slow registry of our own serves a model of 500 MB' test -s "$work/name"
 }
 

@@ -47,6 +47,11 @@ ORIGINS = [DASHBOARD, "https://secure.example.com", "HTTPS://SECURE.example.com"
         "other.example.org",
         "localhost.",
         "orin.local.",
+        "gpu1.lan",
+        "gpu1.lan:11435",
+        "GPU1.LAN.",
+        "gpu1.home.arpa",
+        "gpu1.rack2.intranet:11435",
     ],
 )
 def test_a_host_of_this_machine_or_an_allowed_one_is_answered(service, host):
@@ -72,6 +77,13 @@ def assert_host_refused(service, method, path, host):
         "localhost.evil.example",
         "evil.localhost.com",
         "evillocal.com",
+        "evil.lan.example",
+        "lan.evil.example",
+        "evil.xlan",
+        "evil.home.arpa.example",
+        "evil.arpa",
+        "evilhome.arpa",
+        "evil.intranet.example",
         "x.llm.example.com",
         "llm.example.com.evil.org",
         "127.0.0.1,evil.example",
@@ -318,6 +330,21 @@ def test_the_token_is_checked_before_the_path_and_the_body_are(guarded):
     error(guarded.post(CLEAR, data="{"), 401)
     error(guarded.post("/api/models/pull", data=b"x" * 100_000), 401)
     error(guarded.get("/api/nothing"), 401)
+
+
+@pytest.mark.parametrize(
+    "method, path", [*ROUTES[1:], ("GET", "/metrics"), ("GET", "/api/nothing"), ("PUT", "/")]
+)
+def test_each_401_names_its_scheme_as_java_wants_it(guarded, method, path):
+    for sent in ({}, {"headers": {"Authorization": "Bearer wrong"}}, {"data": b" " * 70_000}):
+        answer = call(method, guarded.url + path, **sent)
+        error(answer, 401, "token_wanted")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_no_other_answer_asks_for_a_token(guarded, service):
+    for one, path in ((guarded, "/health"), (service, "/api/info"), (service, "/api/nothing")):
+        assert "WWW-Authenticate" not in one.get(path).headers
 
 
 def test_with_the_token_all_is_served(guarded):

@@ -137,11 +137,47 @@ class Asker:
         )
 
 
-def test_a_kept_connection_says_for_how_long(service):
-    kept = service.get("/api/info")
-    assert kept.headers["Keep-Alive"] == "timeout=30"
-    closed = service.post("/api/cache/clear", data=BIG)
-    assert closed.headers["Connection"] == "close" and "Keep-Alive" not in closed.headers
+@pytest.mark.parametrize(
+    "method, path, body",
+    [
+        ("GET", "/health", None),
+        ("GET", "/", None),
+        ("HEAD", "/api/models", None),
+        ("OPTIONS", "/api/models", None),
+        ("POST", "/api/cache/clear", None),
+        ("POST", "/api/cache/clear", b"{"),
+        ("GET", "/api/nothing", None),
+        ("PUT", "/api/models", b"{}"),
+        ("GET", "/metrics", None),
+    ],
+)
+def test_a_kept_connection_says_for_how_long_and_is_kept(service, method, path, body):
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    connection.request(method, path, body)
+    answer = connection.getresponse()
+    answer.read()
+    assert answer.headers.get_all("Keep-Alive") == ["timeout=30"]
+    assert answer.headers["Connection"] == "keep-alive"
+    sock = connection.sock
+    connection.request("GET", "/api/info")
+    assert json.load(connection.getresponse()) and connection.sock is sock
+    connection.close()
+
+
+CLOSED = {
+    "a body that is too long": (b"POST /api/cache/clear HTTP/1.1", b"Content-Length: 70000", BIG),
+    "chunks": (b"POST /api/cache/clear HTTP/1.1", b"Transfer-Encoding: chunked", b"0\r\n\r\n"),
+    "the client's wish": (b"GET /api/info HTTP/1.1", b"Connection: close", b""),
+    "HTTP/1.0": (b"GET /api/info HTTP/1.0", b"A: b", b""),
+    "no request": (b"GET /api/info HTTP/1.1", b"no header", b""),
+}
+
+
+@pytest.mark.parametrize("first, header, body", CLOSED.values(), ids=list(CLOSED))
+def test_a_closed_connection_says_so_and_names_no_time(service, first, header, body):
+    sent = b"\r\n".join([first, b"Host: localhost", header, b"", b""]) + body
+    ((_, headers),) = read_answers(service.port, sent)
+    assert headers["Connection"] == "close" and "Keep-Alive" not in headers
 
 
 def test_requests_loses_nothing_on_a_kept_connection(service):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import requests
 
 from helpers.answers import (
     CLEAR,
@@ -16,8 +17,9 @@ from helpers.answers import (
     every_route_with_body,
     shaped,
 )
+from helpers.listener import pull_of
 from helpers.raw import raw, request_bytes
-from helpers.waiting import call
+from helpers.waiting import call, wait_for
 
 DELETE = "/api/models/delete"
 
@@ -192,18 +194,23 @@ def test_a_model_that_does_not_exist_is_a_404_and_nothing_happens(service, path)
     assert runner.is_running()
 
 
-@pytest.mark.parametrize(
+every_flag = pytest.mark.parametrize(
     "method, path, flag",
     [
         ("POST", "/api/models/pull", "stream"),
         ("POST", "/api/models/pull", "insecure"),
         ("POST", "/api/models/pull", "detach"),
+        ("POST", "/api/models/pull", "verify"),
         ("DELETE", "/api/models/pull", "purge"),
         ("DELETE", DELETE, "force"),
+        ("POST", "/api/models/prune", "dry_run"),
         ("POST", CLEAR, "force"),
         ("POST", RESET, "restart"),
     ],
 )
+
+
+@every_flag
 def test_every_flag_that_is_no_boolean_is_a_400_that_names_it(service, method, path, flag):
     given = {"model": "localhost:1/a/b", flag: "maybe"}
     assert flag in error(call(method, service.url + path, json=given), 400)["error"]
@@ -213,6 +220,67 @@ def test_every_flag_that_is_no_boolean_is_a_400_that_names_it(service, method, p
 @pytest.mark.parametrize("value", ["yes", "", 1, 1.5, [], {}, [True]])
 def test_what_is_no_boolean_is_a_400(service, value):
     error(service.post(CLEAR, json={"force": value}), 400)
+
+
+@every_flag
+@pytest.mark.parametrize("word", ["true", "false", "1", "0", "True", "FALSE"])
+def test_every_flag_takes_the_words_that_form_fields_send(service, method, path, flag, word):
+    given = {flag: word, "older_than_s": "3600"}
+    if path != "/api/models/prune":
+        given["model"] = "localhost:1/a/b"
+    for sent in ({"json": given}, {"params": given}):
+        answer = call(method, service.url + path, **sent)
+        shaped(answer.status_code, answer.headers, answer.content, path)
+        assert answer.status_code in (200, 202, 404, 502), answer.text
+
+
+@pytest.mark.parametrize(
+    "fields, status, kind",
+    [
+        ({"stream": "true"}, 200, "application/x-ndjson"),
+        ({"stream": "1", "detach": "0"}, 200, "application/x-ndjson"),
+        ({"stream": "false"}, 200, "application/json"),
+        ({"stream": "0", "detach": "false"}, 200, "application/json"),
+        ({"detach": "true"}, 202, "application/json"),
+        ({"stream": "false", "detach": "1"}, 202, "application/json"),
+    ],
+)
+def test_a_word_means_what_it_says(service, registry, fields, status, kind):
+    """n8n's "Using Fields Below" sends every flag as a word."""
+    name = registry.add_random(f"ns/words{len(str(fields))}:latest", 1)
+    answer = service.post("/api/models/pull", json={"model": name, "insecure": "true", **fields})
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, kind), answer.text
+    wait_for(lambda: pull_of(service, name)["state"] == "success", 20, "success")
+    refused = {"model": name, "insecure": "false", "stream": False}
+    error(service.post("/api/models/pull", json=refused), 502, "registry_insecure")
+
+
+# OPTIONS and HEAD
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/livez", *sorted({path for _, path in ROUTES})])
+def test_options_tells_the_methods_and_is_no_page(service, path):
+    for body in (None, b"{}", b"not JSON"):
+        answer = call("OPTIONS", service.url + path, data=body)
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert "OPTIONS" in answer.headers["Allow"] and "Content-Type" not in answer.headers
+        assert "Content-Length" not in answer.headers  # a 204 has none
+
+
+@pytest.mark.parametrize("path", ["/api/nothing", "/api/models/nothing", "/static"])
+def test_options_of_no_path_is_a_json_404(service, path):
+    error(call("OPTIONS", service.url + path), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/api/info", "/health", "/api/models", "/api/nothing"])
+def test_a_head_has_the_headers_of_a_get_and_no_body(service, path):
+    """Its body would be taken for the next answer on that connection."""
+    with requests.Session() as session:
+        session.trust_env = False
+        head, got = (session.request(how, service.url + path) for how in ("HEAD", "GET"))
+    assert head.status_code == got.status_code and head.content == b""
+    assert head.headers["Content-Type"] == got.headers["Content-Type"]
+    assert got.json()
 
 
 # What the framework and the server raise themselves

@@ -182,10 +182,12 @@ def test_an_ollama_that_is_there_stops_the_start_and_is_left_alone(ollama_server
     assert call("GET", ollama.url + "/api/version").ok
 
 
-@pytest.mark.parametrize("name", ["HOME", "XDG_CACHE_HOME"])
-def test_a_folder_that_cannot_be_written_to_stops_the_start_with_one_line(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, advice", [("HOME", f"chown -R {os.geteuid()}"), ("XDG_CACHE_HOME", "set XDG_CACHE_HOME")]
+)
+def test_a_folder_that_cannot_be_written_to_stops_the_start_with_one_line(name, advice, tmp_path):
     folders = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), name: "/proc/none"}
-    assert_one_line(run_start(**folders), "cannot write to /proc/none/", name)
+    assert_one_line(run_start(**folders), "cannot write to /proc/none/", name, advice)
 
 
 def test_an_unknown_argument_is_refused():
