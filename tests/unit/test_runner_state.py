@@ -38,8 +38,8 @@ class Runner:
 
     def __init__(self):
         self.now = 1000.0
-        self.process = types.SimpleNamespace(pid=7)
-        self.state = RunnerState(self.process, None, self.now)
+        process = types.SimpleNamespace(pid=7)
+        self.state = RunnerState(types.SimpleNamespace(process=process), self.now)
 
     def look(self, *slots, after=2.0, health="ok", **fields):
         self.now += after
@@ -337,8 +337,8 @@ def server():
 
 def silence(state, server, looks):
     for _ in range(looks):
-        state.note_silence(server)
-    return state.hung()
+        state.note_silence()
+    return state.hung(server)
 
 
 def test_a_server_that_answered_is_hung_after_fifteen_looks(server):
