@@ -28,12 +28,13 @@ import time
 import types
 import typing
 import urllib.parse
+from http import HTTPStatus
 
 import psutil
 from flask import Flask, Response, request
 from gunicorn.glogging import Logger
 from gunicorn.http import errors as http_errors
-from gunicorn.workers.gthread import _DEFER, ThreadWorker  # type: ignore[attr-defined]
+from gunicorn.workers.gthread import ThreadWorker
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
@@ -142,7 +143,6 @@ STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's re
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
-DEFER_S = 0.2  # then a client that has sent nothing holds no thread
 LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
 ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
@@ -1555,30 +1555,40 @@ class Steps(list):
 class Clearing:
     """One clear: choose, unload, wait, end, measure, report."""
 
-    def __init__(self, model: str | None, force: bool, deadline: float):
+    def __init__(self, model: str | None, force: bool, deadline: float, only: Runner | None = None):
+        """Choose all, a model, or of a model's runners ``only`` one."""
         self.steps = Steps()
         self._force, self._deadline = force, deadline
         self._there = watch.known_runners()
         self._before = used_mb(self._there)
         loaded = self._list()
-        # What this clear is about: the runners with their models' names, and what to unload.
-        self._mine = model_names(self._there, loaded)
-        self._asked = [each["name"] for each in loaded]
+        self._mine = model_names(self._there, loaded)  # the runners, with their models' names
+        self._asked = [each["name"] for each in loaded]  # what Ollama is asked to unload
         if model:
             self._choose(model)
+        if only:  # a name that was updated since is another runner's
+            self._asked = self._asked if model and only in self._mine else []
+            self._mine = {only: model}
+        names = [*filter(None, self._mine.values()), *self._asked]
+        self._names = {name_key(name): name for name in names}
+        self._held: set[str] = set()  # keys of what Ollama has not let go
         self._killed: list[Json] = []
 
     def run(self) -> Json:
         """Do it; return the report."""
+        accepted = unload(self._asked)
         if self._asked:
-            accepted = unload(self._asked)
             self.steps.note("unload", accepted, ", ".join(self._asked))
-            if accepted:
-                self._wait()
+        if accepted:
+            until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
+            gone = wait_until(lambda: not self._left(), until)
+            self.steps.note("wait", gone, "all gone" if gone else "busy or hung ones stay")
         if self._force and self._left():
-            self._end_runners()
+            self._killed = in_parallel(self._end, self._left())
+            wait_until(lambda: not self._left(), time.monotonic() + KILL_WAIT_S)
+            self.steps.note("end_runners", True, f"{len(self._killed)} ended")
             unload(self._asked)  # Ollama lists a busy one that was killed until it is asked
-        return self._report()
+        return self._report(accepted)
 
     def _list(self) -> list[Json]:
         try:
@@ -1606,73 +1616,62 @@ class Clearing:
     def _left(self) -> list[Runner]:
         return [runner for runner in self._mine if alive(runner.process)]
 
-    def _wait(self) -> None:
-        until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
-        gone = wait_until(lambda: not self._left(), until)
-        self.steps.note("wait", gone, "all gone" if gone else "busy or hung ones stay")
+    def _end(self, runner: Runner) -> Json:
+        """End a runner by SIGKILL."""
+        reason = reason_to_end(runner)
+        ended = {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
+        log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
+        end(runner.process)
+        return ended
 
-    def _end_runners(self) -> None:
-        """End the runners that are left by SIGKILL."""
+    def _report(self, accepted: bool) -> Json:
         left = self._left()
-        for runner, reason in zip(left, in_parallel(reason_to_end, left), strict=True):
-            model = self._mine[runner]
-            ended = {"pid": runner.process.pid, "model": model, "reason": reason}
-            log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
-            end(runner.process)
-            self._killed.append(ended)
-        wait_until(lambda: not self._left(), time.monotonic() + KILL_WAIT_S)
-        self.steps.note("end_runners", True, f"{len(left)} ended")
-
-    def _report(self) -> Json:
-        left = self._left()
-        new = [runner for runner in processes.runners() if runner not in self._there]
-        new_names = model_names(new, [])
-        names = {name_key(name): name for name in [*self._mine.values(), *self._asked] if name}
-        held = set()
         if self._force or not left:
-            held = self._held(names.keys() - new_names.values())
-        verified = not left and not held
+            wait_until(self._is_let_go, min(time.monotonic() + 0.6, self._deadline))
+        verified = not left and not self._held
         self.steps.note("verify", verified, "gone" if verified else "still there")
-        if not self._force:  # an idle one is about to go: Ollama unloads one after another
-            left = [runner for runner in left if is_busy(runner)]
-        held |= {name_key(name) for name in map(self._mine.get, left) if name}
+        busy = left
+        if accepted and not self._force:
+            # Ollama unloads one after another: an idle one is about to go.
+            busy = [runner for runner in left if is_busy(runner)]
+        stay = self._held | keys_of(map(self._mine.get, busy))
         return {
-            "unloaded_models": sorted(names[key] for key in names.keys() - held),
+            "unloaded_models": sorted(self._names[key] for key in self._names.keys() - stay),
             "killed": self._killed,
-            "left": sorted(names[key] for key in held),
+            "left": sorted(self._names[key] for key in stay),
             "new_runners": [
-                {"pid": runner.process.pid, "model": name} for runner, name in new_names.items()
+                {"pid": runner.process.pid, "model": name}
+                for runner, name in self._new_runners().items()
             ],
             "memory": self._memory(),
             "verified": verified,
-            "survived": bool(self._left()),
+            "survived": bool(left),
             "managed": True,
             "steps": self.steps,
         }
 
-    def _held(self, keys: set[str]) -> set[str]:
-        """Return which of these models an Ollama that answers does not let go."""
-        deadline = min(time.monotonic() + 0.6, self._deadline)
-        held = self._held_now(keys)
-        while held and time.monotonic() < deadline:
-            time.sleep(0.02)
-            held = self._held_now(keys)
-        return held
+    def _new_runners(self) -> dict[Runner, str | None]:
+        """Return the runners that other callers have started since, with their models."""
+        new = [runner for runner in processes.runners() if runner not in self._there]
+        return model_names(new, [])
 
-    def _held_now(self, keys: set[str]) -> set[str]:
-        """Return those that Ollama lists, and those for the end of whose runner it waits.
+    def _is_let_go(self) -> bool:
+        """Tell whether an Ollama that answers neither lists a model nor waits for a runner's end.
 
         What was deleted or updated while it was loaded has no name to unload it by: it stays
         listed until its time is over, and holds nothing.
         """
-        if not answering():
-            return set()
-        server = processes.server()
-        held = [name for runner, name in self._mine.items() if unreaped(runner.process, server)]
-        with contextlib.suppress(ServiceError):
-            there = {model.get("digest") for model in tags(ASK_S)}
-            held += [model["name"] for model in ollama.ps(0.3) if model.get("digest") in there]
-        return keys & {name_key(name) for name in held if name}
+        names: list[str | None] = []
+        if answering():
+            server = processes.server()
+            dead = [runner for runner in self._mine if unreaped(runner.process, server)]
+            names = list(map(self._mine.get, dead))
+            with contextlib.suppress(ServiceError):
+                there = {model.get("digest") for model in tags(ASK_S)}
+                names += [each["name"] for each in ollama.ps(0.3) if each.get("digest") in there]
+        of_others = keys_of(self._new_runners().values())
+        self._held = (keys_of(names) - of_others).intersection(self._names)
+        return not self._held
 
     def _memory(self) -> Json:
         """Measure what came free."""
@@ -1699,6 +1698,7 @@ class Healer:
         self._clears = SharedRun(clear_suits)
         self._resets = SharedRun(reset_suits)
         self._reset_began: float | None = None  # of the reset under way
+        self._restarted_at = 0.0
 
     def clear(self, model: str | None = None, force: bool = True) -> Json:
         """Unload all models or one; with ``force`` end the runners left. Returns the report."""
@@ -1732,16 +1732,9 @@ class Healer:
     def end_runner(self, runner: Runner, model: str | None) -> int:
         """End one runner, and only that one; return the MB that came free."""
         with self._clears.turn(CLEAR_S):
-            _, before_mb = used_mb([runner])
-            # A name that was updated since is another runner's.
-            digests = store.models().get(name_key(model or ""), [])
-            if model and runner.digest in (None, *digests):
-                unload([model])
-            end(runner.process)
-            wait_until(lambda: not alive(runner.process), time.monotonic() + KILL_WAIT_S)
-            _, after_mb = used_mb([runner])
+            report = Clearing(model, True, time.monotonic() + CLEAR_S, runner).run()
             watch.look()
-        return max(0, before_mb - after_mb)
+        return report["memory"]["freed_mb"]
 
     def restart_server(self) -> int:
         """End a server that hangs or has a ghost; return the MB that came free."""
@@ -1772,12 +1765,12 @@ class Healer:
         try:
             cleared = self._clear(None, True, came + CLEAR_S - 1)
             steps = Steps(cleared["steps"])
-            self._restart_if_due(cleared["verified"], restart, came + RESET_S, steps)
+            self._restart_if_due(cleared["verified"], restart, came, steps)
             watch.look(came + RESET_S + SHARE_S)
         finally:
             self._reset_began = None
         due = model_due(model, cleared["unloaded_models"])
-        state = self._load(due) if due else "none"
+        state = self._load(due, came + RESET_S) if due else "none"
         said = f"{due} is {state}" if due else f"no model to load ({MODEL} is not downloaded)"
         steps.note("load", True, said)
         self.resets_done += 1
@@ -1791,7 +1784,7 @@ class Healer:
             "managed": True,
         }
 
-    def _restart_if_due(self, verified: bool, restart: bool, deadline: float, steps: Steps) -> None:
+    def _restart_if_due(self, verified: bool, restart: bool, came: float, steps: Steps) -> None:
         """Restart a server that hangs, has a ghost, or shall be restarted."""
         server = processes.server()
         if server and watch.server.starting(server):
@@ -1799,13 +1792,17 @@ class Healer:
             return
         answers = answering()
         steps.note("ask_ollama", answers, "answers" if answers else "does not answer")
-        grace_s = 0.0
-        if answers and verified:
-            if not restart:
-                return
-            grace_s = min(1, deadline - time.monotonic() - 0.5)
-        if not self._restart(steps, deadline, grace_s) and server:
-            raise restart_incomplete(steps)
+        healthy = answers and verified
+        if healthy and (not restart or self._restarted_at > came):
+            return
+        if not self._restart(steps, came + RESET_S, grace_s=int(healthy)) and server:
+            raise ServiceError(
+                "restart_incomplete",
+                "Ollama was ended, and the new one has not answered yet: ask /health, which says "
+                "when it does.",
+                recommended_action="wait",
+                steps=steps,
+            )
 
     def _restart(self, steps: Steps, deadline: float, grace_s: float) -> bool:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
@@ -1815,10 +1812,11 @@ class Healer:
         answers = wait_until(answering, deadline)
         words = "answers" if answers else "being started by the launcher"
         steps.note("start_ollama", answers, words)
+        self._restarted_at = time.monotonic()
         return answers
 
-    def _load(self, model: str) -> str:
-        """Load in the background; return how it stands after a moment."""
+    def _load(self, model: str, deadline: float) -> str:
+        """Load in the background; return how it stands at the deadline, or after a moment."""
         load = self.load = {"model": model, "state": "loading", "error": None}
 
         def work() -> None:
@@ -1833,7 +1831,7 @@ class Healer:
 
         loader = threading.Thread(target=work, name=f"load {model}", daemon=True)
         loader.start()
-        loader.join(0.3)
+        loader.join(max(0, min(0.3, deadline - time.monotonic())))
         return "loaded" if load["state"] == "loaded" else "loading"
 
 
@@ -1842,9 +1840,10 @@ def clear_suits(outcome: Outcome, key: object, came: float) -> bool:
     return outcome.ended >= came and outcome.key in (key, (None, True))
 
 
-def reset_suits(outcome: Outcome, key: object, came: float) -> bool:
-    """A reset serves who came before its end and asked for the same."""
-    return outcome.ended >= came and outcome.key == key
+def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
+    """A reset serves who came before its end and asked for the same, or for no restart."""
+    model, _restart = key
+    return outcome.ended >= came and outcome.key in (key, (model, True))
 
 
 def reason_to_end(runner: Runner) -> str:
@@ -1863,6 +1862,11 @@ def is_busy(runner: Runner) -> bool:
     except ServiceError:
         return True
     return slots is None or is_working(slots)
+
+
+def keys_of(names: typing.Iterable[str | None]) -> set[str]:
+    """Return the keys of those names that are known."""
+    return {name_key(name) for name in names if name}
 
 
 def used_mb(runners: list[Runner]) -> tuple[str, int]:
@@ -1910,30 +1914,15 @@ def answering() -> bool:
 
 def clear_message(report: Json) -> str:
     """Say in a sentence what a clear did."""
-    done = []
-    if report["unloaded_models"] or report["killed"]:
-        done.append(f"{len(report['unloaded_models'])} unloaded")
-        done.append(f"{report['memory']['freed_mb']} MB came free")
-    elif not report["left"]:
-        done.append("nothing was loaded")
-    if report["killed"]:
-        done.append(f"{len(report['killed'])} runner(s) ended")
-    if report["left"]:
-        done.append(f"still busy: {', '.join(report['left'])}")
-    return f"Cache cleared: {', '.join(done)}."
-
-
-def restart_incomplete(steps: Steps) -> ServiceError:
-    """Make the 503 of a reset whose new server is not there in time."""
-    missing = "has not been started by the launcher yet"
-    if processes.server():
-        missing = "has not answered yet"
-    return ServiceError(
-        "restart_incomplete",
-        f"Ollama was ended, and the new one {missing}: ask /health, which says when it is there.",
-        recommended_action="wait",
-        steps=steps,
-    )
+    unloaded, killed, left = report["unloaded_models"], report["killed"], report["left"]
+    if not unloaded and not killed and not left:
+        return "Cache cleared: nothing was loaded."
+    done = f"{len(unloaded)} unloaded, {report['memory']['freed_mb']} MB came free"
+    if killed:
+        done += f", {len(killed)} runner(s) ended"
+    if left:
+        done += f", still busy: {', '.join(left)}"
+    return f"Cache cleared: {done}."
 
 
 def clear_failure(report: Json) -> ServiceError:
@@ -1954,8 +1943,6 @@ healer = Healer()
 bind = f"[{API_HOST}]:{API_PORT}" if ":" in API_HOST else f"{API_HOST}:{API_PORT}"
 workers = 1
 threads = 256  # made on demand; a stream or a slow client holds one
-worker_connections = 1024
-timeout = 30  # of the worker's own loop, not of a request
 graceful_timeout = 5
 keepalive = 30
 control_socket_disable = True
@@ -2043,8 +2030,15 @@ def pre_request(_worker, req):
         req.force_close()
 
 
-def post_worker_init(_worker):
-    """Begin to watch, in the one process that answers."""
+def post_worker_init(worker):
+    """Begin to watch, in the one process that answers; bound what a silent client takes.
+
+    The connections inherit the limit: half a request holds a thread no longer.
+    """
+    limit = struct.pack("ll", SILENT_CLIENT_S, 0)
+    for listener in worker.sockets:
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     watch.start()
 
 
@@ -2075,19 +2069,12 @@ class ServiceLogger(Logger):
 
     QUIET_PATHS = ("/health", "/livez", "/metrics")
 
-    def access(self, resp, _req, environ, request_time):
-        status = resp.status.partition(" ")[0]
-        if environ.get("PATH_INFO") in self.QUIET_PATHS and status == "200":
+    def access(self, resp, req, environ, request_time):
+        told = self.atoms(resp, req, environ, request_time)
+        if told["U"] in self.QUIET_PATHS and told["s"] == "200":
             return
-        log.info(
-            "%s %s %s %s %s bytes %d ms",
-            environ.get("REMOTE_ADDR"),
-            environ.get("REQUEST_METHOD"),
-            ascii(environ.get("RAW_URI"))[1:-1],
-            status,
-            resp.sent,
-            request_time.total_seconds() * 1000,
-        )
+        told["uri"] = ascii(environ["RAW_URI"])[1:-1]
+        log.info("%(h)s %(m)s %(uri)s %(s)s %(B)d bytes %(M)d ms", told)
 
     def exception(self, msg, *args, **kwargs):
         if isinstance(sys.exc_info()[1], BlockingIOError):
@@ -2100,77 +2087,52 @@ class ServiceLogger(Logger):
 class ServiceWorker(ThreadWorker):
     """gunicorn's threaded worker, with JSON errors and no thread for a silent client."""
 
-    # What gunicorn refuses by itself, and its status; anything else of its parser is a 400.
-    REFUSALS = [
-        (http_errors.LimitRequestLine, 414, "URI Too Long"),
-        (http_errors.LimitRequestHeaders, 431, "Request Header Fields Too Large"),
-        (http_errors.ExpectationFailed, 417, "Expectation Failed"),
-        (http_errors.UnsupportedTransferCoding, 501, "Not Implemented"),
-        (http_errors.ParseException, 400, "Bad Request"),
-        (Exception, 500, "Internal Server Error"),
-    ]
-
-    def init_process(self):
-        """Let the connections inherit a limit: half a request holds a thread no longer."""
-        limit = struct.pack("ll", SILENT_CLIENT_S, 0)
-        for listener in self.sockets:
-            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        super().init_process()
-
     def handle_exit(self, sig, frame):
         """End the downloads, and so the streams, at SIGTERM."""
         threading.Thread(target=downloads.close, daemon=True).start()
         super().handle_exit(sig, frame)
 
     def handle(self, conn):
-        """Give a client that has sent nothing back to the poller."""
-        if not conn.initialized and not conn.wait_for_data(DEFER_S):
-            return _DEFER
-        return super().handle(conn)
-
-    def finish_request(self, conn, fs):
-        """Wait for a client to close outside of the main loop, where it would stop others."""
-        if fs.cancelled() or fs.exception() or fs.result():
-            super().finish_request(conn, fs)
-        else:
-            self.nr_conns -= 1
-            threading.Thread(target=close_connection, args=(conn.sock,), daemon=True).start()
+        """Wait for a client to close here: in the main loop, gunicorn would stop others."""
+        goes_on = super().handle(conn)
+        if not goes_on:
+            let_client_close(conn.sock)
+        return goes_on
 
     def handle_error(self, _req, client, addr, exc):
         """Answer what gunicorn refuses by itself as JSON."""
-        if not isinstance(exc, http_errors.ParseException):
-            self.log.exception("Error handling request")
+        if isinstance(exc, http_errors.ParseException):
+            status = HTTPStatus(getattr(exc, "code", 400))
+            self.log.warning("Invalid request from %s: %s", addr[0], ascii(str(exc)))
         else:
-            self.log.warning("Invalid request from %s: %s", (addr or ["?"])[0], ascii(str(exc)))
-        status, reason = next(
-            (status, reason) for kind, status, reason in self.REFUSALS if isinstance(exc, kind)
-        )
-        error = f"{reason}: check how the request is written."
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            self.log.exception("Error handling request")
+        error = f"{status.phrase}: check how the request is written."
         body = json.dumps({"error": error, "code": "bad_request"})
         head = (
-            f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\n"
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         with contextlib.suppress(OSError):
             client.sendall((head + body).encode())
 
 
-def close_connection(sock: socket.socket) -> None:
-    """Close a connection once its client has read the answer.
+def let_client_close(sock: socket.socket) -> None:
+    """Wait until the client has read the answer and closes.
 
-    What the client still sends is taken, or the kernel would reset the connection and drop
-    the answer.
+    What it still sends is taken, or the kernel would reset the connection and drop the answer.
     """
     taken, deadline = 0, time.monotonic() + 2
-    with contextlib.suppress(OSError), sock:
+    with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         while taken < LINGER_BYTES and time.monotonic() < deadline:
             sock.settimeout(max(0.01, deadline - time.monotonic()))
             piece = sock.recv(1 << 16)
             if not piece:
-                return
+                break
             taken += len(piece)
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RD)  # so that gunicorn does not wait again
 
 
 worker_class = ServiceWorker
