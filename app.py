@@ -1093,7 +1093,8 @@ class RunnerState:
     """One runner's state by the rules of the contract. It has no clock of its own."""
 
     def __init__(self, runner: Runner, now: float):
-        self.runner, self.process = runner, runner.process
+        self.runner = runner
+        self.process = runner.process
         self.model: str | None = None
         self.state = "loading"
         self.since = now
@@ -1148,7 +1149,8 @@ class RunnerState:
 
     def _judge_work(self, look: Look) -> str:
         if look.late:
-            self.under_way, moved = True, False
+            self.under_way = True
+            moved = False
         elif look.slots is None:
             self.under_way = moved = look.working
         else:
@@ -1185,7 +1187,8 @@ class RunnerState:
 
     def _count_tokens(self, slots: list[Json]) -> bool:
         """Count what was decoded since the last look; return whether any counter moved."""
-        before, self._counters = self._counters, list(map(slot_counters, slots))
+        before = self._counters
+        self._counters = list(map(slot_counters, slots))
         new = 0
         for (old_task, _, old), (task, _, decoded) in zip(before, self._counters, strict=False):
             new += decoded - old if task == old_task else decoded
@@ -1292,9 +1295,10 @@ class Watch:
 
     def known_runners(self) -> list[Runner]:
         """Return the runners that live, and those seen earlier whose end Ollama waits for."""
-        server, living = processes.server(), processes.runners()
+        server = processes.server()
+        living = processes.runners()
         dead = [runner for runner in self._states if unreaped(runner.process, server)]
-        return list({*living, *dead})
+        return list(dict.fromkeys(living + dead))
 
     def up(self) -> int:
         """Return 1 where nothing was found to be wrong at the last look, else 0."""
@@ -1361,16 +1365,20 @@ class Watch:
 
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
-        known, now = self.known_runners(), time.monotonic()
-        states = {runner: self._states.get(runner) or RunnerState(runner, now) for runner in known}
+        now = time.monotonic()
+        known = self.known_runners()
         names = model_names(known, self.loaded) if known else {}
+        states = {}
         for runner, name in names.items():
-            states[runner].model = name or states[runner].model
+            state = self._states.get(runner) or RunnerState(runner, now)
+            state.model = name or state.model
+            states[runner] = state
         self._states = states
 
     def _look_at(self, state: RunnerState, server: psutil.Process | None) -> None:
         """Look at what costs nothing; ask a runner only where something may have changed."""
-        look, process = Look(time.monotonic()), state.process
+        look = Look(time.monotonic())
+        process = state.process
         with contextlib.suppress(psutil.Error):  # it has ended: the next look forgets it
             spent_s = cpu_seconds(process) - state.cpu_s
             state.memory_mb = memory_mb(process)
@@ -1388,7 +1396,8 @@ class Watch:
 
     def _ask(self, state: RunnerState, look: Look, active: bool) -> None:
         """Ask a runner's own port. An idle one is asked for its health only: /slots is logged."""
-        port, state.asked_at = state.runner.port, look.at
+        port = state.runner.port
+        state.asked_at = look.at
         look.health = ollama.runner_health(port, RUNNER_ASK_S)
         if look.health != "ok" or not active:
             return
@@ -1447,7 +1456,8 @@ class Watch:
             self._note_healing("ollama", "Ollama", why, healer.restart_server())
 
     def _heal_runner(self, state: RunnerState) -> None:
-        fault, model = state.state, state.model
+        fault = state.state
+        model = state.model
         why = f"{fault}: {state.evidence}"
         if fault == "ghost":
             self._note_healing("ollama", model, why, healer.restart_server())
@@ -1490,7 +1500,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 def main_thread_cpu_s(process: psutil.Process) -> float:
     """Return the CPU time of the thread that decodes, whose id is the process's."""
-    (main,) = [thread for thread in process.threads() if thread.id == process.pid]
+    main = next(thread for thread in process.threads() if thread.id == process.pid)
     return main.user_time + main.system_time
 
 
@@ -1544,10 +1554,11 @@ class Steps(list):
         super().__init__(steps)
         self._began = time.monotonic()  # of the step under way
 
-    def note(self, step: str, ok: bool, detail: str) -> None:
+    def note(self, step: str, ok: bool, done: str, failed: str = "") -> None:
         """Note how a step went that has just ended."""
         now = time.monotonic()
         seconds = round(now - self._began, 3)
+        detail = done if ok else failed
         self.append({"step": step, "ok": ok, "seconds": seconds, "detail": detail})
         self._began = now
 
@@ -1558,7 +1569,8 @@ class Clearing:
     def __init__(self, model: str | None, force: bool, deadline: float, only: Runner | None = None):
         """Choose all, a model, or of a model's runners ``only`` one."""
         self.steps = Steps()
-        self._force, self._deadline = force, deadline
+        self._force = force
+        self._deadline = deadline
         self._there = watch.known_runners()
         self._before = used_mb(self._there)
         loaded = self._list()
@@ -1578,11 +1590,12 @@ class Clearing:
         """Do it; return the report."""
         accepted = unload(self._asked)
         if self._asked:
-            self.steps.note("unload", accepted, ", ".join(self._asked))
+            names = ", ".join(self._asked)
+            self.steps.note("unload", accepted, names, names)
         if accepted:
             until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
             gone = wait_until(lambda: not self._left(), until)
-            self.steps.note("wait", gone, "all gone" if gone else "busy or hung ones stay")
+            self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
         if self._force and self._left():
             self._killed = in_parallel(self._end, self._left())
             wait_until(lambda: not self._left(), time.monotonic() + KILL_WAIT_S)
@@ -1594,7 +1607,7 @@ class Clearing:
         try:
             loaded = ollama.ps(0.4)
         except ServiceError as e:
-            self.steps.note("list", False, str(e))
+            self.steps.note("list", False, "", str(e))
             return []
         self.steps.note("list", True, f"{len(loaded)} loaded")
         return loaded
@@ -1629,7 +1642,7 @@ class Clearing:
         if self._force or not left:
             wait_until(self._is_let_go, min(time.monotonic() + 0.6, self._deadline))
         verified = not left and not self._held
-        self.steps.note("verify", verified, "gone" if verified else "still there")
+        self.steps.note("verify", verified, "gone", "still there")
         busy = left
         if accepted and not self._force:
             # Ollama unloads one after another: an idle one is about to go.
@@ -1709,7 +1722,8 @@ class Healer:
 
     def reset(self, model: str | None = None, restart: bool = False) -> Json:
         """Clear all, restart Ollama where it must be, load the model that is due."""
-        came, key = time.monotonic(), (model and name_key(model), restart)
+        came = time.monotonic()
+        key = (model and name_key(model), restart)
         must_exist(model)
         return self._resets.get(
             lambda: self._reset(model, restart, came), RESET_S + SHARE_S, key, came
@@ -1791,7 +1805,7 @@ class Healer:
             steps.note("start_ollama", True, "it is starting")
             return
         answers = answering()
-        steps.note("ask_ollama", answers, "answers" if answers else "does not answer")
+        steps.note("ask_ollama", answers, "answers", "does not answer")
         healthy = answers and verified
         if healthy and (not restart or self._restarted_at > came):
             return
@@ -1808,10 +1822,9 @@ class Healer:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
         downloads.reconnect()  # while Ollama still keeps their parts
         ended = processes.end_server(grace_s)
-        steps.note("end_ollama", ended, "ended" if ended else "it does not end")
+        steps.note("end_ollama", ended, "ended", "it does not end")
         answers = wait_until(answering, deadline)
-        words = "answers" if answers else "being started by the launcher"
-        steps.note("start_ollama", answers, words)
+        steps.note("start_ollama", answers, "answers", "being started by the launcher")
         self._restarted_at = time.monotonic()
         return answers
 
@@ -2085,7 +2098,7 @@ class ServiceLogger(Logger):
 
 
 class ServiceWorker(ThreadWorker):
-    """gunicorn's threaded worker, with JSON errors and no thread for a silent client."""
+    """gunicorn's threaded worker, with JSON errors and closings that lose no answer."""
 
     def handle_exit(self, sig, frame):
         """End the downloads, and so the streams, at SIGTERM."""
@@ -2122,7 +2135,8 @@ def let_client_close(sock: socket.socket) -> None:
 
     What it still sends is taken, or the kernel would reset the connection and drop the answer.
     """
-    taken, deadline = 0, time.monotonic() + 2
+    taken = 0
+    deadline = time.monotonic() + 2
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         while taken < LINGER_BYTES and time.monotonic() < deadline:
