@@ -1240,7 +1240,8 @@ class ServerState:
 
     def hung(self, server: psutil.Process | None) -> bool:
         """Tell whether this server answered once and is silent for good."""
-        return server == self._answered and self._silent_looks >= HUNG_LOOKS
+        known = server is not None and server == self._answered
+        return known and self._silent_looks >= HUNG_LOOKS
 
     def note_answer(self, server: psutil.Process | None) -> None:
         """Note that this server has answered."""

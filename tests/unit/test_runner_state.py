@@ -359,6 +359,10 @@ def test_a_server_that_has_not_answered_yet_is_never_hung(server, monkeypatch):
     assert not state.starting(server)
 
 
+def test_no_server_is_never_hung():
+    assert not silence(ServerState(), None, 50)
+
+
 def test_the_next_server_starts_again(server):
     state = ServerState()
     state.note_answer(server)
