@@ -1482,10 +1482,11 @@ class Watch:
         names: set[str] = set()
         if None not in models and len(models) < len(self.loaded):
             names = {model["name"] for model in self.loaded}.difference(models)
-        for name in names & self._unmatched:
-            with contextlib.suppress(ServiceError):
-                ollama.unload(name, ASK_S)
+        again = names & self._unmatched
         self._unmatched = names
+        with contextlib.suppress(ServiceError):
+            for name in again and again & unloadable(self.loaded):
+                ollama.unload(name, ASK_S)
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -1672,8 +1673,7 @@ class Clearing:
     def _is_let_go(self) -> bool:
         """Tell whether an Ollama that answers neither lists a model nor waits for a runner's end.
 
-        What was deleted or updated while it was loaded has no name to unload it by: it stays
-        listed until its time is over, and holds nothing.
+        What cannot be unloaded stays listed until its time is over, and holds nothing.
         """
         names: list[str | None] = []
         if answering():
@@ -1681,8 +1681,7 @@ class Clearing:
             dead = [runner for runner in self._mine if unreaped(runner.process, server)]
             names = list(map(self._mine.get, dead))
             with contextlib.suppress(ServiceError):
-                there = {model.get("digest") for model in tags(ASK_S)}
-                names += [each["name"] for each in ollama.ps(0.3) if each.get("digest") in there]
+                names += unloadable(ollama.ps(0.3))
         of_others = keys_of(self._new_runners().values())
         self._held = (keys_of(names) - of_others).intersection(self._names)
         return not self._held
@@ -1907,6 +1906,15 @@ def unload(names: list[str]) -> bool:
             return False
 
     return any(in_parallel(ask, names))
+
+
+def unloadable(loaded: list[Json]) -> set[str]:
+    """Return the names by which these lines of ``/api/ps`` can be unloaded.
+
+    One that was deleted or updated while it was loaded has no name any more.
+    """
+    there = {model.get("digest") for model in tags(ASK_S)}
+    return {model["name"] for model in loaded if model.get("digest") in there}
 
 
 def model_due(model: str | None, unloaded: list[str]) -> str | None:
