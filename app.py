@@ -8,6 +8,7 @@ back when things go wrong. gunicorn serves it and reads its own settings from he
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
 import errno
 import functools
@@ -27,12 +28,13 @@ import time
 import types
 import typing
 import urllib.parse
+from http import HTTPStatus
 
 import psutil
 from flask import Flask, Response, request
 from gunicorn.glogging import Logger
 from gunicorn.http import errors as http_errors
-from gunicorn.workers.gthread import _DEFER, ThreadWorker  # type: ignore[attr-defined]
+from gunicorn.workers.gthread import ThreadWorker
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
@@ -142,7 +144,6 @@ STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's re
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
-DEFER_S = 0.2  # then a client that has sent nothing holds no thread
 LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
 ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
@@ -1098,17 +1099,19 @@ RUNNER_ASK_S = 0.5  # for a runner's own port
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
 STUCK_LOOKS = 10
-SILENT_LOOKS, SILENT_S = 3, 10
+SILENT_S = 10  # three looks at least, as two are never further apart than GAP_S
 GHOST_S = 10
 WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it computes
 SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
 HUNG_LOOKS = 15
-HEALINGS, HEALINGS_S = 3, 1800  # so many of one model in that time, then it is left alone
+HEALINGS = 3  # of one model in HEALINGS_S, then it is left alone
+HEALINGS_S = 1800
 DISK_LOOK_S = 60
 
 
-class Look(typing.NamedTuple):
+@dataclasses.dataclass
+class Look:
     """What one look at a runner saw. ``slots`` is None where it was not asked or has none."""
 
     at: float  # monotonic
@@ -1123,54 +1126,53 @@ class Look(typing.NamedTuple):
 class RunnerState:
     """One runner's state by the rules of the contract. It has no clock of its own."""
 
-    def __init__(self, process: psutil.Process, runner: Runner, now: float):
-        self.process, self.runner = process, runner
+    def __init__(self, runner: Runner, now: float):
+        self.runner = runner
+        self.process = runner.process
         self.model: str | None = None
-        self.state, self.since = "loading", now
-        self.tokens, self.tokens_per_second = 0, 0.0
-        self.memory_mb, self.cpu_percent = 0, 0.0
+        self.state = "loading"
+        self.since = now
+        self.evidence = ""  # of a fault, as it was at the verdict
+        self.healed: str | None = None  # the fault that it was healed of
+        self.tokens = 0
+        self.tokens_per_second = 0.0
+        self.memory_mb = 0
+        self.cpu_percent = 0.0
         self.cpu_s = 0.0  # at the last look
         self.under_way = True  # at the last look
         self.asked_at = now
-        self.evidence = ""  # as it was at the verdict
-        self.healed: str | None = None  # the state that it was healed of
         self._looked_at = now
         self._step_s = 0.0  # between the last two looks
-        self._counters: list[tuple] = []
-        self._tasks: dict[int, tuple[int, int]] = {}  # slot: (task, tokens decoded)
-        self._begin_count(now)
+        self._counters: list[tuple] = []  # of each slot: task, prompt tokens, tokens decoded
+        # The last looks without progress; it is full once these are enough for a verdict.
+        self._still: collections.deque[Look] = collections.deque(maxlen=STUCK_LOOKS)
+        self._note_progress(now)
 
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
         self._step_s = look.at - self._looked_at
-        if self._step_s > GAP_S:
-            self._begin_count(look.at)
         self._looked_at = look.at
         self.tokens_per_second = 0.0
-        evidence = self.evidence
+        if self._step_s > GAP_S:
+            self._note_progress(look.at)
         state = self._judge(look)
-        if state == self.state:
-            self.evidence = evidence
-        else:
-            self.state, self.since = state, look.at
-
-    def _begin_count(self, now: float) -> None:
-        self._silent_looks, self._silent_since = 0, now
-        self._dead_since: float | None = None
-        self._note_progress(now)
+        if state != self.state:
+            self.state = state
+            self.since = look.at
 
     def _note_progress(self, now: float) -> None:
-        self._progress_at, self._looks = now, 0
-        # Of the last looks without progress: (at, CPU seconds of the main thread).
-        self._main_cpu: collections.deque[tuple[float, float]]
-        self._main_cpu = collections.deque(maxlen=STUCK_LOOKS)
+        self._began = {"stuck": now}  # since when each fault shows
+        self._still.clear()
 
     def _judge(self, look: Look) -> str:
         if look.health == "silent":
-            return self._judge_silence(look.at)
-        self._silent_looks = 0
+            self.under_way = True  # so that it is asked again
+            words = "its /health has not answered"
+            return self._judge_fault("silent", look, SILENT_S, words, self.state)
+        self._began.pop("silent", None)
         if look.health == "dead":
-            return self._judge_death(look.at)
+            words = "it has been dead and Ollama waits for its end"
+            return self._judge_fault("ghost", look, GHOST_S, words, self.state)
         if look.health == "ok":
             return self._judge_work(look)
         self._note_progress(look.at)
@@ -1179,77 +1181,57 @@ class RunnerState:
         self.under_way = look.health == "loading"
         return look.health
 
-    def _judge_silence(self, now: float) -> str:
-        if not self._silent_looks:
-            self._silent_since = now
-        self._silent_looks += 1
-        self.under_way = True  # so that it is asked again
-        silent_s = now - self._silent_since
-        if self._silent_looks < SILENT_LOOKS or silent_s < SILENT_S:
-            return self.state
-        self.evidence = f"its /health has not answered for {silent_s:.0f} s"
-        return "silent"
-
-    def _judge_death(self, now: float) -> str:
-        if self._dead_since is None:
-            self._dead_since = now
-        dead_s = now - self._dead_since
-        if dead_s < GHOST_S:
-            return self.state
-        self.evidence = f"it was killed {dead_s:.0f} s ago and Ollama still waits for its end"
-        return "ghost"
-
     def _judge_work(self, look: Look) -> str:
         if look.late:
-            self.under_way, moved = True, False
-        elif look.slots is None:  # it has none, or was not asked
-            self.under_way, moved = look.working, True
+            self.under_way = True
+            moved = False
+        elif look.slots is None:
+            self.under_way = moved = look.working
         else:
-            self.under_way = any(slot.get("is_processing") for slot in look.slots)
+            self.under_way = is_working(look.slots)
             moved = self._count_tokens(look.slots)
-        if self.under_way and not moved:
-            return self._judge_standstill(look)
-        self._note_progress(look.at)
-        return "busy" if self.under_way else "idle"
+        if moved or not self.under_way:
+            self._note_progress(look.at)
+            return "busy" if self.under_way else "idle"
+        self._still.append(look)
+        if len(self._still) < STUCK_LOOKS:
+            return "busy"
+        words = f"its counters have stood at {self._counters}"
+        if look.late:
+            words = "its /slots has not answered"
+        return self._judge_fault("stuck", look, self._patience_s(look), words, "busy")
 
-    def _judge_standstill(self, look: Look) -> str:
-        self._looks += 1
-        self._main_cpu.append((look.at, look.main_cpu_s))
-        still_s = look.at - self._progress_at
-        if self._looks < STUCK_LOOKS or still_s < self._patience_s(look):
-            return "stuck" if self.state == "stuck" else "busy"
-        seen = "/slots does not answer" if look.late else f"its counters stand at {self._counters}"
-        self.evidence = f"no progress for {still_s:.0f} s: {seen}"
-        return "stuck"
+    def _judge_fault(
+        self, fault: str, look: Look, patience_s: float, words: str, until_then: str
+    ) -> str:
+        """Return the fault as the state once it has shown for so long."""
+        seconds = look.at - self._began.setdefault(fault, look.at)
+        if seconds < patience_s:
+            return until_then
+        if self.state != fault:
+            self.evidence = f"for {seconds:.0f} s {words}"
+        return fault
 
     def _patience_s(self, look: Look) -> float:
         """One batch of a large model takes minutes on a CPU, and moves no counter meanwhile."""
-        began, used_s = self._main_cpu[0]
-        share = (look.main_cpu_s - used_s) / max(look.at - began, 1)
-        computes = not look.on_gpu and share >= WORKING_SHARE
-        return STUCK_S * (SLOW_FACTOR if computes else 1)
+        first = self._still[0]
+        used_s = look.main_cpu_s - first.main_cpu_s
+        computes = used_s >= WORKING_SHARE * (look.at - first.at)
+        return STUCK_S * SLOW_FACTOR if computes and not look.on_gpu else STUCK_S
 
     def _count_tokens(self, slots: list[Json]) -> bool:
         """Count what was decoded since the last look; return whether any counter moved."""
-        counters, new = [], 0
-        for number, slot in enumerate(slots):
-            task, decoded = slot.get("id_task", -1), decoded_tokens(slot)
-            counters.append((task, slot.get("n_prompt_tokens_processed", 0), decoded))
-            before = self._tasks.get(number, (task, decoded))
-            new += max(0, decoded - before[1]) if before[0] == task else decoded
-            self._tasks[number] = task, decoded
-        moved = counters != self._counters
-        self._counters = counters
+        before = self._counters
+        self._counters = list(map(slot_counters, slots))
+        new = 0
+        for (old_task, _, old), (task, _, decoded) in zip(before, self._counters, strict=False):
+            new += decoded - old if task == old_task else decoded
         self.tokens += new
         self.tokens_per_second = round(new / max(self._step_s, 0.1), 1)
-        return moved
-
-    def holds_up(self, server: psutil.Process | None) -> bool:
-        """Tell whether this server waits for the end of this runner, which is dead."""
-        return unreaped(self.process, server)
+        return self._counters != before
 
     def report(self, now: float) -> Json:
-        """Return the line of ``runners in /health and /api/stats."""
+        """Return the line of ``runners`` in /health and /api/stats."""
         return {
             "pid": self.process.pid,
             "model": self.model,
@@ -1262,16 +1244,23 @@ class RunnerState:
         }
 
 
-def decoded_tokens(slot: Json) -> int:
-    """Return the tokens that a slot of llama.cpp's server has decoded for its task."""
+def is_working(slots: list[Json]) -> bool:
+    """Tell whether something is under way in a runner's slots."""
+    return any(slot.get("is_processing") for slot in slots)
+
+
+def slot_counters(slot: Json) -> tuple[object, object, int]:
+    """Return a slot's task, the prompt tokens processed for it and the tokens decoded."""
     token = slot.get("next_token") or {}
     token = token[0] if isinstance(token, list) else token
-    count = token.get("n_decoded", 0)
-    return count if isinstance(count, int) else 0
+    decoded = token.get("n_decoded")
+    if not isinstance(decoded, int):
+        decoded = 0
+    return slot.get("id_task"), slot.get("n_prompt_tokens_processed"), decoded
 
 
 class ServerState:
-    """Whether the server has answered since it was started, and since when it is silent."""
+    """Whether the server has answered since it was started, and for how long it is silent."""
 
     def __init__(self):
         self.version: str | None = None
@@ -1283,24 +1272,21 @@ class ServerState:
         age_s = time.time() - server.create_time()
         return server != self._answered and age_s < STARTING_S
 
-    def hung(self) -> bool:
-        """Tell whether the server answered once and is silent for good."""
-        return self._silent_looks >= HUNG_LOOKS
+    def hung(self, server: psutil.Process | None) -> bool:
+        """Tell whether this server answered once and is silent for good."""
+        known = server is not None and server == self._answered
+        return known and self._silent_looks >= HUNG_LOOKS
 
     def note_answer(self, server: psutil.Process | None) -> None:
         """Note that this server has answered."""
         if server != self._answered:
             self.version = None  # it may be another one now
-        self._answered, self._silent_looks = server, 0
-
-    def note_silence(self, server: psutil.Process | None) -> None:
-        """Note that this server has not answered a look, which means little at its start."""
-        known = server is not None and server == self._answered
-        self._silent_looks = self._silent_looks + 1 if known else 0
-
-    def begin_count(self) -> None:
-        """Count silent looks from here."""
+        self._answered = server
         self._silent_looks = 0
+
+    def note_silence(self) -> None:
+        """Note that the server has not answered a look."""
+        self._silent_looks += 1
 
     def known_version(self) -> str | None:
         """Return the version; asked for once a server."""
@@ -1323,13 +1309,10 @@ class Watch:
         self.disk: Json | None = None
         self.healed: Json = {"runners": 0, "ollama": 0, "last": None}
         self._lock = threading.Lock()
-        self._states: dict[psutil.Process, RunnerState] = {}
-        self._names_key: object = None
+        self._states: dict[Runner, RunnerState] = {}
         self._disk_key: object = None
         self._unmatched: set[str] = set()  # models without a process at the last look
-        self._healings: dict[str, collections.deque[float]] = collections.defaultdict(
-            lambda: collections.deque(maxlen=HEALINGS)
-        )
+        self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -1339,22 +1322,25 @@ class Watch:
     def runners(self) -> list[Json]:
         """Return the runners as of the last look."""
         now = time.monotonic()
-        return [state.report(now) for state in list(self._states.values())]
+        return [state.report(now) for state in self._states.values()]
 
-    def state_of(self, process: psutil.Process) -> str | None:
-        """Return the state that a runner was in at the last look."""
-        state = self._states.get(process)
-        return state.state if state else None
+    def is_stuck(self, runner: Runner) -> bool:
+        """Tell whether a runner was stuck at the last look."""
+        return runner in self._states and self._states[runner].state == "stuck"
 
     def known_runners(self) -> list[Runner]:
-        """Return the runners of the last look, those that were not reaped included."""
-        return [state.runner for state in list(self._states.values())]
+        """Return the runners that live, and those seen earlier whose end Ollama waits for."""
+        server = processes.server()
+        living = processes.runners()
+        dead = [runner for runner in self._states if unreaped(runner.process, server)]
+        return list(dict.fromkeys(living + dead))
 
     def up(self) -> int:
         """Return 1 where nothing was found to be wrong at the last look, else 0."""
         server = processes.server()
-        answers = server is not None and not self.server.starting(server)
-        return int(answers and not self.server.hung() and not self._faults())
+        if server is None or self.server.starting(server) or self.server.hung(server):
+            return 0
+        return int(not self._faults())
 
     def raise_fault(self) -> None:
         """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
@@ -1369,25 +1355,22 @@ class Watch:
                 runners=self.runners(),
             )
 
-    def look(self, wait_s: float = 60) -> None:
-        """Look at everything once, unless another look takes longer than this."""
-        if not self._lock.acquire(timeout=max(0, wait_s)):
+    def look(self, deadline: float | None = None) -> None:
+        """Look at everything once, by a deadline if there is time: a hang costs a second."""
+        wait_s = 60.0
+        if deadline:
+            wait_s = max(0, deadline - time.monotonic() - 3 * RUNNER_ASK_S)
+        if not wait_s or not self._lock.acquire(timeout=wait_s):
             return
         try:
             server = processes.server()
             self._ask_server(server)
-            self._find_runners(server)
-            self._look_at_runners(server)
+            self._find_runners()
+            in_parallel(lambda state: self._look_at(state, server), self._states.values())
             self._look_at_machine(server)
             self.looked_at = time.time()
         finally:
             self._lock.release()
-
-    def look_before(self, deadline: float) -> None:
-        """Look before an answer goes out, where there is time for it: a hang costs a second."""
-        left_s = deadline - time.monotonic() - 3 * RUNNER_ASK_S
-        if left_s > 0:
-            self.look(left_s)
 
     def _run(self) -> None:
         while True:
@@ -1407,100 +1390,85 @@ class Watch:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
         try:
             self.loaded = ollama.ps(RUNNER_ASK_S)
-            self.server.note_answer(server)
         except ServiceError:
             if server is None:
                 self.loaded = []
-            if answering():
-                self.server.note_answer(server)
-            else:
-                self.server.note_silence(server)
+            if not answering():
+                self.server.note_silence()
+                return
+        self.server.note_answer(server)
 
-    def _find_runners(self, server: psutil.Process | None) -> None:
+    def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
-        found = {runner.process: runner for runner in processes.runners()}
-        now, states = time.monotonic(), dict(self._states)
-        for process in self._states.keys() - found.keys():
-            if not unreaped(process, server):
-                del states[process]
-        for process in found.keys() - states.keys():
-            states[process] = RunnerState(process, found[process], now)
+        now = time.monotonic()
+        known = self.known_runners()
+        names = model_names(known, self.loaded) if known else {}
+        states = {}
+        for runner, name in names.items():
+            state = self._states.get(runner) or RunnerState(runner, now)
+            state.model = name or state.model
+            states[runner] = state
         self._states = states
-        key = (store.signature(), frozenset(states), tuple(each["name"] for each in self.loaded))
-        if key != self._names_key:
-            self._names_key = key
-            names = model_names(self.known_runners(), self.loaded)
-            for state in states.values():
-                state.model = names.get(state.process) or state.model
 
-    def _look_at_runners(self, server: psutil.Process | None) -> None:
-        """Look at what costs nothing; ask only where something may have changed."""
-        due = []
-        for state in self._states.values():
-            look, moved = self._glance(state, server)
-            active = moved or state.under_way
-            idle_long = look.at - state.asked_at >= LONG_IDLE_S
-            if look.health == "unasked" and (active or idle_long):
-                due.append((state, look, active))
-            else:
-                state.note(look)
-        in_parallel(lambda each: self._ask(*each), due)
-
-    def _glance(self, state: RunnerState, server: psutil.Process | None) -> tuple[Look, bool]:
-        """Look at a runner's process; return also whether it has done anything at all."""
-        look, spent_s = Look(time.monotonic()), 0.0
-        with contextlib.suppress(psutil.Error), state.process.oneshot():
-            spent_s = cpu_seconds(state.process) - state.cpu_s
-            state.memory_mb = state.process.memory_info().rss // MB
-            state.cpu_percent = state.process.cpu_percent()
-            if not server or server.pid not in (state.process.ppid(), state.process.pid):
-                look = look._replace(health="orphan")
-        if look.health != "orphan" and dying(state.process):
-            look = look._replace(health="dead")
-        state.cpu_s += spent_s
-        return look._replace(working=spent_s > WORKING_SHARE * LOOK_S), spent_s > WAKE_CPU_S
+    def _look_at(self, state: RunnerState, server: psutil.Process | None) -> None:
+        """Look at what costs nothing; ask a runner only where something may have changed."""
+        look = Look(time.monotonic())
+        process = state.process
+        with contextlib.suppress(psutil.Error):  # it has ended: the next look forgets it
+            spent_s = cpu_seconds(process) - state.cpu_s
+            state.memory_mb = memory_mb(process)
+            state.cpu_percent = process.cpu_percent()
+            look.working = spent_s > WORKING_SHARE * LOOK_S
+            active = state.under_way or spent_s > WAKE_CPU_S
+            if is_orphan(process, server):
+                look.health = "orphan"
+            elif dying(process):
+                look.health = "dead"
+            elif active or look.at - state.asked_at >= LONG_IDLE_S:
+                self._ask(state, look, active)
+            state.note(look)
+            state.cpu_s = cpu_seconds(process)  # without what the asking took
 
     def _ask(self, state: RunnerState, look: Look, active: bool) -> None:
         """Ask a runner's own port. An idle one is asked for its health only: /slots is logged."""
         port = state.runner.port
-        look = look._replace(health=ollama.runner_health(port, RUNNER_ASK_S))
-        if look.health == "ok" and active:
-            entry = next((each for each in self.loaded if each["name"] == state.model), {})
-            size, size_vram = bytes_of(entry, "size"), bytes_of(entry, "size_vram")
-            look = look._replace(
-                on_gpu=0 < size <= size_vram,
-                main_cpu_s=main_thread_cpu_s(state.process),
-            )
-            try:
-                look = look._replace(slots=ollama.runner_slots(port, RUNNER_ASK_S))
-            except ServiceError:
-                look = look._replace(late=True)
-        state.note(look)
         state.asked_at = look.at
-        with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
-            state.cpu_s = cpu_seconds(state.process)  # without what the asking took
+        look.health = ollama.runner_health(port, RUNNER_ASK_S)
+        if look.health != "ok" or not active:
+            return
+        look.main_cpu_s = main_thread_cpu_s(state.process)
+        for model in self.loaded:
+            if model["name"] == state.model:
+                look.on_gpu = 0 < bytes_of(model, "size") <= bytes_of(model, "size_vram")
+        try:
+            look.slots = ollama.runner_slots(port, RUNNER_ASK_S)
+        except ServiceError:
+            look.late = True
 
     def _look_at_machine(self, server: psutil.Process | None) -> None:
         self.cpu_percent = psutil.cpu_percent()
-        memory = sum(state.memory_mb for state in self._states.values())
-        for process in (server, psutil.Process(), psutil.Process(os.getppid())):
-            with contextlib.suppress(psutil.Error):
-                memory += process.memory_info().rss // MB if process else 0
-        self.process_memory_mb = memory
-        ended = dict(downloads.counts)  # a part has grown until then, and the folder did not change
-        key = (store.signature(), store.changed_ns(), ended, time.monotonic() // DISK_LOOK_S)
-        if key != self._disk_key or downloads.running_count() or self.disk is None:
-            self.disk, self._disk_key = store.disk(), key
+        own = psutil.Process()
+        service = [own, own.parent(), server, *(runner.process for runner in self._states)]
+        self.process_memory_mb = sum(map(memory_mb, service))
+        downloading = downloads.running_count()  # parts grow, and their folder does not change
+        minute = time.monotonic() // DISK_LOOK_S
+        key = (store.signature(), store.changed_ns(), downloading, minute)
+        if downloading or key != self._disk_key:
+            self.disk = store.disk()
             self.store_writable = store.writable()
+            self._disk_key = key
 
     # Healing
 
     def _faults(self) -> list[RunnerState]:
-        order = ("ghost", "stuck", "silent")
-        faults = [state for state in self._states.values() if state.state in order]
-        server = processes.server()  # a ghost of the server before holds nobody up
-        faults = [each for each in faults if each.state != "ghost" or each.holds_up(server)]
-        return sorted(faults, key=lambda state: order.index(state.state))
+        """Return the runners with a fault. A ghost of the server before holds nobody up."""
+        server = processes.server()
+        return [
+            state
+            for state in self._states.values()
+            if state.state in ("stuck", "silent")
+            or (state.state == "ghost" and unreaped(state.process, server))
+        ]
 
     def _action(self, state: RunnerState) -> str:
         if not SELF_HEAL or state.healed == "ghost":  # and the restart has not helped
@@ -1509,30 +1477,29 @@ class Watch:
         return "wait" if state.healed or self._may_heal(state.model) else "restart_service"
 
     def _may_heal(self, model: str | None) -> bool:
-        times = self._healings[model or "?"]
-        return len(times) < HEALINGS or time.monotonic() - times[0] > HEALINGS_S
+        since = time.monotonic() - HEALINGS_S
+        return sum(at > since for at in self._healings[model]) < HEALINGS
 
     def _heal(self) -> None:
         """End what is stuck, silent or a ghost, and only that, and a server that hangs."""
         self._clean_list()
         for state in self._faults():
             if state.healed != state.state and self._may_heal(state.model):
-                self._heal_one(state)
-        if self.server.hung():
+                self._heal_runner(state)
+        if self.server.hung(processes.server()):
             why = f"it has not answered /api/version in {HUNG_LOOKS} looks"
-            freed_mb = healer.restart_server()
-            self.server.begin_count()
-            self._note_healing("ollama", "Ollama", why, freed_mb)
+            self._note_healing("ollama", "Ollama", why, healer.restart_server())
 
-    def _heal_one(self, state: RunnerState) -> None:
-        model, why = state.model, f"{state.state}: {state.evidence}"
-        if state.state == "ghost":
-            what, freed_mb = "ollama", healer.restart_server()
+    def _heal_runner(self, state: RunnerState) -> None:
+        fault = state.state
+        model = state.model
+        why = f"{fault}: {state.evidence}"
+        if fault == "ghost":
+            self._note_healing("ollama", model, why, healer.restart_server())
         else:
-            what, freed_mb = "runners", healer.end_runner(state.runner, model)
-        state.healed = state.state
-        self._healings[model or "?"].append(time.monotonic())
-        self._note_healing(what, model, why, freed_mb)
+            self._note_healing("runners", model, why, healer.end_runner(state.runner, model))
+        state.healed = fault
+        self._healings[model].append(time.monotonic())
 
     def _note_healing(self, what: str, name: str | None, why: str, freed_mb: int) -> None:
         log.error("healed %s, which was %s (%d MB came free)", name, why, freed_mb)
@@ -1542,14 +1509,15 @@ class Watch:
     def _clean_list(self) -> None:
         """Have Ollama unload what it lists and what has had no process for two looks.
 
-        Its runner was killed from outside. With a runner whose model is unknown, nobody can
-        tell.
+        Its runner was killed from outside. With a runner whose model is unknown, or as many
+        runners as models, nobody can tell.
         """
-        living = [state.model for state in self._states.values() if alive(state.process)]
-        names = {model["name"] for model in self.loaded} - {*living}
-        if len(living) >= len(self.loaded) or None in living:
-            names = set()
-        again, self._unmatched = names & self._unmatched, names
+        models = [state.model for state in self._states.values() if alive(state.process)]
+        names: set[str] = set()
+        if None not in models and len(models) < len(self.loaded):
+            names = {model["name"] for model in self.loaded}.difference(models)
+        again = names & self._unmatched
+        self._unmatched = names
         with contextlib.suppress(ServiceError):
             for name in again and again & unloadable(self.loaded):
                 ollama.unload(name, ASK_S)
@@ -1566,38 +1534,45 @@ def cpu_seconds(process: psutil.Process) -> float:
         return sum(process.cpu_times()[:2])
 
 
+def main_thread_cpu_s(process: psutil.Process) -> float:
+    """Return the CPU time of the thread that decodes, whose id is the process's."""
+    main = next(thread for thread in process.threads() if thread.id == process.pid)
+    return main.user_time + main.system_time
+
+
+def memory_mb(process: psutil.Process | None) -> int:
+    """Return the memory of a process; 0 where it has ended."""
+    try:
+        return process.memory_info().rss // MB if process else 0
+    except psutil.Error:
+        return 0
+
+
+def is_orphan(process: psutil.Process, server: psutil.Process | None) -> bool:
+    """Tell whether a runner's server has died."""
+    return server is None or process.ppid() != server.pid
+
+
 def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
     """Tell whether a runner is dead or killed, and its server still waits for its end."""
     try:
-        return server is not None and process.ppid() == server.pid and dying(process)
+        return not is_orphan(process, server) and dying(process)
     except psutil.Error:
         return False
 
 
-def main_thread_cpu_s(process: psutil.Process) -> float:
-    """Return the CPU time of the thread that decodes, whose id is the process's."""
-    with contextlib.suppress(psutil.Error):
-        for thread in process.threads():
-            if thread.id == process.pid:
-                return thread.user_time + thread.system_time
-    return 0.0
-
-
-def model_names(runners: list[Runner], loaded: list[Json]) -> dict[psutil.Process, str]:
+def model_names(runners: list[Runner], loaded: list[Json]) -> dict[Runner, str | None]:
     """Map runners to their models' names: by the blob, else as the only one that is left."""
     listed = {name_key(model["name"]): model["name"] for model in loaded}
-    by_digest: dict[str, str] = {}
-    for key, digests in store.models().items():
-        if key in listed:  # of several names for one blob the one that Ollama shows
-            by_digest[digests[0]] = listed[key]
-        by_digest.setdefault(digests[0], key)
-    found = {
-        runner.process: by_digest[runner.digest] for runner in runners if runner.digest in by_digest
-    }
-    others = [runner for runner in runners if runner.process not in found]
-    left = [name for name in listed.values() if name not in found.values()]
+    by_digest: dict[str | None, str] = {}
+    for key, (digest, *_) in store.models().items():
+        if key in listed or digest not in by_digest:  # of several, the one that Ollama shows
+            by_digest[digest] = listed.get(key, key)
+    found = {runner: by_digest.get(runner.digest) for runner in runners}
+    others = [runner for runner, name in found.items() if name is None]
+    left = set(listed.values()).difference(found.values())
     if len(others) == 1 and len(left) == 1:
-        found[others[0].process] = left[0]
+        found[others[0]] = left.pop()
     return found
 
 
@@ -1611,127 +1586,146 @@ watch = Watch()
 class Steps(list):
     """The steps of a clear or reset, as they are answered."""
 
-    def run(
-        self,
-        step: str,
-        work: typing.Callable[[], typing.Any],
-        detail: typing.Callable[[typing.Any], str],
-    ) -> typing.Any:
-        """Do a step and note how it went; return its result, None if Ollama failed it."""
-        began, result, ok = time.monotonic(), None, True
-        try:
-            result = work()
-            words = detail(result)
-        except ServiceError as e:
-            ok, words = False, str(e)
-        seconds = round(time.monotonic() - began, 3)
-        ok = ok and result is not False
-        self.append({"step": step, "ok": ok, "seconds": seconds, "detail": words})
-        return result
+    def __init__(self, steps: typing.Iterable[Json] = ()):
+        super().__init__(steps)
+        self._began = time.monotonic()  # of the step under way
+
+    def note(self, step: str, ok: bool, done: str, failed: str = "") -> None:
+        """Note how a step went that has just ended."""
+        now = time.monotonic()
+        seconds = round(now - self._began, 3)
+        detail = done if ok else failed
+        self.append({"step": step, "ok": ok, "seconds": seconds, "detail": detail})
+        self._began = now
 
 
 class Clearing:
     """One clear: choose, unload, wait, end, measure, report."""
 
-    def __init__(self, model: str | None, force: bool, deadline: float):
+    def __init__(self, model: str | None, force: bool, deadline: float, only: Runner | None = None):
+        """Choose all, a model, or of a model's runners ``only`` one."""
         self.steps = Steps()
-        self._model, self._force, self._deadline = model, force, deadline
-        known = {*processes.runners(), *watch.known_runners()}  # with those not reaped
-        self._there = [runner for runner in known if runner.process.is_running()]
-        self._loaded: list[str] = []
-        self._names: dict[psutil.Process, str] = {}
+        self._force = force
+        self._deadline = deadline
+        self._there = watch.known_runners()
+        self._before = used_mb(self._there)
+        loaded = self._list()
+        self._mine = model_names(self._there, loaded)  # the runners, with their models' names
+        self._asked = [each["name"] for each in loaded]  # what Ollama is asked to unload
+        if model:
+            self._choose(model)
+        if only:  # a name that was updated since is another runner's
+            self._asked = self._asked if model and only in self._mine else []
+            self._mine = {only: model}
+        names = [*filter(None, self._mine.values()), *self._asked]
+        self._names = {name_key(name): name for name in names}
+        self._held: set[str] = set()  # keys of what Ollama has not let go
         self._killed: list[Json] = []
-        self._before_mb = used_mb(self._there)
 
     def run(self) -> Json:
         """Do it; return the report."""
-        mine, asked = self._choose()
-        if asked and self.steps.run("unload", lambda: unload(asked), lambda _: ", ".join(asked)):
+        accepted = unload(self._asked)
+        if self._asked:
+            names = ", ".join(self._asked)
+            self.steps.note("unload", accepted, names, names)
+        if accepted:
             until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
-            self.steps.run(
-                "wait",
-                lambda: wait_until(lambda: not left_of(mine), until),
-                lambda ok: "all gone" if ok else "busy or hung ones stay",
-            )
-        if self._force and left_of(mine):
-            self._killed = self.steps.run(
-                "end_runners",
-                lambda: self._end_runners(left_of(mine)),
-                lambda ended: f"{len(ended)} ended",
-            )
-            unload(asked)  # Ollama lists a busy one that was killed until it is asked
-        names = asked if self._model else [*asked, *filter(None, map(self._name_of, mine))]
-        return self._report(mine, {name_key(name): name for name in names})
+            gone = wait_until(lambda: not self._left(), until)
+            self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
+        if self._force and self._left():
+            self._killed = in_parallel(self._end, self._left())
+            wait_until(lambda: not self._left(), time.monotonic() + KILL_WAIT_S)
+            self.steps.note("end_runners", True, f"{len(self._killed)} ended")
+            unload(self._asked)  # Ollama lists a busy one that was killed until it is asked
+        return self._report(accepted)
 
-    def _choose(self) -> tuple[list[Runner], list[str]]:
-        """Return the runners and the names that this clear is about."""
-        listed = self.steps.run(
-            "list", lambda: ollama.ps(0.4), lambda models: f"{len(models)} loaded"
-        )
-        self._names = model_names(self._there, listed or [])
-        self._loaded = [model["name"] for model in listed or []]
-        if not self._model:
-            return self._there, self._loaded
-        key = name_key(self._model)
+    def _list(self) -> list[Json]:
+        try:
+            loaded = ollama.ps(0.4)
+        except ServiceError as e:
+            self.steps.note("list", False, "", str(e))
+            return []
+        self.steps.note("list", True, f"{len(loaded)} loaded")
+        return loaded
+
+    def _choose(self, model: str) -> None:
+        """Leave all other models alone. A runner may serve several names of one blob."""
+        key = name_key(model)
         digests = store.models().get(key, [])  # it may have been deleted meanwhile
+        self._asked = [name for name in self._asked if name_key(name) == key]
         mine = [
             runner
-            for runner in self._there
-            if runner.digest in digests or self._key_of(runner) == key
+            for runner, name in self._mine.items()
+            if runner.digest in digests or (name and name_key(name) == key)
         ]
-        listed_as = [name for name in self._loaded if name_key(name) == key]
-        return mine, listed_as or ([self._model] if mine else [])
+        if mine and not self._asked:
+            self._asked = [model]
+        self._mine = {runner: self._asked[0] for runner in mine}
 
-    def _name_of(self, runner: Runner) -> str | None:
-        return self._names.get(runner.process)
+    def _left(self) -> list[Runner]:
+        return [runner for runner in self._mine if alive(runner.process)]
 
-    def _key_of(self, runner: Runner) -> str:
-        return name_key(self._names.get(runner.process, "unknown"))
-
-    def _end_runners(self, runners: list[Runner]) -> list[Json]:
-        """End runners by SIGKILL; return ``[{"pid", "model", "reason"}]``."""
-        server = processes.server()
-        ended = []
-        for runner, reason in zip(
-            runners, in_parallel(lambda each: reason_to_end(each, server), runners), strict=True
-        ):
-            log.error(
-                "ending runner %d of %s: %s", runner.process.pid, self._name_of(runner), reason
-            )
-            end(runner.process)
-            entry = {"pid": runner.process.pid, "model": self._name_of(runner), "reason": reason}
-            ended.append(entry)
-        wait_until(lambda: not left_of(runners), time.monotonic() + KILL_WAIT_S)
+    def _end(self, runner: Runner) -> Json:
+        """End a runner by SIGKILL."""
+        reason = reason_to_end(runner)
+        ended = {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
+        log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
+        end(runner.process)
         return ended
 
-    def _report(self, mine: list[Runner], names: dict[str, str]) -> Json:
-        left = {*map(self._key_of, left_of(mine))} & {*names}
-        new = [runner for runner in processes.runners() if runner not in self._there]
-        new_names = model_names(new, [])
-        held = self._held_by_ollama(mine, {*names} - {*map(name_key, new_names.values())})
-        verified = self.steps.run(
-            "verify",
-            lambda: not left_of(mine) and not held,
-            lambda ok: "gone" if ok else "still there",
-        )
+    def _report(self, accepted: bool) -> Json:
+        left = self._left()
+        if self._force or not left:
+            wait_until(self._is_let_go, min(time.monotonic() + 0.6, self._deadline))
+        verified = not left and not self._held
+        self.steps.note("verify", verified, "gone", "still there")
+        busy = left
+        if accepted and not self._force:
+            # Ollama unloads one after another: an idle one is about to go.
+            busy = [runner for runner in left if is_busy(runner)]
+        stay = self._held | keys_of(map(self._mine.get, busy))
         return {
-            "unloaded_models": sorted(names[key] for key in {*names} - left - held),
+            "unloaded_models": sorted(self._names[key] for key in self._names.keys() - stay),
             "killed": self._killed,
-            "left": sorted(names.get(key, key) for key in left | held),
-            "new_runners": [{"pid": r.process.pid, "model": new_names.get(r.process)} for r in new],
+            "left": sorted(self._names[key] for key in stay),
+            "new_runners": [
+                {"pid": runner.process.pid, "model": name}
+                for runner, name in self._new_runners().items()
+            ],
             "memory": self._memory(),
-            "verified": bool(verified),
-            "survived": bool(left_of(mine)),
+            "verified": verified,
+            "survived": bool(left),
             "managed": True,
             "steps": self.steps,
         }
+
+    def _new_runners(self) -> dict[Runner, str | None]:
+        """Return the runners that other callers have started since, with their models."""
+        new = [runner for runner in processes.runners() if runner not in self._there]
+        return model_names(new, [])
+
+    def _is_let_go(self) -> bool:
+        """Tell whether an Ollama that answers neither lists a model nor waits for a runner's end.
+
+        What cannot be unloaded stays listed until its time is over, and holds nothing.
+        """
+        names: list[str | None] = []
+        if answering():
+            server = processes.server()
+            dead = [runner for runner in self._mine if unreaped(runner.process, server)]
+            names = list(map(self._mine.get, dead))
+            with contextlib.suppress(ServiceError):
+                names += unloadable(ollama.ps(0.3))
+        of_others = keys_of(self._new_runners().values())
+        self._held = (keys_of(names) - of_others).intersection(self._names)
+        return not self._held
 
     def _memory(self) -> Json:
         """Measure what came free."""
         if gpu.sample()["memory_shared"]:
             store.drop_page_cache()
-        source, before_mb = self._before_mb
-        _, after_mb = used_mb(left_of(self._there))
+        source, before_mb = self._before
+        _, after_mb = used_mb(self._there)
         freed_mb = max(0, before_mb - after_mb)
         return {
             "source": source,
@@ -1740,35 +1734,14 @@ class Clearing:
             "freed_mb": freed_mb,
         }
 
-    def _held_by_ollama(self, mine: list[Runner], keys: set[str]) -> set[str]:
-        """Return the keys of what an Ollama that answers has not let go.
-
-        It lists a model of these keys, or waits for the end of a runner that is dead. What was
-        deleted or updated while it was loaded has no name to unload it by: it stays listed
-        until its time is over, and holds nothing.
-        """
-        if not self._force and left_of(self._there):
-            return set()
-        server, deadline = processes.server(), min(time.monotonic() + 0.6, self._deadline)
-        held: set[str] = set()
-
-        def look() -> bool:
-            held.clear()
-            dead = [runner for runner in mine if unreaped(runner.process, server)]
-            held.update(map(self._key_of, dead))
-            with contextlib.suppress(ServiceError):
-                held.update(keys & set(map(name_key, unloadable(ollama.ps(0.3)))))
-            return not held
-
-        return held if not wait_until(look, deadline) and answering() else set()
-
 
 class Healer:
     """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
 
     def __init__(self):
         self.load: Json | None = None  # the last background load: model, state, error
-        self.clears_done, self.resets_done = 0, 0
+        self.clears_done = 0
+        self.resets_done = 0
         self._clears = SharedRun(clear_suits)
         self._resets = SharedRun(reset_suits)
         self._reset_began: float | None = None  # of the reset under way
@@ -1783,22 +1756,23 @@ class Healer:
 
     def reset(self, model: str | None = None, restart: bool = False) -> Json:
         """Clear all, restart Ollama where it must be, load the model that is due."""
-        came, key = time.monotonic(), (model and name_key(model), restart)
-        report = self._resets.get(
+        came = time.monotonic()
+        key = (model and name_key(model), restart)
+        must_exist(model)
+        return self._resets.get(
             lambda: self._reset(model, restart, came), RESET_S + SHARE_S, key, came
         )
-        return report
 
     def recover(self) -> Json:
         """Clear what is idle; answer as the service that this one replaces does."""
         report = self.clear(force=False)
+        memory = report["memory"]
         total_mb = gpu.memory_totals(gpu.sample())[1]
-        memory = psutil.virtual_memory()
-        free_mb = total_mb - report["memory"]["after_mb"] if total_mb else memory.available // MB
+        free_mb = psutil.virtual_memory().available // MB
         return {
             "status": "recovered",
-            "freed_mb": report["memory"]["freed_mb"],
-            "free_mb": free_mb,
+            "freed_mb": memory["freed_mb"],
+            "free_mb": total_mb - memory["after_mb"] if total_mb else free_mb,
             "unloaded_models": report["unloaded_models"],
             "can_retry": not report["left"],
         }
@@ -1806,57 +1780,47 @@ class Healer:
     def end_runner(self, runner: Runner, model: str | None) -> int:
         """End one runner, and only that one; return the MB that came free."""
         with self._clears.turn(CLEAR_S):
-            _, before_mb = used_mb([runner])
-            # A name that was updated since is another runner's.
-            fits = runner.digest in (None, *store.models().get(name_key(model or ""), []))
-            names = [model] if model and fits else []
-            unload(names)
-            end(runner.process)
-            wait_until(lambda: not alive(runner.process), time.monotonic() + KILL_WAIT_S)
-            unload(names)
-            _, after_mb = used_mb(left_of([runner]))
+            report = Clearing(model, True, time.monotonic() + CLEAR_S, runner).run()
             watch.look()
-        return max(0, before_mb - after_mb)
+        return report["memory"]["freed_mb"]
 
     def restart_server(self) -> int:
         """End a server that hangs or has a ghost; return the MB that came free."""
-        deadline = time.monotonic() + RESET_S
         with self._resets.turn(RESET_S), self._clears.turn(RESET_S):
-            runners = processes.runners()
+            runners = watch.known_runners()
             _, before_mb = used_mb(runners)
-            self._restart(Steps(), max(deadline, time.monotonic() + 1), grace_s=0)
-            _, after_mb = used_mb(left_of(runners))
+            self._restart(Steps(), time.monotonic() + RESET_S, grace_s=0)
+            _, after_mb = used_mb(runners)
             watch.look()
         return max(0, before_mb - after_mb)
 
     def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
         must_exist(model)
-        key = (model and name_key(model), force)
 
         def work() -> Json:
             self.clears_done += 1
             report = Clearing(model, force, deadline).run()
             if not self._reset_began:  # a reset looks at its end
-                watch.look_before(deadline)
+                watch.look(deadline)
             return report
 
+        key = (model and name_key(model), force)
         came = self._reset_began or time.monotonic()
         return self._clears.get(work, deadline - time.monotonic() + SHARE_S, key, came)
 
     def _reset(self, model: str | None, restart: bool, came: float) -> Json:
-        must_exist(model)
         self._reset_began = came
         try:
             cleared = self._clear(None, True, came + CLEAR_S - 1)
             steps = Steps(cleared["steps"])
-            self._restart_if_due(cleared, restart, came, steps)
-            watch.look_before(came + RESET_S + SHARE_S)
+            self._restart_if_due(cleared["verified"], restart, came, steps)
+            watch.look(came + RESET_S + SHARE_S)
         finally:
             self._reset_began = None
-        due = self._model_due(model, cleared["unloaded_models"])
+        due = model_due(model, cleared["unloaded_models"])
         state = self._load(due, came + RESET_S) if due else "none"
         said = f"{due} is {state}" if due else f"no model to load ({MODEL} is not downloaded)"
-        steps.append({"step": "load", "ok": True, "seconds": 0, "detail": said})
+        steps.note("load", True, said)
         self.resets_done += 1
         return {
             "status": "success",
@@ -1868,42 +1832,35 @@ class Healer:
             "managed": True,
         }
 
-    def _restart_if_due(self, cleared: Json, restart: bool, came: float, steps: Steps) -> None:
+    def _restart_if_due(self, verified: bool, restart: bool, came: float, steps: Steps) -> None:
         """Restart a server that hangs, has a ghost, or shall be restarted."""
-        server, deadline = processes.server(), came + RESET_S
+        server = processes.server()
         if server and watch.server.starting(server):
-            steps.run("start_ollama", lambda: True, lambda _: "it is starting")
+            steps.note("start_ollama", True, "it is starting")
             return
-        answers = steps.run("ask_ollama", lambda: ollama.version(0.4), "version {}".format)
-        healthy = answers and cleared["verified"]
+        answers = answering()
+        steps.note("ask_ollama", answers, "answers", "does not answer")
+        healthy = answers and verified
         if healthy and (not restart or self._restarted_at > came):
             return
-        grace_s = min(1, deadline - time.monotonic() - 0.5) if healthy else 0
-        if not self._restart(steps, deadline, grace_s) and server:
-            raise restart_incomplete(steps)
+        if not self._restart(steps, came + RESET_S, grace_s=int(healthy)) and server:
+            raise ServiceError(
+                "restart_incomplete",
+                "Ollama was ended, and the new one has not answered yet: ask /health, which says "
+                "when it does.",
+                recommended_action="wait",
+                steps=steps,
+            )
 
     def _restart(self, steps: Steps, deadline: float, grace_s: float) -> bool:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
         downloads.reconnect()  # while Ollama still keeps their parts
-        steps.run(
-            "end_ollama",
-            lambda: processes.end_server(grace_s),
-            lambda ok: "ended" if ok else "it does not end",
-        )
-        answers = steps.run(
-            "start_ollama",
-            lambda: wait_until(answering, deadline),
-            lambda ok: "answers" if ok else "being started by the launcher",
-        )
+        ended = processes.end_server(grace_s)
+        steps.note("end_ollama", ended, "ended", "it does not end")
+        answers = wait_until(answering, deadline)
+        steps.note("start_ollama", answers, "answers", "being started by the launcher")
         self._restarted_at = time.monotonic()
-        return bool(answers)
-
-    def _model_due(self, model: str | None, unloaded: list[str]) -> str | None:
-        there = store.models()
-        for name in (model, MODEL, *unloaded):
-            if name and name_key(name) in there:
-                return name
-        return None
+        return answers
 
     def _load(self, model: str, deadline: float) -> str:
         """Load in the background; return how it stands at the deadline, or after a moment."""
@@ -1930,26 +1887,33 @@ def clear_suits(outcome: Outcome, key: object, came: float) -> bool:
     return outcome.ended >= came and outcome.key in (key, (None, True))
 
 
-def reset_suits(outcome: Outcome, key: object, came: float) -> bool:
-    """A reset serves who came before its end and asked for the same."""
-    return outcome.ended >= came and outcome.key == key
+def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
+    """A reset serves who came before its end and asked for the same, or for no restart."""
+    model, _restart = key
+    return outcome.ended >= came and outcome.key in (key, (model, True))
 
 
-def left_of(runners: list[Runner]) -> list[Runner]:
-    """Return those that still live."""
-    return [runner for runner in runners if alive(runner.process)]
-
-
-def reason_to_end(runner: Runner, server: psutil.Process | None) -> str:
+def reason_to_end(runner: Runner) -> str:
     """Tell why a runner must be ended: "orphan", "hung" or "busy"."""
     with contextlib.suppress(psutil.Error):
-        if not server or runner.process.ppid() != server.pid:
+        if is_orphan(runner.process, processes.server()):
             return "orphan"
-        if runner.process.status() == psutil.STATUS_STOPPED:
-            return "hung"
-    if watch.state_of(runner.process) in ("stuck", "silent"):
-        return "hung"
-    return "hung" if ollama.runner_health(runner.port, 0.2) == "silent" else "busy"
+    silent = ollama.runner_health(runner.port, 0.2) == "silent"
+    return "hung" if silent or watch.is_stuck(runner) else "busy"
+
+
+def is_busy(runner: Runner) -> bool:
+    """Tell whether something is under way in a runner, also where that cannot be told."""
+    try:
+        slots = ollama.runner_slots(runner.port, 0.2)
+    except ServiceError:
+        return True
+    return slots is None or is_working(slots)
+
+
+def keys_of(names: typing.Iterable[str | None]) -> set[str]:
+    """Return the keys of those names that are known."""
+    return {name_key(name) for name in names if name}
 
 
 def used_mb(runners: list[Runner]) -> tuple[str, int]:
@@ -1959,13 +1923,9 @@ def used_mb(runners: list[Runner]) -> tuple[str, int]:
     itself.
     """
     source, used = gpu.memory_in_use(gpu.sample())
-    if used is not None:
-        return source, used
-    held = 0
-    for runner in runners:
-        with contextlib.suppress(psutil.Error):
-            held += runner.process.memory_info().rss
-    return "system", held // MB
+    if used is None:
+        used = sum(memory_mb(runner.process) for runner in runners)
+    return source, used
 
 
 def unload(names: list[str]) -> bool:
@@ -1991,6 +1951,15 @@ def unloadable(loaded: list[Json]) -> set[str]:
     return {model["name"] for model in loaded if model.get("digest") in there}
 
 
+def model_due(model: str | None, unloaded: list[str]) -> str | None:
+    """Return the first that is downloaded: the one named, the default, what was loaded."""
+    there = store.models()
+    for name in (model, MODEL, *unloaded):
+        if name and name_key(name) in there:
+            return name
+    return None
+
+
 def answering() -> bool:
     """Tell whether Ollama answers."""
     try:
@@ -2001,30 +1970,15 @@ def answering() -> bool:
 
 def clear_message(report: Json) -> str:
     """Say in a sentence what a clear did."""
-    done = []
-    if report["unloaded_models"] or report["killed"]:
-        done.append(f"{len(report['unloaded_models'])} unloaded")
-        done.append(f"{report['memory']['freed_mb']} MB came free")
-    elif not report["left"]:
-        done.append("nothing was loaded")
-    if report["killed"]:
-        done.append(f"{len(report['killed'])} runner(s) ended")
-    if report["left"]:
-        done.append(f"still busy: {', '.join(report['left'])}")
-    return f"Cache cleared: {', '.join(done)}."
-
-
-def restart_incomplete(steps: Steps) -> ServiceError:
-    """Make the 503 of a reset whose new server is not there in time."""
-    missing = "has not been started by the launcher yet"
-    if processes.server():
-        missing = "has not answered yet"
-    return ServiceError(
-        "restart_incomplete",
-        f"Ollama was ended, and the new one {missing}: ask /health, which says when it is there.",
-        recommended_action="wait",
-        steps=steps,
-    )
+    unloaded, killed, left = report["unloaded_models"], report["killed"], report["left"]
+    if not unloaded and not killed and not left:
+        return "Cache cleared: nothing was loaded."
+    done = f"{len(unloaded)} unloaded, {report['memory']['freed_mb']} MB came free"
+    if killed:
+        done += f", {len(killed)} runner(s) ended"
+    if left:
+        done += f", still busy: {', '.join(left)}"
+    return f"Cache cleared: {done}."
 
 
 def clear_failure(report: Json) -> ServiceError:
@@ -2045,8 +1999,6 @@ healer = Healer()
 bind = f"[{API_HOST}]:{API_PORT}" if ":" in API_HOST else f"{API_HOST}:{API_PORT}"
 workers = 1
 threads = 256  # made on demand; a stream or a slow client holds one
-worker_connections = 1024
-timeout = 30  # of the worker's own loop, not of a request
 graceful_timeout = 5
 keepalive = 30
 control_socket_disable = True
@@ -2134,8 +2086,15 @@ def pre_request(_worker, req):
         req.force_close()
 
 
-def post_worker_init(_worker):
-    """Begin to watch, in the one process that answers."""
+def post_worker_init(worker):
+    """Begin to watch, in the one process that answers; bound what a silent client takes.
+
+    The connections inherit the limit: half a request holds a thread no longer.
+    """
+    limit = struct.pack("ll", SILENT_CLIENT_S, 0)
+    for listener in worker.sockets:
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     watch.start()
 
 
@@ -2166,19 +2125,12 @@ class ServiceLogger(Logger):
 
     QUIET_PATHS = ("/health", "/livez", "/metrics")
 
-    def access(self, resp, _req, environ, request_time):
-        status = resp.status.partition(" ")[0]
-        if environ.get("PATH_INFO") in self.QUIET_PATHS and status == "200":
+    def access(self, resp, req, environ, request_time):
+        told = self.atoms(resp, req, environ, request_time)
+        if told["U"] in self.QUIET_PATHS and told["s"] == "200":
             return
-        log.info(
-            "%s %s %s %s %s bytes %d ms",
-            environ.get("REMOTE_ADDR"),
-            environ.get("REQUEST_METHOD"),
-            ascii(environ.get("RAW_URI"))[1:-1],
-            status,
-            resp.sent,
-            request_time.total_seconds() * 1000,
-        )
+        told["uri"] = ascii(environ["RAW_URI"])[1:-1]
+        log.info("%(h)s %(m)s %(uri)s %(s)s %(B)d bytes %(M)d ms", told)
 
     def exception(self, msg, *args, **kwargs):
         if isinstance(sys.exc_info()[1], BlockingIOError):
@@ -2189,25 +2141,7 @@ class ServiceLogger(Logger):
 
 
 class ServiceWorker(ThreadWorker):
-    """gunicorn's threaded worker, with JSON errors and no thread for a silent client."""
-
-    # What gunicorn refuses by itself, and its status; anything else of its parser is a 400.
-    REFUSALS = [
-        (http_errors.LimitRequestLine, 414, "URI Too Long"),
-        (http_errors.LimitRequestHeaders, 431, "Request Header Fields Too Large"),
-        (http_errors.ExpectationFailed, 417, "Expectation Failed"),
-        (http_errors.UnsupportedTransferCoding, 501, "Not Implemented"),
-        (http_errors.ParseException, 400, "Bad Request"),
-        (Exception, 500, "Internal Server Error"),
-    ]
-
-    def init_process(self):
-        """Let the connections inherit a limit: half a request holds a thread no longer."""
-        limit = struct.pack("ll", SILENT_CLIENT_S, 0)
-        for listener in self.sockets:
-            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        super().init_process()
+    """gunicorn's threaded worker, with JSON errors and closings that lose no answer."""
 
     def handle_exit(self, sig, frame):
         """End the downloads, and so the streams, at SIGTERM."""
@@ -2215,53 +2149,47 @@ class ServiceWorker(ThreadWorker):
         super().handle_exit(sig, frame)
 
     def handle(self, conn):
-        """Give a client that has sent nothing back to the poller."""
-        if not conn.initialized and not conn.wait_for_data(DEFER_S):
-            return _DEFER
-        return super().handle(conn)
-
-    def finish_request(self, conn, fs):
-        """Wait for a client to close outside of the main loop, where it would stop others."""
-        if fs.cancelled() or fs.exception() or fs.result():
-            super().finish_request(conn, fs)
-        else:
-            self.nr_conns -= 1
-            threading.Thread(target=close_connection, args=(conn.sock,), daemon=True).start()
+        """Wait for a client to close here: in the main loop, gunicorn would stop others."""
+        goes_on = super().handle(conn)
+        if not goes_on:
+            let_client_close(conn.sock)
+        return goes_on
 
     def handle_error(self, _req, client, addr, exc):
         """Answer what gunicorn refuses by itself as JSON."""
-        if not isinstance(exc, http_errors.ParseException):
-            self.log.exception("Error handling request")
+        if isinstance(exc, http_errors.ParseException):
+            status = HTTPStatus(getattr(exc, "code", 400))
+            self.log.warning("Invalid request from %s: %s", addr[0], ascii(str(exc)))
         else:
-            self.log.warning("Invalid request from %s: %s", (addr or ["?"])[0], ascii(str(exc)))
-        status, reason = next(
-            (status, reason) for kind, status, reason in self.REFUSALS if isinstance(exc, kind)
-        )
-        error = f"{reason}: check how the request is written."
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            self.log.exception("Error handling request")
+        error = f"{status.phrase}: check how the request is written."
         body = json.dumps({"error": error, "code": "bad_request"})
         head = (
-            f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\n"
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         with contextlib.suppress(OSError):
             client.sendall((head + body).encode())
 
 
-def close_connection(sock: socket.socket) -> None:
-    """Close a connection once its client has read the answer.
+def let_client_close(sock: socket.socket) -> None:
+    """Wait until the client has read the answer and closes.
 
-    What the client still sends is taken, or the kernel would reset the connection and drop
-    the answer.
+    What it still sends is taken, or the kernel would reset the connection and drop the answer.
     """
-    taken, deadline = 0, time.monotonic() + 2
-    with contextlib.suppress(OSError), sock:
+    taken = 0
+    deadline = time.monotonic() + 2
+    with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         while taken < LINGER_BYTES and time.monotonic() < deadline:
             sock.settimeout(max(0.01, deadline - time.monotonic()))
             piece = sock.recv(1 << 16)
             if not piece:
-                return
+                break
             taken += len(piece)
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RD)  # so that gunicorn does not wait again
 
 
 worker_class = ServiceWorker

@@ -39,8 +39,8 @@ class Runner:
 
     def __init__(self):
         self.now = 1000.0
-        self.process = types.SimpleNamespace(pid=7)
-        self.state = RunnerState(self.process, None, self.now)
+        process = types.SimpleNamespace(pid=7)
+        self.state = RunnerState(types.SimpleNamespace(process=process), self.now)
 
     def look(self, *slots, after=2.0, health="ok", **fields):
         self.now += after
@@ -361,8 +361,8 @@ def server():
 
 def silence(state, server, looks):
     for _ in range(looks):
-        state.note_silence(server)
-    return state.hung()
+        state.note_silence()
+    return state.hung(server)
 
 
 def test_a_server_that_answered_is_hung_after_fifteen_looks(server):
@@ -381,6 +381,10 @@ def test_a_server_that_has_not_answered_yet_is_never_hung(server, monkeypatch):
     assert not silence(state, server, 500)
     monkeypatch.setattr(app.time, "time", lambda: server.create_time() + 301)
     assert not state.starting(server)
+
+
+def test_no_server_is_never_hung():
+    assert not silence(ServerState(), None, 50)
 
 
 def test_the_next_server_starts_again(server):
