@@ -14,7 +14,7 @@ NAME = "m:latest"
 @pytest.fixture
 def clearing(monkeypatch):
     """Factory: the report of a sparing clear of one runner that does not go in time."""
-    runner = Runner(psutil.Process(), None, NAME, "1")
+    runner = Runner(psutil.Process(), None, "1")
 
     def make(slots, accepts=True):
         def unload(*_):

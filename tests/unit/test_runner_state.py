@@ -103,7 +103,7 @@ def test_it_is_busy_while_tokens_come_and_then_idle(runner):
 def test_a_runner_that_ends_while_it_is_asked_is_no_bug(monkeypatch):
     process = psutil.Popen(["true"])
     process.wait()
-    gone = ollama_client.Runner(process, digest=None, name=None, port="1")
+    gone = ollama_client.Runner(process, digest=None, port="1")
     monkeypatch.setattr(app.processes, "runners", lambda: [gone])
     watch = app.Watch()
     watch.look()
@@ -114,7 +114,7 @@ def test_the_machines_cpu_is_told_however_many_runners_came_and_went(monkeypatch
     watch = app.Watch()
     for _ in range(70):
         process = psutil.Popen(["sleep", "60"])
-        one = ollama_client.Runner(process, digest=None, name=None, port="1")
+        one = ollama_client.Runner(process, digest=None, port="1")
         monkeypatch.setattr(app.processes, "runners", lambda one=one: [one])
         watch.look()
         process.kill()
