@@ -1,24 +1,27 @@
 #!/usr/bin/env python3
-"""What the service costs over Ollama itself, side by side in one run.
+"""What the service costs beside Ollama itself, side by side in one run.
 
-    tests/bench.py [seconds for each measurement, default 3]
+    tests/bench.py                  all sections, in less than six minutes
+    tests/bench.py rates growth     these sections
 
-It prints tables, and asserts nothing. Requests come from `wrk` where it is installed, else from a
-loop in this process, which itself takes a core.
+It prints the README's table, and asserts nothing. What is compared is measured in turn, in
+several rounds of which the median counts, as other work may run on the machine. A request comes
+from a loop in this process, which takes a core of its own.
 """
 
 import contextlib
 import functools
-import http.client
 import json
 import os
-import re
-import shutil
+import select
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 if "LLM_TEST_OLLAMA" not in os.environ:  # by hand: with the packages and the Ollama of the tests
     here = os.path.dirname(os.path.abspath(__file__))
@@ -30,57 +33,89 @@ if "LLM_TEST_OLLAMA" not in os.environ:  # by hand: with the packages and the Ol
 import psutil
 import requests
 
-from helpers.models import model_variant, real_model
+from helpers.models import blob_path, model_variant, real_model
 from helpers.ollama_server import OllamaServer
 from helpers.processes import servers
 from helpers.registry import Registry
 from helpers.service import Service
-from helpers.waiting import wait_for
 
-SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 3
+OLLAMA = os.environ["LLM_TEST_OLLAMA"]
+make = functools.partial(Service, binary=OLLAMA)
+
+# ---------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------
 
 
 def row(*cells):
-    first, *rest = cells
-    print("  ".join([f"{first:<34}", *(f"{cell:>11}" for cell in rest)]), flush=True)
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def title(text, *cells):
-    print(f"\n{text}")
-    row("", *cells)
+def machine():
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return f"{psutil.cpu_count()} cores{f' of {names[0]}' if names else ''}"
 
 
-def load(url, connections, seconds=SECONDS):
-    """Return (requests per second, p50 ms, p99 ms)."""
-    if wrk := shutil.which("wrk"):
-        command = [wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        unit = {"us": 1e-3, "ms": 1, "s": 1e3}
-        found = re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said)
-        p50, p99 = (float(number) * unit[name] for number, name in found)
-        return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), p50, p99
-    host, _, path = url.removeprefix("http://").partition("/")
-    times, until = [], time.monotonic() + seconds
-
-    def client():
-        connection = http.client.HTTPConnection(host)
-        while time.monotonic() < until:
-            began = time.perf_counter()
-            connection.request("GET", f"/{path}")
-            connection.getresponse().read()
-            times.append(time.perf_counter() - began)
-
-    threads = [threading.Thread(target=client) for _ in range(connections)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    times.sort()
-    return len(times) / seconds, times[len(times) // 2] * 1e3, times[int(len(times) * 0.99)] * 1e3
+# ---------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------
 
 
-def pss_mb(pids):
-    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
+def load(url, connections=1, seconds=1.0):
+    """Ask on kept connections, one request after the other on each; return the milliseconds."""
+    parts = urllib.parse.urlsplit(url)
+    request = f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode()
+    times, poll, began, until = [], select.poll(), {}, time.perf_counter() + seconds
+    with contextlib.ExitStack() as stack:
+        clients = {}
+        for _ in range(connections):
+            client = stack.enter_context(socket.create_connection((parts.hostname, parts.port)))
+            clients[client.fileno()] = client
+            poll.register(client, select.POLLIN)
+            began[client.fileno()] = time.perf_counter()
+            client.sendall(request)
+        while time.perf_counter() < until:
+            for number, _ in poll.poll(100):
+                read_answer(clients[number])
+                now = time.perf_counter()
+                times.append((now - began[number]) * 1e3)
+                began[number] = now
+                clients[number].sendall(request)
+    return times
+
+
+def read_answer(client):
+    """Read one answer to its end."""
+    answer = bytearray()
+    while True:
+        piece = client.recv(1 << 18)
+        assert piece, f"the connection ended after {bytes(answer)!r}"
+        answer += piece
+        head = answer.find(b"\r\n\r\n")
+        if head < 0:
+            continue
+        fields = answer[:head].lower()
+        _, found, length = fields.partition(b"content-length:")
+        if found and len(answer) >= head + 4 + int(length.partition(b"\r")[0]):
+            break
+        if not found and answer.endswith(b"\r\n0\r\n\r\n"):  # chunked
+            break
+    assert answer.startswith(b"HTTP/1.1 200"), bytes(answer)
+
+
+def rates(urls, rounds=5):
+    """Return the requests per second at four connections, in each round: {url: [rate, …]}."""
+    found = {url: [] for url in urls}
+    for _ in range(rounds):
+        for url in urls:
+            found[url].append(len(load(url, 4)))
+    return found
+
+
+def shares(values, base):
+    """Return the median ratio of values measured in turn."""
+    return statistics.median(a / b for a, b in zip(values, base, strict=True))
 
 
 def api_pids(service):
@@ -88,193 +123,217 @@ def api_pids(service):
     return [worker, psutil.Process(worker).ppid()]
 
 
-def cpu_seconds(pids):
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+def pss_mb(pids):
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
 
 
-def endpoints(service, note=""):
-    columns = "1 conn.", "4 conn.", "32 conn.", "p50 at 1", "p99 at 4"
-    title(f"Requests{note} (requests/s, p50 ms, p99 ms)", *columns)
-    own, ours = ("/api/tags", "/api/version"), ("/api/models", "/health", "/api/stats", "/api/info")
-    asked = [("Ollama", service.ollama_url, path) for path in own]
-    asked += [("service", service.url, path) for path in ours]
-    rates = {}
-    for name, url, path in asked:
-        found = [load(url + path, connections) for connections in (1, 4, 32)]
-        rates[path] = found[1][0]
-        numbers = [f"{rate:.0f}" for rate, _, _ in found]
-        row(f"{name} {path}", *numbers, f"{found[0][1]:.2f}", f"{found[1][2]:.2f}")
-    row("/api/models over /api/tags, 4 conn.", f"{rates['/api/models'] / rates['/api/tags']:.1%}")
+def cpu_percent(pids, seconds):
+    """Return what these processes use of a core, by their own clocks."""
+
+    def used():
+        return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+
+    before, began = used(), time.monotonic()
+    time.sleep(seconds)
+    return (used() - before) / (time.monotonic() - began) * 100
 
 
-def listing(make, gguf):
-    title("The list as it grows (p50 ms at 1 connection)", "Ollama", "service")
+def pull(url, name, **options):
+    """Pull a model; return the seconds that it took."""
+    began = time.perf_counter()
+    body = {"model": name, "insecure": True, **options}
+    with requests.post(url, json=body, stream=True) as answer:
+        last = json.loads(list(answer.iter_lines())[-1])
+    assert last.get("status") == "success", last
+    return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------
+
+
+def bench_rates():
+    """Requests a second at four connections, with one model loaded."""
+    paths = (
+        "/api/info",
+        "/livez",
+        "/api/models",
+        "/api/models/loaded",
+        "/health",
+        "/api/stats",
+        "/metrics",
+    )
+    with servers(make) as start:
+        service = start(models={"gemma": real_model()})
+        service.load("gemma", num_ctx=1024)
+        found = rates([service.url + path for path in paths] + [service.ollama_url + "/api/tags"])
+        base = found[service.url + "/api/info"]
+        for url, values in found.items():
+            whose = "" if url.startswith(service.url) else "Ollama's "
+            path = urllib.parse.urlsplit(url).path
+            rate, share = statistics.median(values), shares(values, base)
+            row(f"{whose}`{path}`", f"{rate:,.0f}/s", f"{share:.0%} of `/api/info`")
+
+
+def bench_growth():
+    """The answers as the store grows, and the watch."""
     for count in (1, 100, 1000):
         with servers(make) as start:
-            service = start(models={f"m{n}": gguf for n in range(count)})
-            urls = service.ollama_url + "/api/tags", service.url + "/api/models"
-            row(f"{count} models", *(f"{load(url, 1)[1]:.2f}" for url in urls))
+            service = start(models={f"m{n}": real_model() for n in range(count)})
+            time.sleep(4)  # a store that has just changed is not known for certain
+            own = statistics.median(load(service.ollama_url + "/api/tags"))
+            asked = ("/api/models", "/api/stats", "/health")
+            found = [statistics.median(load(service.url + path)) for path in asked]
+            figures = ", ".join(
+                f"`{path}` {ms:.1f} ms" for path, ms in zip(asked, found, strict=True)
+            )
+            row(f"{count} models", figures, f"{found[0] / own:.2f} × Ollama's {own:.1f} ms")
+            row(f"{count} models: idle", f"{cpu_percent(api_pids(service), 8):.2f} % CPU", "")
 
 
-def pull_lines(url, name):
-    with requests.post(url, json={"model": name, "insecure": True}, stream=True) as answer:
-        return json.loads(list(answer.iter_lines())[-1])
-
-
-def pulling(make):
-    title("A pull of 300 MB, five times in turn", "Ollama", "service", "ratio")
+def bench_listeners():
+    """Listeners of one download."""
     with Registry() as registry, servers(make) as start:
         service = start()
-        pids = api_pids(service)
-        relay = service.url + "/api/models/pull"
-        pull_lines(relay, registry.add_random("ns/warm:latest", 5, seed=99))
-        before, cpu = pss_mb(pids), cpu_seconds(pids)
-        times = {service.ollama_url + "/api/pull": [], relay: []}
-        for n in range(5):
-            for m, url in enumerate(times):
-                name = registry.add_random(f"ns/{n}-{m}:latest", 300, seed=1000 + n * 2 + m)
-                began = time.perf_counter()
-                last = pull_lines(url, name)
-                assert last["status"] == "success", last
-                times[url].append(time.perf_counter() - began)
-                requests.delete(service.ollama_url + "/api/delete", json={"model": name})
-        own, relayed = (statistics.median(seconds) for seconds in times.values())
-        ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
-        row("median seconds", f"{own:.2f}", f"{relayed:.2f}", f"{ratio:.2f}")
-        row("API's CPU seconds per GB", "", f"{(cpu_seconds(pids) - cpu) / 1.5:.2f}")
-        row("API's memory growth, MB (PSS)", "", f"{pss_mb(pids) - before:.1f}")
-
-
-def starting(make, gguf, binary):
-    title("Start, warm, to the first 200 (median of 5, s)", "ollama", "service", "more")
-    alone, whole = [], []
-    for _ in range(5):
-        with servers(functools.partial(OllamaServer, binary=binary)) as start:
-            began = time.perf_counter()
-            start()
-            alone.append(time.perf_counter() - began)
-        with servers(make) as start:
-            began = time.perf_counter()
-            start(models={"m": gguf})
-            whole.append(time.perf_counter() - began)
-    own, ours = statistics.median(alone), statistics.median(whole)
-    row("", f"{own:.2f}", f"{ours:.2f}", f"{ours - own:.2f}")
-
-
-def footprint(service):
-    title("Footprint of the API's two processes", "PSS MB", "threads", "CPU %")
-    pids = api_pids(service)
-
-    def show(what, seconds=5):
-        before, began = cpu_seconds(pids), time.monotonic()
-        time.sleep(seconds)
-        percent = (cpu_seconds(pids) - before) / (time.monotonic() - began) * 100
-        row(what, f"{pss_mb(pids):.0f}", psutil.Process(pids[0]).num_threads(), f"{percent:.2f}")
-
-    show("idle", 20)
-    sent = 0
-    while sent < 10_000:
-        sent += load(service.url + "/api/models", 8)[0] * SECONDS
-    show(f"idle after {sent:.0f} requests", 20)
-    with Registry() as registry, contextlib.ExitStack() as stack:
-        registry.rate = 20e6
-        name = registry.add_random("ns/eight:latest", 300)
-        for _ in range(8):
-            body = {"model": name, "insecure": True}
-            posted = requests.post(service.url + "/api/models/pull", stream=True, json=body)
-            answer = stack.enter_context(posted)
-            threading.Thread(target=list, args=(answer.iter_lines(),), daemon=True).start()
-        show("with 8 streams", 5)
-        requests.delete(service.url + "/api/models/pull", json={"model": name, "purge": True})
-
-
-def listeners(make):
-    title("Listeners of one download (API's CPU %)", "CPU %")
-    with Registry() as registry, servers(make) as start:
-        service = start()
-        pids = api_pids(service)
+        registry.rate = 40e6
         for count in (1, 30):
-            registry.rate = 20e6
-            name = registry.add_random(f"ns/l{count}:latest", 300, seed=count)
+            name = registry.add_random(f"ns/l{count}:latest", 600)
             asked = (service.url + "/api/models/pull", name)
-            threads = [
-                threading.Thread(target=pull_lines, args=asked, daemon=True) for _ in range(count)
-            ]
+            threads = [threading.Thread(target=pull, args=asked) for _ in range(count)]
             for thread in threads:
                 thread.start()
             time.sleep(2)
-            before = cpu_seconds(pids)
-            time.sleep(5)
-            row(f"{count}", f"{(cpu_seconds(pids) - before) / 5 * 100:.1f}")
+            before = registry.bytes_sent()
+            percent = cpu_percent(api_pids(service), 5)
+            speed = (registry.bytes_sent() - before) / 5 / 1e6
+            row(f"{count} listeners of a pull", f"{percent:.1f} % CPU", f"at {speed:.0f} MB/s")
             registry.rate = None
             for thread in threads:
-                thread.join(30)
+                thread.join()
+            registry.rate = 40e6
 
 
-def busy_health(make):
-    title("With all download slots busy (ms)", "p50", "p99")
+def bench_processes():
+    """Strangers' processes on the machine."""
+    with servers(make) as start:
+        service = start(models={"gemma": real_model()})
+        service.load("gemma", num_ctx=1024)
+        pids = api_pids(service)
+        for count in (20, 2000):
+            words = f"for n in $(seq {count}); do sleep 600 & done; echo started; wait"
+            command = ["sh", "-c", words]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as shell:
+                try:
+                    shell.stdout.readline()
+                    time.sleep(2)
+                    asked = ("/api/stats", "/health")
+                    found = [statistics.median(load(service.url + path)) for path in asked]
+                    figures = ", ".join(
+                        f"`{path}` {ms:.1f} ms" for path, ms in zip(asked, found, strict=True)
+                    )
+                    percent = cpu_percent(pids, 10)
+                finally:
+                    os.killpg(shell.pid, signal.SIGKILL)
+            row(f"{count} more processes", figures, f"idle {percent:.2f} % CPU")
+
+
+def bench_start():
+    """The start, warm."""
+
+    def first(url):
+        while True:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(url, timeout=1).ok:
+                    return time.perf_counter()
+            time.sleep(0.005)
+
+    alone, own, whole = [], [], []
+    for _ in range(5):
+        with servers(functools.partial(OllamaServer, binary=OLLAMA)) as start:
+            began = time.perf_counter()
+            first(start().url + "/api/version")
+            alone.append(time.perf_counter() - began)
+        with servers(functools.partial(make, wait=False)) as start:
+            began = time.perf_counter()
+            service = start(models={"gemma": real_model()})
+            own.append(first(service.ollama_url + "/api/version") - began)
+            whole.append(first(service.url + "/health") - began)
+    after = statistics.median(b - a for a, b in zip(own, whole, strict=True))
+    row(
+        "start to the first 200 of `/health`",
+        f"{statistics.median(whole):.2f} s",
+        f"{after:.2f} s after Ollama's first answer; `ollama serve` alone "
+        f"{statistics.median(alone):.2f} s",
+    )
+
+
+def bench_footprint():
+    """Memory after requests, and the CPU when idle, with two models loaded."""
+    with servers(make) as start:
+        models = {f"m{n}": model_variant(n) for n in (1, 2)}
+        service = start(models=models, OLLAMA_MAX_LOADED_MODELS=2)
+        for name in models:
+            service.load(name, num_ctx=1024)
+        for path in ("/api/models", "/health", "/api/stats", "/metrics"):
+            load(service.url + path, 32, 2)
+        time.sleep(3)
+        pids = api_pids(service)
+        row("memory of the API's two processes", f"{pss_mb(pids):.0f} MB", "PSS, after load")
+        percent = cpu_percent(pids, 60)
+        row("CPU when idle", f"{percent:.2f} %", "of a core, two models loaded, over 60 s")
+
+
+def bench_pull():
+    """A pull of 1 GB beside Ollama's own, in turn."""
     with Registry() as registry, servers(make) as start:
         service = start()
-
-        urls = {
-            "service /health": service.url + "/health",
-            "Ollama /api/version": service.ollama_url + "/api/version",
-        }
-
-        def both(when):
-            for name, url in urls.items():
-                row(f"{name}, {when}", *(f"{ms:.2f}" for ms in load(url, 1, 3 * SECONDS)[1:]))
-
-        both("idle")
-        registry.rate = 8e6
-        for n in range(4):
-            model = registry.add_random(f"ns/b{n}:latest", 200 * SECONDS, seed=n)
-            body = {"model": model, "insecure": True, "detach": True}
-            service.post("/api/models/pull", json=body)
-        wait_for(lambda: registry.active >= 4, 10, "four transfers")
-        # The registry's stand-in and Ollama share the machine: the faster, the less is left.
-        for mb in (2, 20):
-            registry.rate = 4 * mb * 1e6
-            both(f"4 of {mb} MB/s")
-            assert registry.active >= 4, "the downloads ended too early"
+        times = {service.ollama_url + "/api/pull": [], service.url + "/api/models/pull": []}
+        for n in range(5):
+            for m, url in enumerate(times):
+                name = registry.add_random(f"ns/{n}-{m}:latest", 1000)
+                times[url].append(pull(url, name))
+                requests.delete(service.ollama_url + "/api/delete", json={"model": name})
+        own, ours = times.values()
+        ratio = shares(ours, own)
+        said = f"{ratio:.2f} × Ollama's {statistics.median(own):.1f} s"
+        row("a pull of 1 GB", f"{statistics.median(ours):.1f} s", said)
 
 
-def clearing(make):
-    title("Clear, from the call to the answer (median of 5, ms)", "ms")
-    with servers(make) as start:
-        models = {f"m{n}": model_variant(n) for n in (1, 2, 3)}
-        service = start(models=models, OLLAMA_MAX_LOADED_MODELS=3, OLLAMA_CONTEXT_LENGTH=1024)
-        for count in (1, 3):
-            times = []
-            for _ in range(5):
-                for n in range(1, count + 1):
-                    service.load(f"m{n}")
-                began = time.perf_counter()
-                answer = service.post("/api/cache/clear").json()
-                times.append((time.perf_counter() - began) * 1e3)
-                assert answer["verified"] and len(answer["unloaded_models"]) == count, answer
-            row(f"{count} loaded", f"{statistics.median(times):.0f}")
+def bench_verify():
+    """The check of a file beside `sha256sum`, in turn."""
+    with Registry() as registry, servers(make) as start:
+        service = start()
+        url = service.url + "/api/models/pull"
+        name = registry.add_random("ns/one:latest", 1000, shares=(1,))
+        pull(url, name)
+        file = blob_path(service.models, registry.layers(name)[0]["digest"])
+        own, ours = [], []
+        for _ in range(5):
+            began = time.perf_counter()
+            subprocess.run(["sha256sum", file], stdout=subprocess.DEVNULL, check=True)
+            own.append(1000 / (time.perf_counter() - began))
+            ours.append(1000 / (pull(url, name, verify=True) - pull(url, name)))
+        said = f"{shares(ours, own):.0%} of `sha256sum`"
+        row("`verify` of 1 GB", f"{statistics.median(ours):,.0f} MB/s", said)
+
+
+SECTIONS = {
+    name.removeprefix("bench_"): section
+    for name, section in list(globals().items())
+    if name.startswith("bench_")
+}
 
 
 def main():
-    binary, gguf = os.environ["LLM_TEST_OLLAMA"], real_model()
-    make = functools.partial(Service, binary=binary)
-    tool = "wrk" if shutil.which("wrk") else "own loop"
-    date = time.strftime("%Y-%m-%d")
-    print(f"{date}, {psutil.cpu_count()} cores, {tool}, {SECONDS:.0f} s each")
-    with servers(make) as start:
-        service = start(models={"gemma": gguf})
-        endpoints(service)
-        service.load("gemma")
-        endpoints(service, ", one model loaded")
-        service.post("/api/cache/clear")
-        footprint(service)
-    listing(make, gguf)
-    pulling(make)
-    listeners(make)
-    busy_health(make)
-    starting(make, gguf, binary)
-    clearing(make)
+    names = sys.argv[1:] or list(SECTIONS)
+    if unknown := set(names) - set(SECTIONS):
+        sys.exit(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}\n")
+    row("what", "figure", "beside")
+    row("---", "---", "---")
+    for name in names:
+        SECTIONS[name]()
 
 
 if __name__ == "__main__":
