@@ -104,15 +104,6 @@ def read_answer(client):
     assert answer.startswith(b"HTTP/1.1 200"), bytes(answer)
 
 
-def rates(urls, rounds=5):
-    """Return the requests per second at four connections, in each round: {url: [rate, …]}."""
-    found = {url: [] for url in urls}
-    for _ in range(rounds):
-        for url in urls:
-            found[url].append(len(load(url, 4)))
-    return found
-
-
 def shares(values, base):
     """Return the median ratio of values measured in turn."""
     return statistics.median(a / b for a, b in zip(values, base, strict=True))
@@ -127,15 +118,16 @@ def pss_mb(pids):
     return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
 
 
+def cpu_s(pids):
+    """Return the CPU time of these processes, by their own clocks."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+
+
 def cpu_percent(pids, seconds):
-    """Return what these processes use of a core, by their own clocks."""
-
-    def used():
-        return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
-
-    before, began = used(), time.monotonic()
+    """Return what these processes use of a core."""
+    before, began = cpu_s(pids), time.monotonic()
     time.sleep(seconds)
-    return (used() - before) / (time.monotonic() - began) * 100
+    return (cpu_s(pids) - before) / (time.monotonic() - began) * 100
 
 
 def pull(url, name, **options):
@@ -155,25 +147,30 @@ def pull(url, name, **options):
 
 def bench_rates():
     """Requests a second at four connections, with one model loaded."""
-    paths = (
-        "/api/info",
-        "/livez",
-        "/api/models",
-        "/api/models/loaded",
-        "/health",
-        "/api/stats",
-        "/metrics",
-    )
+    paths = "/livez /api/models /api/models/loaded /health /api/stats /metrics".split()
     with servers(make) as start:
         service = start(models={"gemma": real_model()})
         service.load("gemma", num_ctx=1024)
-        found = rates([service.url + path for path in paths] + [service.ollama_url + "/api/tags"])
-        base = found[service.url + "/api/info"]
+        pids, base = api_pids(service), service.url + "/api/info"
+
+        def measure(url):
+            before = cpu_s(pids)
+            count = len(load(url, 4, 0.4))
+            return count / 0.4, (cpu_s(pids) - before) / count * 1e3
+
+        urls = [base, *(service.url + path for path in paths), service.ollama_url + "/api/tags"]
+        found = {url: [] for url in urls}
+        for _ in range(9):
+            for url in urls:  # each beside the base, as the machine's speed changes
+                found[url].append((*measure(base), *measure(url)))
         for url, values in found.items():
+            base_rates, base_ms, own_rates, own_ms = zip(*values, strict=True)
+            share = f"{shares(own_rates, base_rates):.0%} of `/api/info`"
+            if url.startswith(service.url):
+                share += f"; {shares(base_ms, own_ms):.0%} by the API's CPU time"
             whose = "" if url.startswith(service.url) else "Ollama's "
             path = urllib.parse.urlsplit(url).path
-            rate, share = statistics.median(values), shares(values, base)
-            row(f"{whose}`{path}`", f"{rate:,.0f}/s", f"{share:.0%} of `/api/info`")
+            row(f"{whose}`{path}`", f"{statistics.median(own_rates):,.0f}/s", share)
 
 
 def bench_growth():
@@ -289,9 +286,9 @@ def bench_pull():
     with Registry() as registry, servers(make) as start:
         service = start()
         times = {service.ollama_url + "/api/pull": [], service.url + "/api/models/pull": []}
-        for n in range(5):
-            for m, url in enumerate(times):
-                name = registry.add_random(f"ns/{n}-{m}:latest", 1000)
+        name = registry.add_random("ns/big:latest", 1000)
+        for _ in range(7):
+            for url in times:
                 times[url].append(pull(url, name))
                 requests.delete(service.ollama_url + "/api/delete", json={"model": name})
         own, ours = times.values()
