@@ -793,8 +793,7 @@ def must_exist(model: str | None) -> None:
 
 def check_health() -> Json:
     """Return the health report, or raise the 503 that tells what would heal it."""
-    reading = gpu.sample()
-    if reading["state"] == "lost":
+    if watch.gpu["state"] == "lost":
         words = "The GPU is lost to this container: restart it; if that fails, reboot the host."
         raise unhealthy("gpu_lost", words, gpu.ACTIONS["lost"])
     server = processes.server()  # before it is asked: the next one may be there afterwards
@@ -805,15 +804,15 @@ def check_health() -> Json:
         raise unhealthy(*diagnose(e, server)) from e
     watch.server.note_answer(server)
     watch.raise_fault()
-    warnings = find_warnings(reading, loaded)
+    warnings = find_warnings(watch.gpu, loaded)
     return {
         "status": "healthy",
         "models_count": len(names),
         "models": names,
         "loaded": [model["name"] for model in loaded],
         "ollama_version": watch.server.known_version(),
-        "gpu": reading["state"],
-        "recommended_action": gpu.ACTIONS[reading["state"]],
+        "gpu": watch.gpu["state"],
+        "recommended_action": gpu.ACTIONS[watch.gpu["state"]],
         "load": healer.load,
         "runners": watch.runners(),
         "looked_at": timestamp(watch.looked_at),
@@ -946,8 +945,8 @@ def bytes_of(model: Json, key: str) -> int:
 
 def machine_stats() -> Json:
     """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
-    reading = gpu.sample()
-    memory = psutil.virtual_memory()
+    reading = watch.gpu
+    memory = watch.memory
     server = processes.server()
     age_s = time.time() - server.create_time() if server else None
     return {
@@ -1303,6 +1302,8 @@ class Watch:
         self.server = ServerState()
         self.loaded: list[Json] = []  # /api/ps at the last look that got it
         self.looked_at = time.time()
+        self.gpu: Json
+        self.memory: typing.Any  # of the machine, as psutil tells it
         self.cpu_percent: float | None = None
         self.process_memory_mb = 0
         self.store_writable = True
@@ -1316,7 +1317,7 @@ class Watch:
 
     def start(self) -> None:
         """Begin to watch."""
-        psutil.cpu_percent()  # it counts from here
+        self.measure()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def runners(self) -> list[Json]:
@@ -1445,8 +1446,14 @@ class Watch:
         except ServiceError:
             look.late = True
 
+    def measure(self) -> None:
+        """Take the figures of the machine."""
+        self.gpu = gpu.sample()
+        self.memory = psutil.virtual_memory()
+        self.cpu_percent = psutil.cpu_percent()  # since the look before
+
     def _look_at_machine(self, server: psutil.Process | None) -> None:
-        self.cpu_percent = psutil.cpu_percent()
+        self.measure()
         own = psutil.Process()
         service = [own, own.parent(), server, *(runner.process for runner in self._states)]
         self.process_memory_mb = sum(map(memory_mb, service))
@@ -1462,12 +1469,11 @@ class Watch:
 
     def _faults(self) -> list[RunnerState]:
         """Return the runners with a fault. A ghost of the server before holds nobody up."""
-        server = processes.server()
         return [
             state
             for state in self._states.values()
             if state.state in ("stuck", "silent")
-            or (state.state == "ghost" and unreaped(state.process, server))
+            or (state.state == "ghost" and unreaped(state.process, processes.server()))
         ]
 
     def _action(self, state: RunnerState) -> str:
@@ -1843,7 +1849,11 @@ class Healer:
         healthy = answers and verified
         if healthy and (not restart or self._restarted_at > came):
             return
-        if not self._restart(steps, came + RESET_S, grace_s=int(healthy)) and server:
+        deadline = came + RESET_S
+        grace_s = 0.0
+        if healthy:  # with time left for the next server
+            grace_s = min(1, deadline - time.monotonic() - 0.5)
+        if not self._restart(steps, deadline, grace_s) and server:
             raise ServiceError(
                 "restart_incomplete",
                 "Ollama was ended, and the new one has not answered yet: ask /health, which says "

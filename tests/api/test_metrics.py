@@ -90,7 +90,9 @@ def scrape(service):
 
 @pytest.fixture
 def app():
-    return importlib.import_module("app")
+    module = importlib.import_module("app")
+    module.watch.measure()
+    return module
 
 
 @pytest.fixture

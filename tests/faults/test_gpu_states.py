@@ -42,6 +42,7 @@ def test_the_gpu_shows(on_gpu):
 )
 def test_each_state_shows_and_passes(on_gpu, state, action, answers):
     on_gpu.nvml.say(**answers)
+    wait_for(lambda: stats(on_gpu)["gpu"] == state, 5, "the watch has looked")
     for _ in range(3):
         told = stats(on_gpu)
         assert (told["gpu"], told["recommended_action"]) == (state, action)
@@ -56,6 +57,7 @@ def test_each_state_shows_and_passes(on_gpu, state, action, answers):
 
 def test_a_lost_gpu_is_unhealthy_and_the_service_must_be_restarted(on_gpu):
     on_gpu.nvml.say(count=UNKNOWN)
+    wait_for(lambda: stats(on_gpu)["gpu"] == "lost", 5, "the watch has looked")
     told = health(on_gpu, 503)
     assert (told["status"], told["code"]) == ("unhealthy", "gpu_lost")
     assert told["recommended_action"] == "restart_service"
