@@ -84,8 +84,10 @@ def setting(name: str, default: str, pattern: str, takes: str) -> str:
 
 def items(text: str) -> set[str]:
     """Split a list with commas."""
-    found = [item.strip().rstrip("/") for item in text.lower().split(",")]
-    return set(filter(None, found))
+    found = set()
+    for item in text.lower().split(","):
+        found.add(item.strip().rstrip("/"))
+    return found - {""}
 
 
 MODEL = setting(
@@ -557,8 +559,19 @@ def loaded_models():
 @app.post("/api/models/pull")
 def pull():
     """Download a model, or join its download."""
-    asked = arguments(model=True, stream=True, insecure=False, detach=False, verify=False)
-    download, lines = downloads.pull(asked.model, asked.insecure, asked.detach, asked.verify)
+    asked = arguments(
+        model=True,
+        stream=True,
+        insecure=False,
+        detach=False,
+        verify=False,
+    )
+    download, lines = downloads.pull(
+        asked.model,
+        asked.insecure,
+        asked.detach,
+        asked.verify,
+    )
     if asked.detach:
         message = "The download goes on by itself: GET /api/models/pull shows it."
         return {"status": "accepted", "message": message, "model": asked.model}, 202
@@ -656,8 +669,10 @@ def list_models() -> str:
     by_digest = {model.get("digest"): model for model in loaded}
     listed = []
     for model in tags(LIST_S):
-        match = by_name.get(model["name"]) or by_digest.get(model.get("digest"))
-        listed.append(model_entry(model, match or {}))
+        match = by_name.get(model["name"])
+        if not match:
+            match = by_digest.get(model.get("digest"), {})
+        listed.append(model_entry(model, match))
     answer = {"models": listed, "count": len(listed)}
     return json.dumps(answer, separators=(",", ":")) + "\n"
 
@@ -892,7 +907,8 @@ def find_warnings(reading: Json, loaded: list[Json]) -> list[Json]:
         words = f"{healer.load['model']} did not load: {healer.load['error']}"
         warnings.append(("load_failed", words))
     running = {runner["model"] for runner in watch.runners()}  # Ollama may list dead ones
-    warnings += gpu_warnings(reading, [each for each in loaded if each["name"] in running])
+    living = [each for each in loaded if each["name"] in running]
+    warnings += gpu_warnings(reading, living)
     return [{"code": code, "message": message} for code, message in warnings]
 
 
@@ -992,7 +1008,8 @@ def gpu_strings(reading: Json) -> Json:
 def highest(reading: Json, figure: str) -> int | None:
     """Return the highest of a figure over all GPUs that tell it."""
     figures = [each[figure] for each in reading["gpus"]]
-    return max((each for each in figures if each is not None), default=None)
+    known = [each for each in figures if each is not None]
+    return max(known, default=None)
 
 
 # Name, help; then the group of rows and the figure in them, which metric_rows gives.
@@ -1339,9 +1356,11 @@ class Watch:
     def up(self) -> int:
         """Return 1 where nothing was found to be wrong at the last look, else 0."""
         server = processes.server()
-        if server is None or self.server.starting(server) or self.server.hung(server):
+        if server is None or self.server.starting(server):
             return 0
-        return int(not self._faults())
+        if self.server.hung(server) or self._faults():
+            return 0
+        return 1
 
     def raise_fault(self) -> None:
         """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
@@ -1455,7 +1474,8 @@ class Watch:
     def _look_at_machine(self, server: psutil.Process | None) -> None:
         self.measure()
         own = psutil.Process()
-        service = [own, own.parent(), server, *(runner.process for runner in self._states)]
+        service = [own, own.parent(), server]
+        service += [runner.process for runner in self._states]
         self.process_memory_mb = sum(map(memory_mb, service))
         downloading = downloads.running_count()  # parts grow, and their folder does not change
         minute = time.monotonic() // DISK_LOOK_S
@@ -1509,8 +1529,15 @@ class Watch:
 
     def _note_healing(self, what: str, name: str | None, why: str, freed_mb: int) -> None:
         log.error("healed %s, which was %s (%d MB came free)", name, why, freed_mb)
-        last = {"at": timestamp(time.time()), "what": name, "why": why, "freed_mb": freed_mb}
-        self.healed = {**self.healed, what: self.healed[what] + 1, "last": last}
+        healed = dict(self.healed)  # whole for who reads it meanwhile
+        healed[what] += 1
+        healed["last"] = {
+            "at": timestamp(time.time()),
+            "what": name,
+            "why": why,
+            "freed_mb": freed_mb,
+        }
+        self.healed = healed
 
     def _clean_list(self) -> None:
         """Have Ollama unload what it lists and what has had no process for two looks.
@@ -1518,7 +1545,8 @@ class Watch:
         Its runner was killed from outside. With a runner whose model is unknown, or as many
         runners as models, nobody can tell.
         """
-        models = [state.model for state in self._states.values() if alive(state.process)]
+        living = [state for state in self._states.values() if alive(state.process)]
+        models = [state.model for state in living]
         names: set[str] = set()
         if None not in models and len(models) < len(self.loaded):
             names = {model["name"] for model in self.loaded}.difference(models)
@@ -1542,7 +1570,8 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 def main_thread_cpu_s(process: psutil.Process) -> float:
     """Return the CPU time of the thread that decodes, whose id is the process's."""
-    main = next(thread for thread in process.threads() if thread.id == process.pid)
+    threads = {thread.id: thread for thread in process.threads()}
+    main = threads[process.pid]
     return main.user_time + main.system_time
 
 
@@ -1601,7 +1630,14 @@ class Steps(list):
         now = time.monotonic()
         seconds = round(now - self._began, 3)
         detail = done if ok else failed
-        self.append({"step": step, "ok": ok, "seconds": seconds, "detail": detail})
+        self.append(
+            {
+                "step": step,
+                "ok": ok,
+                "seconds": seconds,
+                "detail": detail,
+            }
+        )
         self._began = now
 
 
@@ -1623,7 +1659,8 @@ class Clearing:
         if only:  # a name that was updated since is another runner's
             self._asked = self._asked if model and only in self._mine else []
             self._mine = {only: model}
-        names = [*filter(None, self._mine.values()), *self._asked]
+        names = list(filter(None, self._mine.values()))
+        names += self._asked
         self._names = {name_key(name): name for name in names}
         self._held: set[str] = set()  # keys of what Ollama has not let go
         self._killed: list[Json] = []
@@ -1674,7 +1711,11 @@ class Clearing:
     def _end(self, runner: Runner) -> Json:
         """End a runner by SIGKILL."""
         reason = reason_to_end(runner)
-        ended = {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
+        ended = {
+            "pid": runner.process.pid,
+            "model": self._mine[runner],
+            "reason": reason,
+        }
         log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
         end(runner.process)
         return ended
@@ -1690,8 +1731,9 @@ class Clearing:
             # Ollama unloads one after another: an idle one is about to go.
             busy = [runner for runner in left if is_busy(runner)]
         stay = self._held | keys_of(map(self._mine.get, busy))
+        gone = self._names.keys() - stay
         return {
-            "unloaded_models": sorted(self._names[key] for key in self._names.keys() - stay),
+            "unloaded_models": sorted(self._names[key] for key in gone),
             "killed": self._killed,
             "left": sorted(self._names[key] for key in stay),
             "new_runners": [
@@ -1766,7 +1808,10 @@ class Healer:
         key = (model and name_key(model), restart)
         must_exist(model)
         return self._resets.get(
-            lambda: self._reset(model, restart, came), RESET_S + SHARE_S, key, came
+            lambda: self._reset(model, restart, came),
+            RESET_S + SHARE_S,
+            key,
+            came,
         )
 
     def recover(self) -> Json:
@@ -1786,7 +1831,8 @@ class Healer:
     def end_runner(self, runner: Runner, model: str | None) -> int:
         """End one runner, and only that one; return the MB that came free."""
         with self._clears.turn(CLEAR_S):
-            report = Clearing(model, True, time.monotonic() + CLEAR_S, runner).run()
+            deadline = time.monotonic() + CLEAR_S
+            report = Clearing(model, True, deadline, only=runner).run()
             watch.look()
         return report["memory"]["freed_mb"]
 
@@ -1812,7 +1858,8 @@ class Healer:
 
         key = (model and name_key(model), force)
         came = self._reset_began or time.monotonic()
-        return self._clears.get(work, deadline - time.monotonic() + SHARE_S, key, came)
+        limit_s = deadline - time.monotonic() + SHARE_S
+        return self._clears.get(work, limit_s, key, came)
 
     def _reset(self, model: str | None, restart: bool, came: float) -> Json:
         self._reset_began = came
@@ -1888,7 +1935,8 @@ class Healer:
 
         loader = threading.Thread(target=work, name=f"load {model}", daemon=True)
         loader.start()
-        loader.join(max(0, min(0.3, deadline - time.monotonic())))
+        left_s = deadline - time.monotonic()
+        loader.join(max(0, min(0.3, left_s)))
         return "loaded" if load["state"] == "loaded" else "loading"
 
 
@@ -2063,8 +2111,9 @@ def in_the_way(port: int) -> str:
     """Name the process that listens on a port, as far as the system tells."""
     with contextlib.suppress(psutil.Error, OSError):
         for each in psutil.net_connections("tcp"):
-            listens = each.status == psutil.CONN_LISTEN and each.laddr[1:2] == (port,)
-            if listens and each.pid:
+            listens = each.status == psutil.CONN_LISTEN
+            here = each.laddr[1:2] == (port,)
+            if listens and here and each.pid:
                 return f"{psutil.Process(each.pid).name()}, process {each.pid}, listens there"
     return "another user's process listens there"
 
@@ -2092,7 +2141,8 @@ def pre_fork(_server, _worker):
 def pre_request(_worker, req):
     """Close the connection, and say so, where the body may not be read to its end."""
     fields = dict(req.headers)
-    if "TRANSFER-ENCODING" in fields or int(fields.get("CONTENT-LENGTH", 0)) > BODY_LIMIT_BYTES:
+    length = int(fields.get("CONTENT-LENGTH", 0))
+    if "TRANSFER-ENCODING" in fields or length > BODY_LIMIT_BYTES:
         req.force_close()
 
 
