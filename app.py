@@ -39,6 +39,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
 from ollama_client import (
+    DISK_RESERVE_BYTES,
     PRUNE_AGE_S,
     Download,
     Downloads,
@@ -148,16 +149,20 @@ STREAMS = 64
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
 LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
-ASK_S = 0.6  # two such questions, a list and a GPU sample stay within the 3 s of /health
+ASK_S = 0.6  # two such questions and a list stay within the 3 s of /health
 LIST_S = 1.2
 CLEAR_S = 3.7
 RESET_S = 3.9
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
+HEALTH_S = 3
+CLEAR_ASK_S = 0.4  # for each question of a clear
 UNLOAD_WAIT_S = 1.5
 KILL_WAIT_S = 0.9
+VERIFY_WAIT_S = 0.6
+KILL_RESERVE_S = 1.2  # of a clear's time, to end runners and to measure
 STARTING_S = 300
 LOOK_S = 2
-DISK_LOW_BYTES = 1 << 30
+DISK_LOW_BYTES = DISK_RESERVE_BYTES  # where downloads stop, too
 MB = 1024 * 1024
 
 # ---------------------------------------------------------------------------------------
@@ -522,7 +527,7 @@ def livez():
 @app.get("/health")
 def health():
     """Tell whether the service works, and what would heal it."""
-    return check_health()
+    return checks.get(check_health, HEALTH_S)
 
 
 @app.get("/metrics")
@@ -656,7 +661,7 @@ def tags(timeout_s: float) -> list[Json]:
     return tags_of(signature, timeout_s) if signature else ollama.tags(timeout_s)
 
 
-@functools.lru_cache(2)  # /health has another time limit
+@functools.lru_cache(2)  # a clear has another time limit
 def tags_of(_signature: tuple, timeout_s: float) -> list[Json]:
     """Return the models of a store with this signature."""
     return ollama.tags(timeout_s)
@@ -677,7 +682,13 @@ def list_models() -> str:
     return json.dumps(answer, separators=(",", ":")) + "\n"
 
 
-listing = SharedRun(lambda outcome, _key, came: outcome.began >= came)
+def began_since(outcome: Outcome, _key: object, came: float) -> bool:
+    """An answer serves who came before it was begun: it is as fresh as one's own."""
+    return outcome.began >= came
+
+
+listing = SharedRun(began_since)
+checks = SharedRun(began_since)
 
 
 def model_entry(model: Json, loaded: Json) -> Json:
@@ -1111,7 +1122,7 @@ def label_text(**labels: object) -> str:
 # The watch
 # ---------------------------------------------------------------------------------------
 
-RUNNER_ASK_S = 0.5  # for a runner's own port
+RUNNER_ASK_S = 0.5  # for each question of a look
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
 STUCK_LOOKS = 10
@@ -1140,7 +1151,7 @@ class Look:
 
 
 class RunnerState:
-    """One runner's state by the rules of the contract. It has no clock of its own."""
+    """One runner's state by the rules in the README. It has no clock of its own."""
 
     def __init__(self, runner: Runner, now: float):
         self.runner = runner
@@ -1162,7 +1173,7 @@ class RunnerState:
         self._counters: list[tuple] = []  # of each slot: task, prompt tokens, tokens decoded
         # The last looks without progress; it is full once these are enough for a verdict.
         self._still: collections.deque[Look] = collections.deque(maxlen=STUCK_LOOKS)
-        self._note_progress(now)
+        self._begin_count(now)
 
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
@@ -1170,13 +1181,13 @@ class RunnerState:
         self._looked_at = look.at
         self.tokens_per_second = 0.0
         if self._step_s > GAP_S:
-            self._note_progress(look.at)
+            self._begin_count(look.at)
         state = self._judge(look)
         if state != self.state:
             self.state = state
             self.since = look.at
 
-    def _note_progress(self, now: float) -> None:
+    def _begin_count(self, now: float) -> None:
         self._began = {"stuck": now}  # since when each fault shows
         self._still.clear()
 
@@ -1191,7 +1202,7 @@ class RunnerState:
             return self._judge_fault("ghost", look, GHOST_S, words, self.state)
         if look.health == "ok":
             return self._judge_work(look)
-        self._note_progress(look.at)
+        self._begin_count(look.at)
         if look.health == "unasked":
             return self.state
         self.under_way = look.health == "loading"
@@ -1207,7 +1218,7 @@ class RunnerState:
             self.under_way = is_working(look.slots)
             moved = self._count_tokens(look.slots)
         if moved or not self.under_way:
-            self._note_progress(look.at)
+            self._begin_count(look.at)
             return "busy" if self.under_way else "idle"
         self._still.append(look)
         if len(self._still) < STUCK_LOOKS:
@@ -1376,7 +1387,7 @@ class Watch:
             )
 
     def look(self, deadline: float | None = None) -> None:
-        """Look at everything once, by a deadline if there is time: a hang costs a second."""
+        """Look at everything once; before a deadline only if there is time for a hang."""
         wait_s = 60.0
         if deadline:
             wait_s = max(0, deadline - time.monotonic() - 3 * RUNNER_ASK_S)
@@ -1512,8 +1523,10 @@ class Watch:
         for state in self._faults():
             if state.healed != state.state and self._may_heal(state.model):
                 self._heal_runner(state)
+            if state.healed == "ghost":
+                return  # with a new server the other faults are past
         if self.server.hung(processes.server()):
-            why = f"it has not answered /api/version in {HUNG_LOOKS} looks"
+            why = f"hung: no answer to /api/version in {HUNG_LOOKS} looks"
             self._note_healing("ollama", "Ollama", why, healer.restart_server())
 
     def _heal_runner(self, state: RunnerState) -> None:
@@ -1672,7 +1685,7 @@ class Clearing:
             names = ", ".join(self._asked)
             self.steps.note("unload", accepted, names, names)
         if accepted:
-            until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - 1.2)
+            until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - KILL_RESERVE_S)
             gone = wait_until(lambda: not self._left(), until)
             self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
         if self._force and self._left():
@@ -1684,7 +1697,7 @@ class Clearing:
 
     def _list(self) -> list[Json]:
         try:
-            loaded = ollama.ps(0.4)
+            loaded = ollama.ps(CLEAR_ASK_S)
         except ServiceError as e:
             self.steps.note("list", False, "", str(e))
             return []
@@ -1723,19 +1736,20 @@ class Clearing:
     def _report(self, accepted: bool) -> Json:
         left = self._left()
         if self._force or not left:
-            wait_until(self._is_let_go, min(time.monotonic() + 0.6, self._deadline))
+            until = min(time.monotonic() + VERIFY_WAIT_S, self._deadline)
+            wait_until(self._is_let_go, until)
         verified = not left and not self._held
         self.steps.note("verify", verified, "gone", "still there")
         busy = left
         if accepted and not self._force:
-            # Ollama unloads one after another: an idle one is about to go.
-            busy = [runner for runner in left if is_busy(runner)]
+            busy = list(filter(is_busy, left))  # one after another, the idle ones are about to go
         stay = self._held | keys_of(map(self._mine.get, busy))
         gone = self._names.keys() - stay
+        unknown = [f"process {each.process.pid}" for each in busy if not self._mine[each]]
         return {
             "unloaded_models": sorted(self._names[key] for key in gone),
             "killed": self._killed,
-            "left": sorted(self._names[key] for key in stay),
+            "left": sorted(self._names[key] for key in stay) + unknown,
             "new_runners": [
                 {"pid": runner.process.pid, "model": name}
                 for runner, name in self._new_runners().items()
@@ -1753,9 +1767,11 @@ class Clearing:
         return model_names(new, [])
 
     def _is_let_go(self) -> bool:
-        """Tell whether an Ollama that answers neither lists a model nor waits for a runner's end.
+        """Note in ``_held`` what Ollama has not let go; tell whether that is nothing.
 
-        What cannot be unloaded stays listed until its time is over, and holds nothing.
+        It holds a model that it lists, and a dead runner whose end it waits for. What cannot be
+        unloaded stays listed until its time is over, and holds nothing. So does an Ollama that
+        does not answer.
         """
         names: list[str | None] = []
         if answering():
@@ -1763,7 +1779,7 @@ class Clearing:
             dead = [runner for runner in self._mine if unreaped(runner.process, server)]
             names = list(map(self._mine.get, dead))
             with contextlib.suppress(ServiceError):
-                names += unloadable(ollama.ps(0.3))
+                names += unloadable(ollama.ps(CLEAR_ASK_S))
         of_others = keys_of(self._new_runners().values())
         self._held = (keys_of(names) - of_others).intersection(self._names)
         return not self._held
@@ -1857,7 +1873,7 @@ class Healer:
             return report
 
         key = (model and name_key(model), force)
-        came = self._reset_began or time.monotonic()
+        came = self._reset_began or time.monotonic()  # during a reset its clear will do
         limit_s = deadline - time.monotonic() + SHARE_S
         return self._clears.get(work, limit_s, key, came)
 
@@ -1991,7 +2007,7 @@ def unload(names: list[str]) -> bool:
 
     def ask(name: str) -> bool:
         try:
-            ollama.unload(name, 0.4)
+            ollama.unload(name, CLEAR_ASK_S)
             return True
         except ServiceError as e:
             log.warning("unload %s: %s", name, e)
@@ -2021,7 +2037,7 @@ def model_due(model: str | None, unloaded: list[str]) -> str | None:
 def answering() -> bool:
     """Tell whether Ollama answers."""
     try:
-        return bool(ollama.version(0.5))
+        return bool(ollama.version(CLEAR_ASK_S))
     except ServiceError:
         return False
 

@@ -43,7 +43,7 @@ PULL_SILENCE_S = 1800  # Ollama is silent while it verifies: minutes for tens of
 STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops its bytes; a reconnect keeps them
 MAX_RECONNECTS = 10
 RECONNECT_MAX_S = 8
-LINE_S = 0.5  # at the latest, to listeners; two writes show that one has left
+LINE_S = 0.25  # at the latest, to listeners; two writes show that one has left
 PROGRESS_S = 0.2
 SPEED_WINDOW_S = 10
 PURGE_S = 2  # the most that a purge waits
@@ -1083,6 +1083,10 @@ class Download:
 
     def _lines(self, seen: int) -> typing.Iterator[Json]:
         """Yield what is said at once, and how far it is while nothing is said."""
+        with self._changed:
+            joined_late = seen and self.state == "running"
+            lines = [{**self._line, **self._figures()}] if joined_late else []
+        yield from lines
         while self.state == "running" or seen < self._said_count:
             with self._changed:
                 if seen == self._said_count:
@@ -1222,7 +1226,9 @@ class Download:
             raise self._stop
 
     def _check_stall(self) -> None:
-        fetching = self._line["status"].startswith(("pulling", "starting", "reconnecting"))
+        fetching = self._line["status"].startswith(
+            ("starting", "pulling", "reconnecting", "removed")  # else Ollama may verify
+        )
         if fetching and time.monotonic() - self._progress.moved_at > STALL_S:
             raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
 
