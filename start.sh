@@ -10,8 +10,8 @@ say() { printf 'llm-service: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 alive() { kill -0 "$@" 2>/dev/null; } # whether any of these processes is there
 wait_for_end() { # SECONDS PID…: until all of these have ended, but no longer
-    local looks=$(($1 * 20))
-    while ((looks-- > 0)) && alive "${@:2}"; do sleep 0.05; done
+    local until=$((${EPOCHREALTIME/[.,]/} + $1 * 1000000)) # a sleep takes longer on a busy machine
+    while ((${EPOCHREALTIME/[.,]/} < until)) && alive "${@:2}"; do sleep 0.05; done
 }
 
 # --- Settings: app.py checks all of them, and writes down what Ollama's environment needs ---

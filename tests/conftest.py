@@ -36,6 +36,7 @@ from helpers.service import Service
 
 # The longest folders first: the processes then end at about the same time.
 ORDER = ["slow", "faults", "api", "unit"]
+LONGEST = ["test_soak.py", "test_page.py", "test_watch.py", "test_launcher.py"]
 
 
 def pytest_configure(config):
@@ -52,9 +53,11 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: ORDER.index(folder) if (folder := item.path.parent.name) in ORDER else -1
-    )
+    def place(item):
+        folder, file = item.path.parent.name, item.path.name
+        return file not in LONGEST, ORDER.index(folder) if folder in ORDER else -1
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -80,10 +80,10 @@ class Service:
 
     def start(self):
         with open(self.logfile, "a") as log:
-            # A shell that starts its work in the background has it ignore SIGINT, and what is
-            # ignored stays so.
+            # A shell that starts its work in the background has it ignore SIGINT, nohup has it
+            # ignore SIGHUP, and what is ignored stays so.
             self.process = subprocess.Popen(
-                ["env", "--default-signal=INT", *self.wrapper, "./start.sh"],
+                ["env", "--default-signal=INT,HUP", *self.wrapper, "./start.sh"],
                 cwd=ROOT,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
