@@ -409,7 +409,6 @@ def add_headers(response):
     return response
 
 
-@functools.lru_cache(256)
 def host_allowed(host: str) -> bool:
     """Tell a name that only this machine or its network gives from one of the web."""
     try:
