@@ -58,6 +58,11 @@ class Page:
         self.browser.get(self.service.url + "/")
         self.wait_text("state", "The service")
 
+    def open_anew(self):
+        """Open the page without its history, which a poll under way would write again."""
+        self.run("sessionStorage.clear(); Storage.prototype.setItem = () => {}")
+        self.open()
+
     def element(self, id):
         return self.browser.find_element(By.ID, id)
 
@@ -186,8 +191,7 @@ def page(browser, page_service, gguf):
     clear(page_service)
     browser.get_log("browser")  # what a test before has caused
     one = Page(browser, page_service)
-    one.run("sessionStorage.clear()")  # the history, too
-    one.open()
+    one.open_anew()
     yield one
     browser.get("about:blank")
     for pull in running_pulls(page_service):
@@ -258,8 +262,7 @@ def test_without_a_gpu_the_charts_are_the_systems_and_nothing_says_na(page):
 
 def test_a_gpus_figures_are_drawn_as_they_were_recorded(stub, stub_page):
     stub.stats |= gpu_stats(*H100[0])
-    stub_page.run("sessionStorage.clear()")
-    stub_page.open()
+    stub_page.open_anew()
     assert stub_page.charts() == ["load", "vram", "tokens"]
     for figures in H100[1:]:
         stub.stats |= gpu_stats(*figures)
@@ -334,8 +337,7 @@ def test_a_healing_before_the_page_was_opened_is_marked_where_it_was(stub, stub_
     at = datetime.fromtimestamp(stub_page.now - 300, UTC).isoformat()
     last = {"at": at, "what": "llama3.1:8b", "why": "silent: its /health", "freed_mb": 512}
     stub.stats["healed"] = {"runners": 1, "ollama": 0, "last": last}
-    stub_page.run("sessionStorage.clear()")
-    stub_page.open()
+    stub_page.open_anew()
     stub_page.wait_text("marks", "Healed llama3.1:8b (silent: its /health): 512 MB came free.")
     line = stub_page.row("charts", "tokens").find_element(By.CSS_SELECTOR, "line.mark")
     assert 49 < float(line.get_attribute("x1").rstrip("%")) < 51
