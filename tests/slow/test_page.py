@@ -209,6 +209,8 @@ class StubPage(Page):
     def poll(self, seconds=0):
         """Have the page poll once more, so many seconds later."""
         self.now += seconds
+        # A round under way may have asked before the test changed what there is.
+        wait_for(lambda: self.run("return timer !== null"), 10, "the end of a round")
         before = self.service.rounds
 
         def polled():
