@@ -1367,9 +1367,11 @@ class Downloads:
         download.thread.join(2)
         if not purge:
             return 0
+        others = [each for each in known if each.state == "running" and each is not download]
+        shared = set().union(*(each.digests() for each in others))  # they may be closed just now
         with file_errors():
             return self.store.purge(
-                download.digests(),
+                download.digests() - shared,
                 lambda: self._processes.open_files().held,
                 PURGE_S - (time.monotonic() - began),
             )
