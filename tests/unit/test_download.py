@@ -1,7 +1,10 @@
 """A download's end and its first news, on an Ollama that says what a test wants."""
 
+import threading
+
 import pytest
 
+from helpers.waiting import wait_for
 from ollama_client import Downloads, Processes, ServiceError, Store
 
 MANIFEST = {"status": "pulling manifest"}
@@ -60,3 +63,35 @@ def test_success_is_the_one_last_line(tmp_path):
     *others, last = listened
     assert last["status"] == "success" and last["percent"] == 100
     assert [line["percent"] for line in others] == [0, 99.9, 99.9]
+
+
+class Endless(Script):
+    """Says its lines and then nothing, until it is closed."""
+
+    def __init__(self, *lines):
+        super().__init__(*lines)
+        self.closed = threading.Event()
+
+    def __iter__(self):
+        yield from super().__iter__()
+        self.closed.wait(30)
+
+    def close(self):
+        self.closed.set()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_purge_spares_what_another_download_shares(tmp_path, shared):
+    (tmp_path / "blobs").mkdir()
+    part = tmp_path / "blobs" / f"sha256-{'a' * 64}-partial-0"
+    part.write_bytes(b"x" * 5000)
+    downloads = Downloads(Endless(LAYER), Store(tmp_path), Processes("/none"), 2)
+    first, _ = downloads.pull("first", detach=True)
+    wait_for(first.digests, 5, "the layer of the first")
+    if shared:
+        downloads.ollama = Endless(LAYER)
+        second, _ = downloads.pull("second", detach=True)
+        wait_for(second.digests, 5, "the layer of the second")
+    freed = downloads.cancel("first", purge=True)
+    assert part.exists() == shared and bool(freed) == (not shared)
+    downloads.close()
