@@ -1078,7 +1078,7 @@ def metric_rows() -> dict[str, list[tuple[str, Json]]]:
     stats = machine_stats()
     service = {
         **stats,
-        "up": watch.up() if stats["gpu"] != "lost" else 0,
+        "up": watch.up if stats["gpu"] != "lost" else 0,
         "models_loaded": len(watch.loaded),
         "downloads_running": downloads.running_count(),
     }
@@ -1329,6 +1329,7 @@ class Watch:
         self.server = ServerState()
         self.loaded: list[Json] = []  # /api/ps at the last look that got it
         self.looked_at = time.time()
+        self.up = 0  # 1 where the last look found nothing wrong
         self.gpu: Json
         self.memory: typing.Any  # of the machine, as psutil tells it
         self.cpu_percent: float | None = None
@@ -1363,15 +1364,6 @@ class Watch:
         dead = [runner for runner in self._states if unreaped(runner.process, server)]
         return list(dict.fromkeys(living + dead))
 
-    def up(self) -> int:
-        """Return 1 where nothing was found to be wrong at the last look, else 0."""
-        server = processes.server()
-        if server is None or self.server.starting(server):
-            return 0
-        if self.server.hung(server) or self._faults():
-            return 0
-        return 1
-
     def raise_fault(self) -> None:
         """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
         for state in self._faults():
@@ -1398,6 +1390,7 @@ class Watch:
             self._find_runners()
             in_parallel(lambda state: self._look_at(state, server), self._states.values())
             self._look_at_machine(server)
+            self.up = int(self._is_well(server))
             self.looked_at = time.time()
         finally:
             self._lock.release()
@@ -1494,6 +1487,11 @@ class Watch:
             self.disk = store.disk()
             self.store_writable = store.writable()
             self._disk_key = key
+
+    def _is_well(self, server: psutil.Process | None) -> bool:
+        if server is None or self.server.starting(server) or self.server.hung(server):
+            return False
+        return not self._faults()
 
     # Healing
 

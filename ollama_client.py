@@ -12,6 +12,7 @@ import collections
 import contextlib
 import datetime
 import errno
+import functools
 import glob
 import hashlib
 import itertools
@@ -256,6 +257,9 @@ class Ollama:
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy in the environment is not for loopback
         self._session.mount(url, HTTPAdapter(pool_maxsize=64))
+        # What is asked all the time is prepared once: that is a third of a question's CPU.
+        asked = ("/api/version", "/api/tags", "/api/ps")
+        self._prepared = {path: self._prepare("GET", path) for path in asked}
 
     def version(self, timeout_s: float = ANSWER_S) -> str | None:
         """Return the server's version, such as "0.34.4"."""
@@ -269,22 +273,22 @@ class Ollama:
         """Return the loaded models: name, size, size_vram, context_length, expires_at."""
         return self._models("/api/ps", timeout_s)
 
-    def load(self, model: str, timeout_s: float = LOAD_S) -> None:
-        """Load a model; by ``/api/embed`` one that cannot generate."""
+    def load(self, model: str) -> None:
+        """Load a model, which takes up to LOAD_S; by ``/api/embed`` one that cannot generate."""
         try:
-            self._json("POST", "/api/generate", {"model": model}, timeout_s)
+            self._json("POST", "/api/generate", {"model": model}, LOAD_S)
         except ServiceError as e:
             if "does not support generate" not in str(e):
                 raise
-            self._json("POST", "/api/embed", {"model": model, "input": []}, timeout_s)
+            self._json("POST", "/api/embed", {"model": model, "input": []}, LOAD_S)
 
     def unload(self, model: str, timeout_s: float = ANSWER_S) -> None:
         """Ask for the model's memory back. Ollama says yes at once, whatever comes of it."""
         self._json("POST", "/api/generate", {"model": model, "keep_alive": 0}, timeout_s)
 
-    def delete(self, model: str, timeout_s: float = ANSWER_S) -> None:
+    def delete(self, model: str) -> None:
         """Delete a model's manifest, and the blobs that no other model shares."""
-        self._request("DELETE", "/api/delete", {"model": model}, timeout_s).close()
+        self._request("DELETE", "/api/delete", {"model": model}, ANSWER_S).close()
 
     def pull(self, model: str, insecure: bool = False) -> "Stream":
         """Return the progress of a pull, which begins, or is joined, with the first line."""
@@ -346,15 +350,10 @@ class Ollama:
         self, method: str, path: str, body: Json | None, timeout_s: float
     ) -> requests.Response:
         """Send a request to a path of Ollama's, or to the whole URL of a runner."""
-        url = urllib.parse.urljoin(self.url, path)
-        # A connection that is kept costs a runner CPU and a thread.
-        headers = {} if path.startswith("/") else {"Connection": "close"}
+        prepared = self._prepared.get(path) or self._prepare(method, path, body)
         try:
-            response = self._session.request(
-                method,
-                url,
-                json=body,
-                headers=headers,
+            response = self._session.send(
+                prepared,
                 timeout=(min(CONNECT_S, timeout_s), timeout_s),
                 stream=True,
                 allow_redirects=False,
@@ -374,6 +373,14 @@ class Ollama:
             with response:
                 raise _refusal(response)
         return response
+
+    def _prepare(
+        self, method: str, path: str, body: Json | None = None
+    ) -> requests.PreparedRequest:
+        url = urllib.parse.urljoin(self.url, path)
+        # A connection that is kept costs a runner CPU and a thread.
+        headers = {} if path.startswith("/") else {"Connection": "close"}
+        return self._session.prepare_request(requests.Request(method, url, headers, json=body))
 
 
 def runner_url(port: str | None, path: str) -> str:
@@ -521,11 +528,11 @@ class Store:
         found = []
         young_ns = time.time_ns() - 10**9
         try:
-            for path in self._files("manifests/**"):
-                about = path.stat()
+            for entry in _entries_below(self.path / "manifests"):
+                about = entry.stat()
                 if about.st_mtime_ns > young_ns:  # one more change might not show
                     return None
-                found.append((str(path), about.st_mtime_ns, about.st_size))
+                found.append((entry.path, about.st_mtime_ns, about.st_size))
         except OSError:
             return None
         return tuple(found) or None
@@ -678,10 +685,12 @@ class Store:
         found: set[str] = set()
         file = root = self.path / "manifests"
         try:
-            for file in _files_below(root) if os.path.lexists(root) else ():
-                # Written anew, as a text may be in any encoding, with any escapes.
-                text = json.dumps(json.loads(file.read_bytes()))
-                found.update(_DIGEST.findall(text.lower()))
+            for entry in _entries_below(root) if os.path.lexists(root) else ():
+                if not entry.is_dir():
+                    file = pathlib.Path(entry)
+                    # Written anew, as a text may be in any encoding, with any escapes.
+                    text = json.dumps(json.loads(file.read_bytes()))
+                    found.update(_DIGEST.findall(text.lower()))
         except (OSError, ValueError, RecursionError) as e:
             raise ServiceError(
                 "manifest_unreadable",
@@ -695,12 +704,12 @@ class Store:
         return map(self.path.joinpath, glob.iglob(pattern, root_dir=self.path, recursive=True))
 
 
-def _files_below(folder: pathlib.Path) -> typing.Iterator[pathlib.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files_below(entry)
-        else:
+def _entries_below(folder: str | os.PathLike[str]) -> typing.Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
             yield entry
+            if entry.is_dir():
+                yield from _entries_below(entry)
 
 
 def _digest_of(name: str) -> str:
@@ -753,7 +762,7 @@ class Processes:
         for pid, started, _ in self._records()[-1:]:
             if _start_ticks(pid) == started:
                 with contextlib.suppress(psutil.Error):
-                    server = psutil.Process(pid)
+                    server = _process(pid, started)
                     return server if alive(server) else None
         return None
 
@@ -890,6 +899,12 @@ def _start_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return int(about.rpartition(b")")[2].split()[19])  # the name before may hold anything
+
+
+@functools.lru_cache(1)
+def _process(pid: int, _started: int) -> psutil.Process:
+    """Return the process of a record; kept, as each request asks for the server."""
+    return psutil.Process(pid)
 
 
 def _mapped_files(pid: int) -> set[str]:
@@ -1329,6 +1344,8 @@ class Downloads:
         key = name_key(model)
         for _ in range(3):
             with self._lock:
+                if self._closing:
+                    raise self._closing
                 download = self._running.get(key)
                 if not download:
                     self._check_limit()
@@ -1444,8 +1461,6 @@ class Downloads:
             self.counts[download.state] += 1
 
     def _check_limit(self) -> None:
-        if self._closing:
-            raise self._closing
         if len(self._running) >= self._limit:
             raise ServiceError(
                 "too_many_pulls",

@@ -194,7 +194,7 @@ def test_two_runners_of_one_model_are_two(told):
 
 @pytest.mark.parametrize("state, up", [("none", 1), ("ok", 1), ("lost", 0)])
 def test_a_lost_gpu_is_not_up(app, told, monkeypatch, state, up):
-    monkeypatch.setattr(app.watch, "up", lambda: 1)
+    monkeypatch.setattr(app.watch, "up", 1)
     families = told(gpu=state)
     assert value(families, "llm_up") == up
     assert value(families, "llm_gpu_state", state=state) == 1

@@ -3,6 +3,8 @@
 import random
 import socket
 
+from helpers.places import CACHE
+
 _reserved: dict[int, socket.socket] = {}
 
 
@@ -24,6 +26,8 @@ def free_port():
             reservation.close()
             continue
         _reserved[port] = reservation
+        for left in CACHE.joinpath("run").glob(f"{port}.*"):
+            left.unlink()  # by a test run that was killed: they tell of processes long gone
         return port
 
 
