@@ -973,7 +973,7 @@ def machine_stats() -> Json:
     """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
     reading = watch.gpu
     memory = watch.memory
-    server = processes.server()
+    server = watch.process
     age_s = time.time() - server.create_time() if server else None
     return {
         **gpu_strings(reading),
@@ -995,7 +995,7 @@ def machine_stats() -> Json:
         "ollama": {
             "pid": server.pid if server else None,
             "uptime_seconds": None if age_s is None else round(age_s),
-            "restarts": processes.restarts(),
+            "restarts": watch.restarts,
         },
         "healed": watch.healed,
         "clears": healer.clears_done,
@@ -1330,6 +1330,8 @@ class Watch:
         self.loaded: list[Json] = []  # /api/ps at the last look that got it
         self.looked_at = time.time()
         self.up = 0  # 1 where the last look found nothing wrong
+        self.process: psutil.Process | None = None  # Ollama's server
+        self.restarts = 0  # of Ollama
         self.gpu: Json
         self.memory: typing.Any  # of the machine, as psutil tells it
         self.cpu_percent: float | None = None
@@ -1385,7 +1387,8 @@ class Watch:
         if not wait_s or not self._lock.acquire(timeout=wait_s):
             return
         try:
-            server = processes.server()
+            server = self.process = processes.server()
+            self.restarts = processes.restarts()
             self._ask_server(server)
             self._find_runners()
             in_parallel(lambda state: self._look_at(state, server), self._states.values())

@@ -505,6 +505,7 @@ class Store:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
+        self._signature: tuple[tuple[str, int, int], ...] = ()
 
     def models(self) -> dict[str, list[str]]:
         """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
@@ -525,17 +526,20 @@ class Store:
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
-        found = []
+        known = self._signature
         young_ns = time.time_ns() - 10**9
         try:
-            for entry in _entries_below(self.path / "manifests"):
-                about = entry.stat()
-                if about.st_mtime_ns > young_ns:  # one more change might not show
-                    return None
-                found.append((entry.path, about.st_mtime_ns, about.st_size))
+            # What is known is looked at first: that takes a call for each, a walk many.
+            if not known or known != tuple(_stamp(path) for path, *_ in known):
+                root = f"{self.path}/manifests"
+                paths = [root, *(entry.path for entry in _entries_below(root))]
+                known = tuple(map(_stamp, paths))
         except OSError:
-            return None
-        return tuple(found) or None
+            known = ()
+        if any(changed_ns > young_ns for _, changed_ns, _ in known):
+            known = ()  # one more change might not show
+        self._signature = known
+        return known or None
 
     def blob(self, digest: str) -> pathlib.Path:
         """Return the path of the blob with this digest (hex)."""
@@ -712,6 +716,11 @@ def _entries_below(folder: str | os.PathLike[str]) -> typing.Iterator[os.DirEntr
                 yield from _entries_below(entry)
 
 
+def _stamp(path: str) -> tuple[str, int, int]:
+    about = os.stat(path)
+    return path, about.st_mtime_ns, about.st_size
+
+
 def _digest_of(name: str) -> str:
     """Return the digest in the name of a blob or of a part of one."""
     return name[7:71].lower()
@@ -756,14 +765,16 @@ class Processes:
 
     def __init__(self, state_file: str | os.PathLike):
         self.state_file = pathlib.Path(state_file)
+        self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
 
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
         for pid, started, _ in self._records()[-1:]:
-            if _start_ticks(pid) == started:
+            state, ticks = _state_and_start(pid)
+            if ticks == started:
                 with contextlib.suppress(psutil.Error):
                     server = _process(pid, started)
-                    return server if alive(server) else None
+                    return server if state != "Z" or alive(server) else None
         return None
 
     def ever_started(self) -> bool:
@@ -780,7 +791,8 @@ class Processes:
         sessions = {
             pid
             for pid, started, _ in self._records()
-            if _start_ticks(pid) in (started, None)  # None: the leader died, the rest may live
+            if _state_and_start(pid)[1]
+            in (started, None)  # None: the leader died, the rest may live
         }
         found = []
         for pid in psutil.pids():
@@ -843,9 +855,17 @@ class Processes:
         return False
 
     def _records(self) -> list[tuple[int, int, int]]:
+        """Return the lines of the file, which is another one after each start of a server."""
         try:
-            words = map(str.split, self.state_file.read_text().splitlines())
-            return [(int(pid), int(started), int(restarts)) for pid, started, restarts in words]
+            about = os.stat(self.state_file)
+            key = about.st_ino, about.st_mtime_ns, about.st_size
+            if key != self._read[0]:
+                words = map(str.split, self.state_file.read_text().splitlines())
+                lines = [
+                    (int(pid), int(started), int(restarts)) for pid, started, restarts in words
+                ]
+                self._read = key, lines
+            return self._read[1]
         except (OSError, ValueError):
             return []
 
@@ -889,16 +909,18 @@ def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
     return True
 
 
-def _start_ticks(pid: int) -> int | None:
-    """Return when a process was started; None if there is none.
+def _state_and_start(pid: int) -> tuple[str, int | None]:
+    """Return a process's state, such as "S", and its start in ticks; None if there is none.
 
     Read by hand: psutil gives the start as a time of day, which moves with the clock.
     """
     try:
-        about = pathlib.Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            about = file.read()
     except OSError:
-        return None
-    return int(about.rpartition(b")")[2].split()[19])  # the name before may hold anything
+        return "", None
+    words = about.rpartition(b")")[2].split()  # the name before may hold anything
+    return words[0].decode(), int(words[19])
 
 
 @functools.lru_cache(1)
