@@ -39,6 +39,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import gpu
 from ollama_client import (
+    ANSWER_S,
     DISK_RESERVE_BYTES,
     PRUNE_AGE_S,
     Download,
@@ -52,12 +53,14 @@ from ollama_client import (
     alive,
     check_name,
     clean,
+    cpu_clock_s,
     dial_url,
     dying,
     end,
     failure,
     listen_address,
     name_key,
+    stopped,
     timestamp,
     wait_until,
 )
@@ -556,7 +559,7 @@ def models():
 @app.get("/api/models/loaded")
 def loaded_models():
     """List the models in memory."""
-    loaded = list(map(loaded_entry, ollama.ps()))
+    loaded = list(map(loaded_entry, watch.server.loaded_now(processes.server())))
     return {"loaded_models": loaded, "count": len(loaded)}
 
 
@@ -668,7 +671,7 @@ def tags_of(_signature: tuple, timeout_s: float) -> list[Json]:
 
 def list_models() -> str:
     """Return the answer of ``GET /api/models``, as JSON text."""
-    loaded = ollama.ps()
+    loaded = watch.server.loaded_now(processes.server())
     by_name = {model["name"]: model for model in loaded}
     by_digest = {model.get("digest"): model for model in loaded}
     listed = []
@@ -824,10 +827,9 @@ def check_health() -> Json:
     server = processes.server()  # before it is asked: the next one may be there afterwards
     try:
         names = [model["name"] for model in tags(LIST_S)]
-        loaded = loaded_now()
+        loaded = loaded_or_seen(server)
     except ServiceError as e:
         raise unhealthy(*diagnose(e, server)) from e
-    watch.server.note_answer(server)
     watch.raise_fault()
     warnings = find_warnings(watch.gpu, loaded)
     return {
@@ -846,18 +848,19 @@ def check_health() -> Json:
     }
 
 
-def loaded_now() -> list[Json]:
+def loaded_or_seen(server: psutil.Process | None) -> list[Json]:
     """Return what Ollama has loaded, or had at the last look while it holds its lock.
 
     It holds it while it settles with a runner, for 20 s; only a server that does not answer
     ``/api/version`` either hangs.
     """
     try:
-        return ollama.ps(ASK_S)
+        return watch.server.loaded_now(server, ASK_S)
     except ServiceError as e:
         if e.code != "ollama_timeout":
             raise
         ollama.version(ASK_S)
+        watch.server.note_answer(server)
         return watch.loaded
 
 
@@ -1130,6 +1133,7 @@ GHOST_S = 10
 WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it computes
 SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
+QUIET_CPU_S = 0.0002  # the cheapest request takes the server more, a change of models 1 ms
 HUNG_LOOKS = 15
 HEALINGS = 3  # of one model in HEALINGS_S, then it is left alone
 HEALINGS_S = 1800
@@ -1292,6 +1296,8 @@ class ServerState:
         self.version: str | None = None
         self._answered: psutil.Process | None = None
         self._silent_looks = 0
+        # The server of the last answer of /api/ps, its CPU time then, and the answer
+        self._listed: tuple[psutil.Process | None, float, list[Json]] = (None, 0.0, [])
 
     def starting(self, server: psutil.Process) -> bool:
         """Tell whether this server has not answered yet and still may take its time."""
@@ -1313,6 +1319,24 @@ class ServerState:
     def note_silence(self) -> None:
         """Note that the server has not answered a look."""
         self._silent_looks += 1
+
+    def ask_loaded(self, server: psutil.Process | None, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Ask this server what it has loaded: ``/api/ps``."""
+        loaded = ollama.ps(timeout_s)
+        self.note_answer(server)
+        with contextlib.suppress(OSError):
+            if server:
+                self._listed = server, cpu_clock_s(server), loaded
+        return loaded
+
+    def loaded_now(self, server: psutil.Process | None, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Return the same without a question where the server has done nothing since."""
+        asked, cpu_s, loaded = self._listed
+        if server and server == asked and not self._silent_looks and not stopped(server):
+            with contextlib.suppress(OSError):
+                if cpu_clock_s(server) - cpu_s < QUIET_CPU_S:
+                    return loaded
+        return self.ask_loaded(server, timeout_s)
 
     def known_version(self) -> str | None:
         """Return the version; asked for once a server."""
@@ -1415,14 +1439,14 @@ class Watch:
     def _ask_server(self, server: psutil.Process | None) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
         try:
-            self.loaded = ollama.ps(RUNNER_ASK_S)
+            self.loaded = self.server.ask_loaded(server, RUNNER_ASK_S)
         except ServiceError:
             if server is None:
                 self.loaded = []
-            if not answering():
+            if answering():
+                self.server.note_answer(server)
+            else:
                 self.server.note_silence()
-                return
-        self.server.note_answer(server)
 
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
@@ -1571,12 +1595,9 @@ class Watch:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """Return the CPU time of a process.
-
-    Asked of its clock, as /proc tells it in steps of 10 ms, and a request takes one.
-    """
+    """Return the CPU time of a process, as exactly as it can be had."""
     try:
-        return time.clock_gettime(~process.pid << 3 | 2)  # as clock_getcpuclockid makes it
+        return cpu_clock_s(process)
     except OSError:
         return sum(process.cpu_times()[:2])
 

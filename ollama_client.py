@@ -894,6 +894,20 @@ def dying(process: psutil.Process) -> bool:
     return (killed or "\nState:\tZ" in status) and process.is_running()
 
 
+def stopped(process: psutil.Process) -> bool:
+    """Tell whether a process is stopped, by a signal or a tracer."""
+    return _state_and_start(process.pid)[0] in ("T", "t")
+
+
+def cpu_clock_s(process: psutil.Process) -> float:
+    """Return the CPU time of a process, to the microsecond. Raises OSError.
+
+    Asked of its clock, as clock_getcpuclockid makes it: /proc tells it in steps of 10 ms, and
+    a request takes one.
+    """
+    return time.clock_gettime(~process.pid << 3 | 2)
+
+
 def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:
     """Signal a process, unless its number has passed to another."""
     with contextlib.suppress(psutil.Error):
