@@ -60,7 +60,7 @@ from ollama_client import (
     failure,
     listen_address,
     name_key,
-    stopped,
+    runs,
     timestamp,
     wait_until,
 )
@@ -559,7 +559,7 @@ def models():
 @app.get("/api/models/loaded")
 def loaded_models():
     """List the models in memory."""
-    loaded = list(map(loaded_entry, watch.server.loaded_now(processes.server())))
+    loaded = list(map(loaded_entry, watch.server.loaded_now()))
     return {"loaded_models": loaded, "count": len(loaded)}
 
 
@@ -671,7 +671,7 @@ def tags_of(_signature: tuple, timeout_s: float) -> list[Json]:
 
 def list_models() -> str:
     """Return the answer of ``GET /api/models``, as JSON text."""
-    loaded = watch.server.loaded_now(processes.server())
+    loaded = watch.server.loaded_now()
     by_name = {model["name"]: model for model in loaded}
     by_digest = {model.get("digest"): model for model in loaded}
     listed = []
@@ -824,10 +824,10 @@ def check_health() -> Json:
     if watch.gpu["state"] == "lost":
         words = "The GPU is lost to this container: restart it; if that fails, reboot the host."
         raise unhealthy("gpu_lost", words, gpu.ACTIONS["lost"])
-    server = processes.server()  # before it is asked: the next one may be there afterwards
+    server = watch.process  # before it is asked: the next one may be there afterwards
     try:
         names = [model["name"] for model in tags(LIST_S)]
-        loaded = loaded_or_seen(server)
+        loaded = loaded_or_seen()
     except ServiceError as e:
         raise unhealthy(*diagnose(e, server)) from e
     watch.raise_fault()
@@ -848,17 +848,18 @@ def check_health() -> Json:
     }
 
 
-def loaded_or_seen(server: psutil.Process | None) -> list[Json]:
+def loaded_or_seen() -> list[Json]:
     """Return what Ollama has loaded, or had at the last look while it holds its lock.
 
     It holds it while it settles with a runner, for 20 s; only a server that does not answer
     ``/api/version`` either hangs.
     """
     try:
-        return watch.server.loaded_now(server, ASK_S)
+        return watch.server.loaded_now(ASK_S)
     except ServiceError as e:
         if e.code != "ollama_timeout":
             raise
+        server = processes.server()
         ollama.version(ASK_S)
         watch.server.note_answer(server)
         return watch.loaded
@@ -976,7 +977,7 @@ def machine_stats() -> Json:
     """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
     reading = watch.gpu
     memory = watch.memory
-    server = watch.process
+    server = processes.server()
     age_s = time.time() - server.create_time() if server else None
     return {
         **gpu_strings(reading),
@@ -998,7 +999,7 @@ def machine_stats() -> Json:
         "ollama": {
             "pid": server.pid if server else None,
             "uptime_seconds": None if age_s is None else round(age_s),
-            "restarts": watch.restarts,
+            "restarts": processes.restarts(),
         },
         "healed": watch.healed,
         "clears": healer.clears_done,
@@ -1329,14 +1330,17 @@ class ServerState:
                 self._listed = server, cpu_clock_s(server), loaded
         return loaded
 
-    def loaded_now(self, server: psutil.Process | None, timeout_s: float = ANSWER_S) -> list[Json]:
-        """Return the same without a question where the server has done nothing since."""
+    def loaded_now(self, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Return what is loaded, without a question where the server has done nothing since.
+
+        A stopped one is asked, which tells that it hangs.
+        """
         asked, cpu_s, loaded = self._listed
-        if server and server == asked and not self._silent_looks and not stopped(server):
+        if asked and not self._silent_looks and runs(asked):
             with contextlib.suppress(OSError):
-                if cpu_clock_s(server) - cpu_s < QUIET_CPU_S:
+                if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
                     return loaded
-        return self.ask_loaded(server, timeout_s)
+        return self.ask_loaded(processes.server(), timeout_s)
 
     def known_version(self) -> str | None:
         """Return the version; asked for once a server."""
@@ -1355,7 +1359,6 @@ class Watch:
         self.looked_at = time.time()
         self.up = 0  # 1 where the last look found nothing wrong
         self.process: psutil.Process | None = None  # Ollama's server
-        self.restarts = 0  # of Ollama
         self.gpu: Json
         self.memory: typing.Any  # of the machine, as psutil tells it
         self.cpu_percent: float | None = None
@@ -1412,7 +1415,6 @@ class Watch:
             return
         try:
             server = self.process = processes.server()
-            self.restarts = processes.restarts()
             self._ask_server(server)
             self._find_runners()
             in_parallel(lambda state: self._look_at(state, server), self._states.values())

@@ -57,6 +57,7 @@ ANSWER_LIMIT_BYTES = 1 << 25
 LINE_LIMIT_BYTES = 1 << 18
 LAYERS_LIMIT = 1000
 ENDED_KEPT = 20
+PF_EXITING = 4  # a process has this flag of Linux' before its files are closed
 
 log = logging.getLogger("llm-service")
 
@@ -770,11 +771,11 @@ class Processes:
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
         for pid, started, _ in self._records()[-1:]:
-            state, ticks = _state_and_start(pid)
-            if ticks == started:
+            about = _stat(pid)
+            if about and about.start == started:
                 with contextlib.suppress(psutil.Error):
                     server = _process(pid, started)
-                    return server if state != "Z" or alive(server) else None
+                    return server if about.state != "Z" or alive(server) else None
         return None
 
     def ever_started(self) -> bool:
@@ -788,12 +789,11 @@ class Processes:
 
     def all(self) -> list[psutil.Process]:
         """Return every process of the recorded sessions, zombies included."""
-        sessions = {
-            pid
-            for pid, started, _ in self._records()
-            if _state_and_start(pid)[1]
-            in (started, None)  # None: the leader died, the rest may live
-        }
+        sessions = set()
+        for pid, started, _ in self._records():
+            about = _stat(pid)
+            if about is None or about.start == started:  # the leader died, the rest may live
+                sessions.add(pid)
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError, psutil.Error):
@@ -891,12 +891,15 @@ def dying(process: psutil.Process) -> bool:
         return False
     pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
     killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
-    return (killed or "\nState:\tZ" in status) and process.is_running()
+    about = _stat(process.pid)
+    exiting = about is not None and about.exiting  # as a zombie is, too
+    return (killed or exiting) and process.is_running()
 
 
-def stopped(process: psutil.Process) -> bool:
-    """Tell whether a process is stopped, by a signal or a tracer."""
-    return _state_and_start(process.pid)[0] in ("T", "t")
+def runs(process: psutil.Process) -> bool:
+    """Tell whether a process is neither dead nor stopped, by a signal or a tracer."""
+    about = _stat(process.pid)
+    return about is not None and about.state not in "ZXTt"
 
 
 def cpu_clock_s(process: psutil.Process) -> float:
@@ -923,18 +926,23 @@ def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
     return True
 
 
-def _state_and_start(pid: int) -> tuple[str, int | None]:
-    """Return a process's state, such as "S", and its start in ticks; None if there is none.
+class _Stat(typing.NamedTuple):
+    """What ``/proc/PID/stat`` says of a process."""
 
-    Read by hand: psutil gives the start as a time of day, which moves with the clock.
-    """
+    state: str  # such as "S"
+    exiting: bool
+    start: int  # in ticks after boot
+
+
+def _stat(pid: int) -> _Stat | None:
+    """Read by hand: psutil gives the start as a time of day, which moves with the clock."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             about = file.read()
     except OSError:
-        return "", None
+        return None
     words = about.rpartition(b")")[2].split()  # the name before may hold anything
-    return words[0].decode(), int(words[19])
+    return _Stat(words[0].decode(), bool(int(words[6]) & PF_EXITING), int(words[19]))
 
 
 @functools.lru_cache(1)
