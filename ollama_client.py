@@ -938,7 +938,7 @@ def _stat(pid: int) -> _Stat | None:
     """Read by hand: psutil gives the start as a time of day, which moves with the clock."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            about = file.read()
+            about = file.read(4096)  # all of it, in one call
     except OSError:
         return None
     words = about.rpartition(b")")[2].split()  # the name before may hold anything

@@ -1,6 +1,7 @@
 """The model store, read without Ollama."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -71,6 +72,36 @@ def test_a_store_never_looks_as_it_did_before_a_change(models, weights):
     shutil.rmtree(manifest_path(models, "other").parent)
     note_signature()
     assert None not in seen and len(set(seen)) == 3
+
+
+def test_a_change_shows_in_what_is_kept_of_the_store(models, weights):
+    store = Store(models)
+    times = itertools.count(time.time() - 1000)
+    seen = []
+
+    def note_signature():
+        for path in (models / "manifests").rglob("*"):
+            if path.stat().st_mtime > time.time() - 500:  # changed just now
+                os.utime(path, (past := next(times), past))
+        os.utime(models / "manifests", (past := next(times), past))
+        first = store.signature()
+        seen.append(store.signature())
+        assert first in (seen[-1], None)  # not certain, where a file has gone
+
+    add_model(models, "m", weights)
+    note_signature()
+    add_model(models, "beside:it", weights)
+    note_signature()
+    add_model(models, "in-another.place/of/one", weights)
+    note_signature()
+    manifest = manifest_path(models, "m")
+    manifest.write_bytes(manifest.read_bytes())  # in place, as long as before
+    note_signature()
+    manifest.unlink()
+    note_signature()
+    assert None not in seen and len(set(seen)) == 5
+    paths = [path for path, *_ in seen[-1]]
+    assert str(manifest) not in paths and str(manifest_path(models, "beside:it")) in paths
 
 
 def test_a_store_is_read_while_models_come_and_go(models, weights):

@@ -1,0 +1,88 @@
+"""When Ollama is asked again what it has loaded."""
+
+import signal
+import subprocess
+
+import psutil
+import pytest
+
+import app
+from helpers.waiting import wait_for
+
+# Uses 20 ms of CPU for each line that it reads.
+WORKER = """
+import sys, time
+print("ready", flush=True)
+for _ in sys.stdin:
+    began = time.process_time()
+    while time.process_time() < began + 0.02: pass
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def server():
+    """A process that stands for Ollama's server, and does nothing."""
+    command = ["python3", "-c", WORKER]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, bufsize=1) as worker:
+        worker.stdout.readline()
+        yield worker
+        worker.kill()
+
+
+@pytest.fixture
+def asked(monkeypatch, server):
+    """Answers "what is loaded?" by the number of the question."""
+    questions = []
+
+    def ps(_timeout_s):
+        questions.append(1)
+        return [{"name": f"m{len(questions)}"}]
+
+    monkeypatch.setattr(app.ollama, "ps", ps)
+    process = psutil.Process(server.pid)
+    monkeypatch.setattr(app.processes, "server", lambda: process)
+    waits = psutil.STATUS_SLEEPING
+    wait_for(lambda: process.status() == waits, 5, "the server waits for work")
+    state = app.ServerState()
+    state.ask_loaded(process)
+    assert state.loaded_now() == state.loaded_now() == [{"name": "m1"}]
+    return state
+
+
+def test_a_server_that_has_worked_since_is_asked_again(asked, server):
+    server.stdin.write("\n")
+    server.stdout.readline()
+    assert asked.loaded_now() == [{"name": "m2"}]
+
+
+def test_a_stopped_server_is_asked_as_that_tells_that_it_hangs(asked, server):
+    server.send_signal(signal.SIGSTOP)
+    process = psutil.Process(server.pid)
+    wait_for(lambda: process.status() == psutil.STATUS_STOPPED, 5, "it is stopped")
+    assert asked.loaded_now() == [{"name": "m2"}]
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_after_its_end_its_successor_is_asked(asked, server, reaped):
+    process = psutil.Process(server.pid)
+    server.kill()
+    wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 5, "it is dead")
+    if reaped:
+        server.wait()
+    assert asked.loaded_now() == [{"name": "m2"}]
+
+
+def test_a_server_that_was_silent_at_the_last_look_is_asked(asked):
+    asked.note_silence()
+    assert asked.loaded_now() == [{"name": "m2"}]
+    assert asked.loaded_now() == [{"name": "m2"}]  # it has answered
+
+
+def test_where_the_clock_cannot_be_read_the_server_is_asked(asked, monkeypatch):
+    def refuse(_process):
+        raise OSError
+
+    monkeypatch.setattr(app, "cpu_clock_s", refuse)
+    assert asked.loaded_now() == [{"name": "m2"}]
+    assert asked.loaded_now() == [{"name": "m3"}]
