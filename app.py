@@ -149,6 +149,7 @@ STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's re
 
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
+PARALLEL = 32  # more than models that are loaded at once
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
 LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
@@ -180,6 +181,8 @@ store = Store(MODELS_PATH)
 processes = Processes(STATE_FILE)
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
 streams = threading.BoundedSemaphore(STREAMS)
+
+pool = concurrent.futures.ThreadPoolExecutor(PARALLEL, "parallel")  # makes threads on demand
 
 app = Flask(__name__)
 # werkzeug cuts a chunked body off there and says nothing, so one byte more than the limit.
@@ -247,8 +250,7 @@ def in_parallel(work: typing.Callable, each: typing.Collection) -> list:
     """Do the work for each item at once; return the results, raise the first error."""
     if len(each) < 2:
         return list(map(work, each))
-    with concurrent.futures.ThreadPoolExecutor(len(each)) as pool:
-        return list(pool.map(work, each))
+    return list(pool.map(work, each))
 
 
 # ---------------------------------------------------------------------------------------
@@ -1364,6 +1366,7 @@ class Watch:
         self.cpu_percent: float | None = None
         self.process_memory_mb = 0
         self.store_writable = True
+        self._own: list[psutil.Process | None] = []  # gunicorn's two
         self.disk: Json | None = None
         self.healed: Json = {"runners": 0, "ollama": 0, "last": None}
         self._lock = threading.Lock()
@@ -1374,6 +1377,7 @@ class Watch:
 
     def start(self) -> None:
         """Begin to watch."""
+        self._own = [psutil.Process(), psutil.Process().parent()]
         self.measure()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -1390,8 +1394,8 @@ class Watch:
         """Return the runners that live, and those seen earlier whose end Ollama waits for."""
         server = processes.server()
         living = processes.runners()
-        dead = [runner for runner in self._states if unreaped(runner.process, server)]
-        return list(dict.fromkeys(living + dead))
+        others = self._states.keys() - living
+        return living + [runner for runner in others if unreaped(runner.process, server)]
 
     def raise_fault(self) -> None:
         """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
@@ -1505,10 +1509,8 @@ class Watch:
 
     def _look_at_machine(self, server: psutil.Process | None) -> None:
         self.measure()
-        own = psutil.Process()
-        service = [own, own.parent(), server]
-        service += [runner.process for runner in self._states]
-        self.process_memory_mb = sum(map(memory_mb, service))
+        runners_mb = sum(state.memory_mb for state in self._states.values())
+        self.process_memory_mb = runners_mb + sum(map(memory_mb, [*self._own, server]))
         downloading = downloads.running_count()  # parts grow, and their folder does not change
         minute = time.monotonic() // DISK_LOOK_S
         key = (store.signature(), store.changed_ns(), downloading, minute)

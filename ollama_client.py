@@ -507,9 +507,16 @@ class Store:
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self._signature: tuple[tuple[str, int, int], ...] = ()
+        self._models: tuple[tuple | None, dict[str, list[str]]] = (None, {})  # with its signature
 
     def models(self) -> dict[str, list[str]]:
         """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
+        signature = self.signature()
+        if signature is None or signature != self._models[0]:
+            self._models = signature, self._read_models()
+        return self._models[1]
+
+    def _read_models(self) -> dict[str, list[str]]:
         found = {}
         for file in self._files("manifests/*/*/*/*"):
             try:
