@@ -149,7 +149,6 @@ STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's re
 
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
-PARALLEL = 32  # more than models that are loaded at once
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
 LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
 FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
@@ -181,8 +180,6 @@ store = Store(MODELS_PATH)
 processes = Processes(STATE_FILE)
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
 streams = threading.BoundedSemaphore(STREAMS)
-
-pool = concurrent.futures.ThreadPoolExecutor(PARALLEL, "parallel")  # makes threads on demand
 
 app = Flask(__name__)
 # werkzeug cuts a chunked body off there and says nothing, so one byte more than the limit.
@@ -250,7 +247,8 @@ def in_parallel(work: typing.Callable, each: typing.Collection) -> list:
     """Do the work for each item at once; return the results, raise the first error."""
     if len(each) < 2:
         return list(map(work, each))
-    return list(pool.map(work, each))
+    with concurrent.futures.ThreadPoolExecutor(len(each)) as pool:
+        return list(pool.map(work, each))
 
 
 # ---------------------------------------------------------------------------------------
@@ -995,7 +993,7 @@ def machine_stats() -> Json:
             "available_mb": memory.available // MB,
             "percent": memory.percent,
         },
-        "disk": watch.disk and {**watch.disk, "free_bytes": store.free_bytes()},
+        "disk": watch.disk,
         "runners": watch.runners(),
         "looked_at": timestamp(watch.looked_at),
         "ollama": {
@@ -1153,6 +1151,8 @@ class Look:
     late: bool = False  # /slots has not answered
     main_cpu_s: float = 0.0  # CPU time of the main thread
     working: bool = False  # it has used CPU since the last look
+    active: bool = False  # something may have changed
+    due: bool = False  # it is to be asked
     on_gpu: bool = False  # the model lies there wholly
 
 
@@ -1421,7 +1421,7 @@ class Watch:
             server = self.process = processes.server()
             self._ask_server(server)
             self._find_runners()
-            in_parallel(lambda state: self._look_at(state, server), self._states.values())
+            self._look_at_runners(server)
             self._look_at_machine(server)
             self.up = int(self._is_well(server))
             self.looked_at = time.time()
@@ -1466,33 +1466,44 @@ class Watch:
             states[runner] = state
         self._states = states
 
-    def _look_at(self, state: RunnerState, server: psutil.Process | None) -> None:
+    def _look_at_runners(self, server: psutil.Process | None) -> None:
         """Look at what costs nothing; ask a runner only where something may have changed."""
+        looks = []
+        for state in self._states.values():
+            with contextlib.suppress(psutil.Error):  # it has ended: the next look forgets it
+                looks.append((state, self._glance(state, server)))
+        due = [(state, look) for state, look in looks if look.due]
+        in_parallel(lambda pair: self._ask(*pair), due)
+        for state, look in looks:
+            state.note(look)
+            with contextlib.suppress(psutil.Error):
+                state.cpu_s = cpu_seconds(state.process)  # without what the asking took
+
+    def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         look = Look(time.monotonic())
         process = state.process
-        with contextlib.suppress(psutil.Error):  # it has ended: the next look forgets it
-            spent_s = cpu_seconds(process) - state.cpu_s
-            state.memory_mb = memory_mb(process)
-            state.cpu_percent = process.cpu_percent()
-            look.working = spent_s > WORKING_SHARE * LOOK_S
-            active = state.under_way or spent_s > WAKE_CPU_S
-            if is_orphan(process, server):
-                look.health = "orphan"
-            elif dying(process):
-                look.health = "dead"
-            elif active or look.at - state.asked_at >= LONG_IDLE_S:
-                self._ask(state, look, active)
-            state.note(look)
-            state.cpu_s = cpu_seconds(process)  # without what the asking took
+        spent_s = cpu_seconds(process) - state.cpu_s
+        state.memory_mb = memory_mb(process)
+        state.cpu_percent = process.cpu_percent()
+        look.working = spent_s > WORKING_SHARE * LOOK_S
+        look.active = state.under_way or spent_s > WAKE_CPU_S
+        if is_orphan(process, server):
+            look.health = "orphan"
+        elif dying(process):
+            look.health = "dead"
+        else:
+            look.due = look.active or look.at - state.asked_at >= LONG_IDLE_S
+        return look
 
-    def _ask(self, state: RunnerState, look: Look, active: bool) -> None:
+    def _ask(self, state: RunnerState, look: Look) -> None:
         """Ask a runner's own port. An idle one is asked for its health only: /slots is logged."""
         port = state.runner.port
         state.asked_at = look.at
         look.health = ollama.runner_health(port, RUNNER_ASK_S)
-        if look.health != "ok" or not active:
+        if look.health != "ok" or not look.active:
             return
-        look.main_cpu_s = main_thread_cpu_s(state.process)
+        with contextlib.suppress(psutil.Error):
+            look.main_cpu_s = main_thread_cpu_s(state.process)
         for model in self.loaded:
             if model["name"] == state.model:
                 look.on_gpu = 0 < bytes_of(model, "size") <= bytes_of(model, "size_vram")
@@ -1518,6 +1529,9 @@ class Watch:
             self.disk = store.disk()
             self.store_writable = store.writable()
             self._disk_key = key
+        elif self.disk:  # what others write to the disk
+            free = store.free_bytes()
+            self.disk = None if free is None else {**self.disk, "free_bytes": free}
 
     def _is_well(self, server: psutil.Process | None) -> bool:
         if server is None or self.server.starting(server) or self.server.hung(server):

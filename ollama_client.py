@@ -790,8 +790,8 @@ class Processes:
         return bool(self._records())
 
     def restarts(self) -> int:
-        """Return how often the launcher has started Ollama anew."""
-        records = self._records()
+        """Return how often the launcher had started Ollama anew when ``server`` was called."""
+        records = self._read[1]
         return records[-1][2] if records else 0
 
     def all(self) -> list[psutil.Process]:
@@ -942,10 +942,16 @@ class _Stat(typing.NamedTuple):
 
 
 def _stat(pid: int) -> _Stat | None:
-    """Read by hand: psutil gives the start as a time of day, which moves with the clock."""
+    """Read by hand: psutil gives the start as a time of day, which moves with the clock.
+
+    Each request reads this, and each call lets other threads in: so these are as few as can be.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            about = file.read(4096)  # all of it, in one call
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+        try:
+            about = os.read(file, 4096)  # all of it
+        finally:
+            os.close(file)
     except OSError:
         return None
     words = about.rpartition(b")")[2].split()  # the name before may hold anything

@@ -80,6 +80,7 @@ def test_a_damaged_state_file_names_no_process(tmp_path, text):
     (tmp_path / "state").write_text(text)
     processes = Processes(str(tmp_path / "state"))
     assert_nothing_is_ours(processes)
+    processes.server()
     assert processes.restarts() == 0
 
 
@@ -91,6 +92,7 @@ def test_a_recorded_server_and_its_runner_are_found(server):
     processes, pid = server.processes, server.process.pid
     (runner,) = processes.runners()
     assert processes.server().pid == pid
+    processes.server()
     assert processes.restarts() == 3
     assert (runner.digest, runner.port) == (DIGEST, "1234")
     assert {each.pid for each in processes.all()} == {pid, runner.process.pid}
