@@ -803,9 +803,11 @@ class Processes:
                 sessions.add(pid)
         found = []
         for pid in psutil.pids():
-            with contextlib.suppress(ProcessLookupError, psutil.Error):
+            try:
                 if os.getsid(pid) in sessions:
                     found.append(psutil.Process(pid))
+            except (ProcessLookupError, psutil.Error):
+                continue  # it has ended
         return found
 
     def runners(self) -> list[Runner]:
