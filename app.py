@@ -17,6 +17,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -1134,7 +1135,9 @@ GHOST_S = 10
 WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it computes
 SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
-QUIET_CPU_S = 0.0002  # the cheapest request takes the server more, a change of models 1 ms
+# What Ollama's server uses at rest, and for one /api/ps; a change of models takes 1 ms more.
+QUIET_CPU_S = 0.0002
+QUESTION_CPU_S = 0.001
 HUNG_LOOKS = 15
 HEALINGS = 3  # of one model in HEALINGS_S, then it is left alone
 HEALINGS_S = 1800
@@ -1325,11 +1328,12 @@ class ServerState:
 
     def ask_loaded(self, server: psutil.Process | None, timeout_s: float = ANSWER_S) -> list[Json]:
         """Ask this server what it has loaded: ``/api/ps``."""
+        before_s = cpu_clock_s(server)
         loaded = ollama.ps(timeout_s)
         self.note_answer(server)
-        with contextlib.suppress(OSError):
-            if server:
-                self._listed = server, cpu_clock_s(server), loaded
+        after_s = cpu_clock_s(server)
+        if after_s - before_s < QUESTION_CPU_S:  # else it may have done more than answer
+            self._listed = server, after_s, loaded
         return loaded
 
     def loaded_now(self, timeout_s: float = ANSWER_S) -> list[Json]:
@@ -1339,9 +1343,8 @@ class ServerState:
         """
         asked, cpu_s, loaded = self._listed
         if asked and not self._silent_looks and runs(asked):
-            with contextlib.suppress(OSError):
-                if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
-                    return loaded
+            if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
+                return loaded
         return self.ask_loaded(processes.server(), timeout_s)
 
     def known_version(self) -> str | None:
@@ -1437,6 +1440,7 @@ class Watch:
             except ServiceError as e:
                 log.warning("the watch: %s", e)
             except Exception:
+                self.up = 0
                 log.exception("the watch: a bug")
             time.sleep(LOOK_S)
 
@@ -1468,21 +1472,27 @@ class Watch:
 
     def _look_at_runners(self, server: psutil.Process | None) -> None:
         """Look at what costs nothing; ask a runner only where something may have changed."""
+
+        def ask(seen: tuple[RunnerState, Look]) -> None:
+            state, look = seen
+            self._ask(state, look)
+            with contextlib.suppress(psutil.Error):
+                state.cpu_s = cpu_seconds(state.process)  # without what the asking took
+
         looks = []
         for state in self._states.values():
             with contextlib.suppress(psutil.Error):  # it has ended: the next look forgets it
                 looks.append((state, self._glance(state, server)))
         due = [(state, look) for state, look in looks if look.due]
-        in_parallel(lambda pair: self._ask(*pair), due)
+        in_parallel(ask, due)
         for state, look in looks:
             state.note(look)
-            with contextlib.suppress(psutil.Error):
-                state.cpu_s = cpu_seconds(state.process)  # without what the asking took
 
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         look = Look(time.monotonic())
         process = state.process
-        spent_s = cpu_seconds(process) - state.cpu_s
+        used_s = cpu_seconds(process)
+        spent_s, state.cpu_s = used_s - state.cpu_s, used_s
         state.memory_mb = memory_mb(process)
         state.cpu_percent = process.cpu_percent()
         look.working = spent_s > WORKING_SHARE * LOOK_S
@@ -1524,14 +1534,14 @@ class Watch:
         self.process_memory_mb = runners_mb + sum(map(memory_mb, [*self._own, server]))
         downloading = downloads.running_count()  # parts grow, and their folder does not change
         minute = time.monotonic() // DISK_LOOK_S
-        key = (store.signature(), store.changed_ns(), downloading, minute)
+        free = store.free_bytes()
+        key = (store.signature(), store.changed_ns(), downloading, minute, free is None)
         if downloading or key != self._disk_key:
             self.disk = store.disk()
             self.store_writable = store.writable()
             self._disk_key = key
         elif self.disk:  # what others write to the disk
-            free = store.free_bytes()
-            self.disk = None if free is None else {**self.disk, "free_bytes": free}
+            self.disk = {**self.disk, "free_bytes": free}
 
     def _is_well(self, server: psutil.Process | None) -> bool:
         if server is None or self.server.starting(server) or self.server.hung(server):
@@ -1614,10 +1624,8 @@ class Watch:
 
 def cpu_seconds(process: psutil.Process) -> float:
     """Return the CPU time of a process, as exactly as it can be had."""
-    try:
-        return cpu_clock_s(process)
-    except OSError:
-        return sum(process.cpu_times()[:2])
+    used_s = cpu_clock_s(process)
+    return sum(process.cpu_times()[:2]) if math.isnan(used_s) else used_s
 
 
 def main_thread_cpu_s(process: psutil.Process) -> float:

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import queue
@@ -258,9 +259,7 @@ class Ollama:
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy in the environment is not for loopback
         self._session.mount(url, HTTPAdapter(pool_maxsize=64))
-        # What is asked all the time is prepared once: that is a third of a question's CPU.
-        asked = ("/api/version", "/api/tags", "/api/ps")
-        self._prepared = {path: self._prepare("GET", path) for path in asked}
+        self._prepared: dict[str, requests.PreparedRequest] = {}
 
     def version(self, timeout_s: float = ANSWER_S) -> str | None:
         """Return the server's version, such as "0.34.4"."""
@@ -351,10 +350,9 @@ class Ollama:
         self, method: str, path: str, body: Json | None, timeout_s: float
     ) -> requests.Response:
         """Send a request to a path of Ollama's, or to the whole URL of a runner."""
-        prepared = self._prepared.get(path) or self._prepare(method, path, body)
         try:
             response = self._session.send(
-                prepared,
+                self._prepare(method, path, body),
                 timeout=(min(CONNECT_S, timeout_s), timeout_s),
                 stream=True,
                 allow_redirects=False,
@@ -375,13 +373,17 @@ class Ollama:
                 raise _refusal(response)
         return response
 
-    def _prepare(
-        self, method: str, path: str, body: Json | None = None
-    ) -> requests.PreparedRequest:
+    def _prepare(self, method: str, path: str, body: Json | None) -> requests.PreparedRequest:
+        if path in self._prepared:
+            return self._prepared[path]
         url = urllib.parse.urljoin(self.url, path)
         # A connection that is kept costs a runner CPU and a thread.
         headers = {} if path.startswith("/") else {"Connection": "close"}
-        return self._session.prepare_request(requests.Request(method, url, headers, json=body))
+        request = requests.Request(method, url, headers, json=body)
+        prepared = self._session.prepare_request(request)
+        if method == "GET" and not headers:  # asked all the time: it is a third of the CPU
+            self._prepared[path] = prepared
+        return prepared
 
 
 def runner_url(port: str | None, path: str) -> str:
@@ -512,9 +514,11 @@ class Store:
     def models(self) -> dict[str, list[str]]:
         """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
         signature = self.signature()
-        if signature is None or signature != self._models[0]:
-            self._models = signature, self._read_models()
-        return self._models[1]
+        known, models = self._models
+        if signature is None or signature != known:
+            models = self._read_models()
+            self._models = signature, models
+        return models
 
     def _read_models(self) -> dict[str, list[str]]:
         found = {}
@@ -901,7 +905,7 @@ def dying(process: psutil.Process) -> bool:
     pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
     killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
     about = _stat(process.pid)
-    exiting = about is not None and about.exiting  # as a zombie is, too
+    exiting = about is not None and (about.exiting or about.state == "Z")
     return (killed or exiting) and process.is_running()
 
 
@@ -911,13 +915,16 @@ def runs(process: psutil.Process) -> bool:
     return about is not None and about.state not in "ZXTt"
 
 
-def cpu_clock_s(process: psutil.Process) -> float:
-    """Return the CPU time of a process, to the microsecond. Raises OSError.
+def cpu_clock_s(process: psutil.Process | None) -> float:
+    """Return the CPU time of a process; NaN, which no comparison holds for, if it has none.
 
     Asked of its clock, as clock_getcpuclockid makes it: /proc tells it in steps of 10 ms, and
-    a request takes one.
+    a request takes one. What a running thread uses may show some milliseconds later.
     """
-    return time.clock_gettime(~process.pid << 3 | 2)
+    try:
+        return time.clock_gettime(~process.pid << 3 | 2) if process else math.nan
+    except OSError:
+        return math.nan
 
 
 def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:

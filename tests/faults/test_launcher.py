@@ -147,6 +147,11 @@ def test_an_address_that_cannot_be_listened_on_stops_the_start_with_one_line(hos
     assert_one_line(run_start(LLM_API_HOST=host), f"LLM_API_HOST={host}")
 
 
+@pytest.mark.parametrize("host", ["*:11434", "http://.x"])
+def test_an_ollama_host_that_cannot_be_listened_on_does_so_too(host):
+    assert_one_line(run_start(OLLAMA_HOST=host), f"OLLAMA_HOST={host}")
+
+
 @pytest.mark.parametrize("taken_by", ["LLM_API_PORT", "OLLAMA_HOST"])
 def test_an_address_that_is_taken_stops_the_start_and_names_who_has_it(taken_by):
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -25,9 +25,11 @@ def free_port():
         except OSError:
             reservation.close()
             continue
+        # A test run that was killed has left its record: it tells of other processes.
+        if CACHE.joinpath("run", f"{port}.state").exists():
+            reservation.close()
+            continue
         _reserved[port] = reservation
-        for left in CACHE.joinpath("run").glob(f"{port}.*"):
-            left.unlink()  # by a test run that was killed: they tell of processes long gone
         return port
 
 

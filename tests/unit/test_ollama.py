@@ -344,3 +344,10 @@ def test_an_error_line_of_a_pull_has_a_code_and_an_advice(fake, ollama, message,
     answer_all(fake, ndjson({"status": "pulling manifest"}, {"error": message}))
     with refused(code):
         list(ollama.pull("m"))
+
+
+@pytest.mark.parametrize("port", [None, "abc", "99999999"])
+def test_a_runner_without_a_proper_port_is_as_one_where_nothing_listens(port):
+    ollama = Ollama("http://127.0.0.1:1")
+    assert ollama.runner_health(port, 0.5) == "loading"
+    assert ollama.runner_slots(port, 0.5) is None

@@ -1,5 +1,6 @@
 """When Ollama is asked again what it has loaded."""
 
+import math
 import signal
 import subprocess
 
@@ -79,10 +80,20 @@ def test_a_server_that_was_silent_at_the_last_look_is_asked(asked):
     assert asked.loaded_now() == [{"name": "m2"}]  # it has answered
 
 
-def test_where_the_clock_cannot_be_read_the_server_is_asked(asked, monkeypatch):
-    def refuse(_process):
-        raise OSError
+def test_what_was_said_while_the_server_worked_is_not_kept(asked, server, monkeypatch):
+    def ps(_timeout_s):
+        server.stdin.write("\n")  # another caller's request, which may end after the answer
+        server.stdout.readline()
+        return [{"name": "old"}]
 
-    monkeypatch.setattr(app, "cpu_clock_s", refuse)
+    answer = app.ollama.ps
+    monkeypatch.setattr(app.ollama, "ps", ps)
+    asked.ask_loaded(app.processes.server())
+    monkeypatch.setattr(app.ollama, "ps", answer)
+    assert asked.loaded_now() == [{"name": "m2"}]
+
+
+def test_where_the_clock_cannot_be_read_the_server_is_asked(asked, monkeypatch):
+    monkeypatch.setattr(app, "cpu_clock_s", lambda _: math.nan)
     assert asked.loaded_now() == [{"name": "m2"}]
     assert asked.loaded_now() == [{"name": "m3"}]
