@@ -5,9 +5,12 @@ So stands a runner whose kernel on the GPU never returns: its decode loop is its
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import threading
+
+import requests
 
 PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
 WALL = 0x40000000
@@ -30,19 +33,42 @@ def _trace(pid, ready, reap):
             pass
 
 
-@contextlib.contextmanager
-def frozen(process, reap=True):
-    """Hold a process's main thread, until it is killed or the block ends.
+def _answers(process):
+    """Tell whether a runner's other threads go on."""
+    port = dict(itertools.pairwise(process.cmdline())).get("--port")
+    try:
+        return (
+            port is None or requests.get(f"http://127.0.0.1:{port}/health", timeout=2) is not None
+        )
+    except requests.Timeout:
+        return False
 
-    With ``reap`` false it becomes a ghost when it is killed: dead, and its parent is not told.
-    """
+
+@contextlib.contextmanager
+def _held(process, reap):
     ready = _spawn.Queue()
     tracer = _spawn.Process(target=_trace, args=(process.pid, ready, reap), daemon=True)
     tracer.start()
     try:
         error = ready.get(timeout=20)
         assert error is None, error
-        yield process
+        yield
     finally:
         tracer.kill()
         tracer.join()
+
+
+@contextlib.contextmanager
+def frozen(process, reap=True, answering=True):
+    """Hold a process's main thread, until it is killed or the block ends.
+
+    Held while it has a lock that the other threads need, all would stand, which is another
+    fault: then it is let go and held once more, unless ``answering`` is false. With ``reap`` false
+    it becomes a ghost when it is killed: dead, and its parent is not told.
+    """
+    for _ in range(10):
+        with _held(process, reap):
+            if not answering or _answers(process):
+                yield process
+                return
+    raise AssertionError("its other threads never answered while it was held")

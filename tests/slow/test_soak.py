@@ -125,7 +125,7 @@ class Soak:
         """Have a decode loop stand, as when a kernel on the GPU never returns."""
         with contextlib.suppress(psutil.NoSuchProcess, IndexError, AssertionError):
             runner = self.random.choice(self.service.runners())
-            self.tracers.enter_context(frozen(runner, reap))
+            self.tracers.enter_context(frozen(runner, reap, answering=False))  # it may be stopped
             return runner
         return None  # it has ended, or is held already
 
