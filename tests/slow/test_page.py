@@ -265,7 +265,7 @@ def test_without_a_gpu_the_charts_are_the_systems_and_nothing_says_na(page):
 def test_a_gpus_figures_are_drawn_as_they_were_recorded(stub, stub_page):
     stub.stats |= gpu_stats(*H100[0])
     stub_page.open_anew()
-    assert stub_page.charts() == ["load", "vram", "tokens"]
+    wait_for(lambda: stub_page.charts() == ["load", "vram", "tokens"], 10, "the charts")
     for figures in H100[1:]:
         stub.stats |= gpu_stats(*figures)
         stub_page.poll(5)
