@@ -1326,7 +1326,7 @@ class ServerState:
         """Note that the server has not answered a look."""
         self._silent_looks += 1
 
-    def ask_loaded(self, server: psutil.Process | None, timeout_s: float = ANSWER_S) -> list[Json]:
+    def ask_loaded(self, server: psutil.Process | None, timeout_s: float) -> list[Json]:
         """Ask this server what it has loaded: ``/api/ps``."""
         before_s = cpu_clock_s(server)
         loaded = ollama.ps(timeout_s)

@@ -951,9 +951,10 @@ class _Stat(typing.NamedTuple):
 
 
 def _stat(pid: int) -> _Stat | None:
-    """Read by hand: psutil gives the start as a time of day, which moves with the clock.
+    """Return what there is of a process; None if it is gone.
 
-    Each request reads this, and each call lets other threads in: so these are as few as can be.
+    Read by hand: psutil gives the start as a time of day, which moves with the clock. Each
+    request reads this, and each call lets other threads in: so these are as few as can be.
     """
     try:
         file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)

@@ -92,7 +92,6 @@ def test_a_recorded_server_and_its_runner_are_found(server):
     processes, pid = server.processes, server.process.pid
     (runner,) = processes.runners()
     assert processes.server().pid == pid
-    processes.server()
     assert processes.restarts() == 3
     assert (runner.digest, runner.port) == (DIGEST, "1234")
     assert {each.pid for each in processes.all()} == {pid, runner.process.pid}

@@ -46,7 +46,7 @@ def asked(monkeypatch, server):
     waits = psutil.STATUS_SLEEPING
     wait_for(lambda: process.status() == waits, 5, "the server waits for work")
     state = app.ServerState()
-    state.ask_loaded(process)
+    state.ask_loaded(process, 1)
     assert state.loaded_now() == state.loaded_now() == [{"name": "m1"}]
     return state
 
@@ -88,7 +88,7 @@ def test_what_was_said_while_the_server_worked_is_not_kept(asked, server, monkey
 
     answer = app.ollama.ps
     monkeypatch.setattr(app.ollama, "ps", ps)
-    asked.ask_loaded(app.processes.server())
+    asked.ask_loaded(app.processes.server(), 1)
     monkeypatch.setattr(app.ollama, "ps", answer)
     assert asked.loaded_now() == [{"name": "m2"}]
 
