@@ -15,6 +15,8 @@ from helpers.waiting import call, wait_for
 COMMON_ENV = {
     # More threads than that, and tests that run side by side would slow each other down.
     "LLAMA_ARG_THREADS": "1",
+    # A runner would first try out what fits a GPU, which is half of the CPU of a load.
+    "LLAMA_ARG_FIT": "off",
     # No model's name may reach a registry of the world. A proxy is not asked for loopback.
     "HTTPS_PROXY": f"http://{NOWHERE}",
     "https_proxy": f"http://{NOWHERE}",
