@@ -921,9 +921,9 @@ def find_warnings(reading: Json, loaded: list[Json]) -> list[Json]:
     if healer.load and healer.load["state"] == "failed":
         words = f"{healer.load['model']} did not load: {healer.load['error']}"
         warnings.append(("load_failed", words))
-    running = {runner["model"] for runner in watch.runners()}  # Ollama may list dead ones
-    living = [each for each in loaded if each["name"] in running]
-    warnings += gpu_warnings(reading, living)
+    # Ollama may list dead ones, and one that still loads has not filled its memory.
+    there = {each["model"] for each in watch.runners() if each["state"] != "loading"}
+    warnings += gpu_warnings(reading, [each for each in loaded if each["name"] in there])
     return [{"code": code, "message": message} for code, message in warnings]
 
 
@@ -942,25 +942,31 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
     warnings: list[tuple[str, str]] = []
     if reading["state"] != "ok" or reading["memory_shared"]:
         return warnings
-    for model in loaded if GPU_LAYERS != "0" else ():
-        size_mb = bytes_of(model, "size") // MB
-        vram_mb = bytes_of(model, "size_vram") // MB
-        if vram_mb < size_mb:
-            words = (
-                f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory, "
-                "which is slow. "
-            )
-            words += PARTLY_ADVICE if vram_mb else NO_GPU_ADVICE
-            warnings.append(("model_on_cpu", words))
     claimed_mb = sum(bytes_of(model, "size_vram") for model in loaded) // MB
     used_mb, _ = gpu.memory_totals(reading)
-    if used_mb is not None and claimed_mb > used_mb:
+    unused = used_mb is not None and claimed_mb > used_mb
+    for model in loaded:
+        words = part_on_cpu(model, unused)
+        if words:
+            warnings.append(("model_on_cpu", words))
+    if unused:
         words = (
             f"Ollama says that {claimed_mb} MB of its models lie on the GPU, of which only "
             f"{used_mb} MB are in use: the models run on the CPU. {GPU_ADVICE}"
         )
         warnings.append(("gpu_not_used", words))
     return warnings
+
+
+def part_on_cpu(model: Json, unused: bool) -> str:
+    """Say how much of a model lies in system memory, and what to do; "" where that is wanted."""
+    size_mb = bytes_of(model, "size") // MB
+    vram_mb = bytes_of(model, "size_vram") // MB
+    if GPU_LAYERS == "0" or vram_mb >= size_mb:
+        return ""
+    missing = f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory"
+    advice = NO_GPU_ADVICE if unused or not vram_mb else PARTLY_ADVICE
+    return f"{missing}, which is slow. {advice}"
 
 
 def bytes_of(model: Json, key: str) -> int:
@@ -1261,7 +1267,8 @@ class RunnerState:
         self._counters = list(map(slot_counters, slots))
         new = 0
         for (old_task, _, old), (task, _, decoded) in zip(before, self._counters, strict=False):
-            new += decoded - old if task == old_task else decoded
+            goes_on = task == old_task and decoded >= old  # its end sets it to 0
+            new += decoded - old if goes_on else decoded
         self.tokens += new
         self.tokens_per_second = round(new / max(self._step_s, 0.1), 1)
         return self._counters != before
@@ -1722,7 +1729,7 @@ class Clearing:
         names = list(filter(None, self._mine.values()))
         names += self._asked
         self._names = {name_key(name): name for name in names}
-        self._held: set[str] = set()  # keys of what Ollama has not let go
+        self._ghosts: list[Runner] = []  # dead ones whose end Ollama waits for
         self._killed: list[Json] = []
 
     def run(self) -> Json:
@@ -1735,12 +1742,9 @@ class Clearing:
             until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - KILL_RESERVE_S)
             gone = wait_until(lambda: not self._left(), until)
             self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
-        if self._force and self._left():
-            self._killed = in_parallel(self._end, self._left())
-            wait_until(lambda: not self._left(), time.monotonic() + KILL_WAIT_S)
-            self.steps.note("end_runners", True, f"{len(self._killed)} ended")
-            unload(self._asked)  # Ollama lists a busy one that was killed until it is asked
-        return self._report(accepted)
+        if self._force or accepted:
+            self._end_runners(self._left())
+        return self._report()
 
     def _list(self) -> list[Json]:
         try:
@@ -1768,31 +1772,40 @@ class Clearing:
     def _left(self) -> list[Runner]:
         return [runner for runner in self._mine if alive(runner.process)]
 
-    def _end(self, runner: Runner) -> Json:
-        """End a runner by SIGKILL."""
-        reason = reason_to_end(runner)
-        ended = {
-            "pid": runner.process.pid,
-            "model": self._mine[runner],
-            "reason": reason,
-        }
-        log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
-        end(runner.process)
-        return ended
+    def _end_runners(self, runners: list[Runner]) -> None:
+        """End by SIGKILL; without ``force`` only the idle ones.
 
-    def _report(self, accepted: bool) -> Json:
-        left = self._left()
-        if self._force or not left:
+        Ollama takes one after another. On a GPU it waits up to 5 s for the memory of each.
+        """
+        done = in_parallel(self._end, runners)
+        ended = [runner for runner, was in zip(runners, done, strict=True) if was]
+        if not ended:
+            return
+        deadline = time.monotonic() + KILL_WAIT_S
+        wait_until(lambda: not any(alive(each.process) for each in ended), deadline)
+        self.steps.note("end_runners", True, f"{len(ended)} ended")
+        unload(self._asked)  # Ollama lists a busy one that was killed until it is asked
+
+    def _end(self, runner: Runner) -> bool:
+        reason = reason_to_end(runner)
+        if reason != "idle" and not self._force:
+            return False
+        end(runner.process)
+        ended = {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
+        self._killed.append(ended)
+        log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
+        return True
+
+    def _report(self) -> Json:
+        if self._force or not self._left():
             until = min(time.monotonic() + VERIFY_WAIT_S, self._deadline)
             wait_until(self._is_let_go, until)
-        verified = not left and not self._held
+        left = self._left()
+        verified = not left and not self._ghosts
         self.steps.note("verify", verified, "gone", "still there")
-        busy = left
-        if accepted and not self._force:
-            busy = list(filter(is_busy, left))  # one after another, the idle ones are about to go
-        stay = self._held | keys_of(map(self._mine.get, busy))
+        stay = keys_of(map(self._mine.get, left + self._ghosts))
         gone = self._names.keys() - stay
-        unknown = [f"process {each.process.pid}" for each in busy if not self._mine[each]]
+        unknown = [f"process {each.process.pid}" for each in left if not self._mine[each]]
         return {
             "unloaded_models": sorted(self._names[key] for key in gone),
             "killed": self._killed,
@@ -1814,22 +1827,21 @@ class Clearing:
         return model_names(new, [])
 
     def _is_let_go(self) -> bool:
-        """Note in ``_held`` what Ollama has not let go; tell whether that is nothing.
+        """Note the ghosts; tell whether there are none and Ollama lists none of the models.
 
-        It holds a model that it lists, and a dead runner whose end it waits for. What cannot be
-        unloaded stays listed until its time is over, and holds nothing. So does an Ollama that
-        does not answer.
+        A model without a runner that it lists holds nothing: on a GPU, beside another model,
+        Ollama waits up to 5 s for its memory. Nor does an Ollama that does not answer.
         """
-        names: list[str | None] = []
-        if answering():
-            server = processes.server()
-            dead = [runner for runner in self._mine if unreaped(runner.process, server)]
-            names = list(map(self._mine.get, dead))
-            with contextlib.suppress(ServiceError):
-                names += unloadable(ollama.ps(CLEAR_ASK_S))
-        of_others = keys_of(self._new_runners().values())
-        self._held = (keys_of(names) - of_others).intersection(self._names)
-        return not self._held
+        self._ghosts = []
+        if not answering():
+            return True
+        server = processes.server()
+        self._ghosts = [runner for runner in self._mine if unreaped(runner.process, server)]
+        listed: set[str] = set()
+        with contextlib.suppress(ServiceError):
+            listed = keys_of(each["name"] for each in ollama.ps(CLEAR_ASK_S))
+        listed -= keys_of(self._new_runners().values())
+        return not self._ghosts and not listed.intersection(self._names)
 
     def _memory(self) -> Json:
         """Measure what came free."""
@@ -2015,12 +2027,14 @@ def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
 
 
 def reason_to_end(runner: Runner) -> str:
-    """Tell why a runner must be ended: "orphan", "hung" or "busy"."""
+    """Tell why Ollama has not ended a runner: "orphan", "hung", "busy", or its own pace: "idle"."""
     with contextlib.suppress(psutil.Error):
         if is_orphan(runner.process, processes.server()):
             return "orphan"
     silent = ollama.runner_health(runner.port, 0.2) == "silent"
-    return "hung" if silent or watch.is_stuck(runner) else "busy"
+    if silent or watch.is_stuck(runner):
+        return "hung"
+    return "busy" if is_busy(runner) else "idle"
 
 
 def is_busy(runner: Runner) -> bool:

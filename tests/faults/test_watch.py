@@ -427,6 +427,25 @@ def test_what_ollama_says_of_the_gpu_is_checked(monkeypatch, claimed, used, laye
         assert wanted in words and "LLM_RUNTIME" in words
 
 
+def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
+    gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
+    reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
+    monkeypatch.setattr(app, "GPU_LAYERS", "33")
+    model = {"name": "m", "size": 300 << 20, "size_vram": 150 << 20}
+    (code, words), _ = app.gpu_warnings(reading, [model])
+    assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" not in words
+
+
+@pytest.mark.parametrize(("state", "codes"), [("loading", []), ("idle", ["gpu_not_used"])])
+def test_a_model_that_is_being_loaded_has_not_filled_the_gpu_yet(monkeypatch, state, codes):
+    gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
+    reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
+    monkeypatch.setattr(app.watch, "runners", lambda: [{"model": "m", "state": state}])
+    model = {"name": "m", "size": 300 << 20, "size_vram": 300 << 20}
+    found = app.find_warnings(reading, [model])
+    assert [each["code"] for each in found if each["code"] != "disk_low"] == codes
+
+
 def test_a_model_in_system_memory_beside_a_gpu_is_a_warning(make_service, nvml, gguf):
     service = make_service(models={GEMMA: gguf}, LLM_MODEL=GEMMA, **nvml.env)
     assert health(service)["warnings"] == []

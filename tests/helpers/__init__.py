@@ -6,6 +6,7 @@ causes          hung, dead and busy Ollamas and runners, made on purpose
 fake_ollama     an Ollama that answers whatever a test wants
 frozen          a process whose main thread stands while the others go on
 generation      a long answer under way
+gpu_ollama      a real Ollama that takes the machine for one with a GPU
 held            a thread held by ptrace, as one whose work never returns
 listener        a client of a streamed pull
 models          a real small model, and model stores written without Ollama

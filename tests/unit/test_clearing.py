@@ -1,50 +1,128 @@
-"""What a sparing clear says of a runner that is still there after the wait."""
+"""What a clear does and says where Ollama takes its time to unload, as it does on a GPU.
 
+There it waits up to 5 s for the memory of each model, and lists the next one meanwhile, whatever
+has become of its runner. On a CPU it does not wait.
+"""
+
+import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 
 import app
-from ollama_client import Runner, ServiceError
+from ollama_client import Runner, ServiceError, end
 
-NAME = "m:latest"
+# Starts two runners, and reaps them.
+SERVER = """
+import subprocess, time
+runners = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+print(*(each.pid for each in runners), flush=True)
+while True:
+    time.sleep(0.01)
+    [each.poll() for each in runners]
+"""
+DIGESTS = {"big:latest": "b" * 64, "small:latest": "5" * 64}
+BUSY, IDLE = [{"is_processing": True}], [{"is_processing": False}]
+
+
+class Gpu:
+    """An Ollama that lists both models on, and ends only the runner of small when it is asked.
+
+    .server .runners        their processes; the runners by name
+    .slots                  what the runner of big says
+    """
+
+    def __init__(self, server):
+        self.server = psutil.Process(server.pid)
+        pids = map(int, server.stdout.readline().split())
+        self.runners = {name: psutil.Process(pid) for name, pid in zip(DIGESTS, pids, strict=True)}
+        self.slots = {"big:latest": IDLE, "small:latest": IDLE}
+        self.accepts = True
+
+    def known_runners(self):
+        """Return the runners; the port of each is its name."""
+        return [
+            Runner(process, DIGESTS[name], name)
+            for name, process in self.runners.items()
+            if process.is_running()
+        ]
+
+    def unload(self, name, *_):
+        if not self.accepts:
+            raise ServiceError("ollama_error", "no")
+        if name == "small:latest":
+            end(self.runners[name], signal.SIGTERM)
+
+    def clear(self, force):
+        return app.Clearing(None, force, time.monotonic() + 3).run()
 
 
 @pytest.fixture
-def clearing(monkeypatch):
-    """Factory: the report of a sparing clear of one runner that does not go in time."""
-    runner = Runner(psutil.Process(), None, "1")
+def gpu(monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
+        one = Gpu(server)
+        models = {name: [digest] for name, digest in DIGESTS.items()}
+        monkeypatch.setattr(app, "UNLOAD_WAIT_S", 0.2)
+        monkeypatch.setattr(app.watch, "known_runners", one.known_runners)
+        monkeypatch.setattr(app.processes, "runners", one.known_runners)
+        monkeypatch.setattr(app.processes, "server", lambda: one.server)
+        monkeypatch.setattr(app.store, "models", lambda: models)
+        monkeypatch.setattr(app.ollama, "version", lambda *_: "0")
+        monkeypatch.setattr(app.ollama, "ps", lambda *_: [{"name": name} for name in DIGESTS])
+        monkeypatch.setattr(app.ollama, "unload", one.unload)
+        monkeypatch.setattr(app.ollama, "runner_health", lambda *_: "ok")
+        monkeypatch.setattr(app.ollama, "runner_slots", lambda name, *_: one.slots[name])
+        yield one
+        for process in [one.server, *one.runners.values()]:
+            end(process)
 
-    def make(slots, accepts=True):
-        def unload(*_):
-            if not accepts:
-                raise ServiceError("ollama_error", "no")
 
-        monkeypatch.setattr(app, "UNLOAD_WAIT_S", 0.05)
-        monkeypatch.setattr(app.watch, "known_runners", lambda: [runner])
-        monkeypatch.setattr(app.processes, "runners", lambda: [runner])
-        monkeypatch.setattr(app.ollama, "ps", lambda *_: [{"name": NAME}])
-        monkeypatch.setattr(app.ollama, "unload", unload)
-        monkeypatch.setattr(app.ollama, "runner_slots", lambda *_: slots)
-        return app.Clearing(None, False, time.monotonic() + 3).run()
-
-    return make
+def ended(gpu, report):
+    """Return what was ended: by its name, why; it has the right numbers and is gone."""
+    for each in report["killed"]:
+        assert each["pid"] == gpu.runners[each["model"]].pid
+        assert not gpu.runners[each["model"]].is_running()
+    return {each["model"]: each["reason"] for each in report["killed"]}
 
 
-def test_an_idle_one_is_about_to_be_unloaded_and_not_busy(clearing):
-    # Ollama unloads one after another, and waits for the memory of each for some seconds.
-    report = clearing([{"is_processing": False}])
-    assert (report["left"], report["unloaded_models"]) == ([], [NAME])
+@pytest.mark.parametrize(("slots", "reason"), [(BUSY, "busy"), (IDLE, "idle")])
+def test_a_model_that_is_listed_on_without_a_runner_is_cleared(gpu, slots, reason):
+    gpu.slots["big:latest"] = slots
+    report = gpu.clear(force=True)
+    assert ended(gpu, report) == {"big:latest": reason}
+    assert (report["left"], report["unloaded_models"]) == ([], sorted(DIGESTS))
+    assert report["verified"] is True
+
+
+def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu):
+    gpu.slots["big:latest"] = BUSY
+    gpu.server.suspend()  # so that it reaps none
+    report = gpu.clear(force=True)
     assert report["verified"] is False
+    assert report["left"] == sorted(DIGESTS)
 
 
-@pytest.mark.parametrize("slots", [[{"is_processing": True}], None])
-def test_a_busy_one_or_one_that_does_not_tell_is_left_and_named(clearing, slots):
-    report = clearing(slots)
-    assert (report["left"], report["unloaded_models"]) == ([NAME], [])
+def test_an_idle_one_that_ollama_has_not_unloaded_in_time_is_ended_by_a_sparing_clear(gpu):
+    report = gpu.clear(force=False)
+    assert ended(gpu, report) == {"big:latest": "idle"}
+    assert (report["left"], report["unloaded_models"]) == ([], sorted(DIGESTS))
+    assert report["verified"] is True
 
 
-def test_an_idle_one_that_ollama_does_not_unload_is_left_and_named(clearing):
-    report = clearing([{"is_processing": False}], accepts=False)
-    assert (report["left"], report["unloaded_models"]) == ([NAME], [])
+@pytest.mark.parametrize("slots", [BUSY, None])
+def test_a_busy_one_or_one_that_does_not_tell_is_spared_and_named(gpu, slots):
+    gpu.slots["big:latest"] = slots
+    report = gpu.clear(force=False)
+    assert gpu.runners["big:latest"].is_running()
+    assert (report["killed"], report["verified"]) == ([], False)
+    assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
+
+
+def test_idle_ones_that_ollama_does_not_unload_are_spared_and_named(gpu):
+    gpu.accepts = False
+    report = gpu.clear(force=False)
+    assert (report["killed"], report["verified"]) == ([], False)
+    assert (report["left"], report["unloaded_models"]) == (sorted(DIGESTS), [])

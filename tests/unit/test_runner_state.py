@@ -314,6 +314,14 @@ def test_without_slots_it_is_busy_while_it_uses_cpu(runner):
 # Tokens
 
 
+def test_the_end_of_an_answer_takes_no_tokens_away(runner):
+    runner.look(slot(task=4, decoded=300))
+    runner.look(slot(task=4, decoded=0, active=False))  # as llama.cpp leaves it
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (300, 0.0)
+    runner.look(slot(task=5, decoded=20))
+    assert (runner.state.tokens, runner.state.tokens_per_second) == (320, 10.0)
+
+
 def test_tokens_are_counted_over_slots_and_tasks(runner):
     runner.look(slot(1, 10), slot(2, 0))
     assert (runner.state.tokens, runner.state.tokens_per_second) == (10, 5.0)
