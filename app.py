@@ -160,6 +160,7 @@ RESET_S = 3.9
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
 HEALTH_S = 3
 CLEAR_ASK_S = 0.4  # for each question of a clear
+CLEAR_RUNNER_S = 0.2  # the same to a runner
 UNLOAD_WAIT_S = 1.5
 KILL_WAIT_S = 0.9
 VERIFY_WAIT_S = 0.6
@@ -942,14 +943,13 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
     warnings: list[tuple[str, str]] = []
     if reading["state"] != "ok" or reading["memory_shared"]:
         return warnings
-    claimed_mb = sum(bytes_of(model, "size_vram") for model in loaded) // MB
     used_mb, _ = gpu.memory_totals(reading)
-    unused = used_mb is not None and claimed_mb > used_mb
     for model in loaded:
-        words = part_on_cpu(model, unused)
+        words = part_on_cpu(model, used_mb)
         if words:
             warnings.append(("model_on_cpu", words))
-    if unused:
+    claimed_mb = sum(bytes_of(model, "size_vram") for model in loaded) // MB
+    if used_mb is not None and claimed_mb > used_mb:
         words = (
             f"Ollama says that {claimed_mb} MB of its models lie on the GPU, of which only "
             f"{used_mb} MB are in use: the models run on the CPU. {GPU_ADVICE}"
@@ -958,14 +958,18 @@ def gpu_warnings(reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
     return warnings
 
 
-def part_on_cpu(model: Json, unused: bool) -> str:
-    """Say how much of a model lies in system memory, and what to do; "" where that is wanted."""
+def part_on_cpu(model: Json, used_mb: int | None) -> str:
+    """Say how much of a model lies in system memory, and what to do; "" where nothing should.
+
+    ``used_mb`` is the memory in use on the GPUs.
+    """
     size_mb = bytes_of(model, "size") // MB
     vram_mb = bytes_of(model, "size_vram") // MB
     if GPU_LAYERS == "0" or vram_mb >= size_mb:
         return ""
+    hidden = not vram_mb or (used_mb is not None and vram_mb > used_mb)
+    advice = NO_GPU_ADVICE if hidden else PARTLY_ADVICE
     missing = f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory"
-    advice = NO_GPU_ADVICE if unused or not vram_mb else PARTLY_ADVICE
     return f"{missing}, which is slow. {advice}"
 
 
@@ -1721,6 +1725,7 @@ class Clearing:
         loaded = self._list()
         self._mine = model_names(self._there, loaded)  # the runners, with their models' names
         self._asked = [each["name"] for each in loaded]  # what Ollama is asked to unload
+        self._listed = keys_of(self._asked)
         if model:
             self._choose(model)
         if only:  # a name that was updated since is another runner's
@@ -1729,21 +1734,21 @@ class Clearing:
         names = list(filter(None, self._mine.values()))
         names += self._asked
         self._names = {name_key(name): name for name in names}
+        self._unloading: set[str] = set()  # keys of what Ollama has agreed to unload
+        self._killed: dict[Runner, str] = {}  # and why
         self._ghosts: list[Runner] = []  # dead ones whose end Ollama waits for
-        self._killed: list[Json] = []
 
     def run(self) -> Json:
         """Do it; return the report."""
-        accepted = unload(self._asked)
+        self._unloading = unload(self._asked)
         if self._asked:
             names = ", ".join(self._asked)
-            self.steps.note("unload", accepted, names, names)
-        if accepted:
+            self.steps.note("unload", bool(self._unloading), names, names)
+        if self._unloading:
             until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - KILL_RESERVE_S)
             gone = wait_until(lambda: not self._left(), until)
             self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
-        if self._force or accepted:
-            self._end_runners(self._left())
+        self._end_runners()
         return self._report()
 
     def _list(self) -> list[Json]:
@@ -1772,50 +1777,52 @@ class Clearing:
     def _left(self) -> list[Runner]:
         return [runner for runner in self._mine if alive(runner.process)]
 
-    def _end_runners(self, runners: list[Runner]) -> None:
-        """End by SIGKILL; without ``force`` only the idle ones.
+    def _end_runners(self) -> None:
+        """End by SIGKILL what is left and due."""
+        in_parallel(self._end_if_due, self._left())
+        if not self._killed:
+            return
+        until = min(time.monotonic() + KILL_WAIT_S, self._deadline)
+        wait_until(lambda: not any(alive(each.process) for each in self._killed), until)
+        self.steps.note("end_runners", True, f"{len(self._killed)} ended")
+        unload(self._asked)  # Ollama lists a busy one that was killed until it is asked
+
+    def _end_if_due(self, runner: Runner) -> None:
+        """End it; without ``force`` only if it is idle and Ollama, which had it, lets it go.
 
         Ollama takes one after another. On a GPU it waits up to 5 s for the memory of each.
         """
-        done = in_parallel(self._end, runners)
-        ended = [runner for runner, was in zip(runners, done, strict=True) if was]
-        if not ended:
-            return
-        deadline = time.monotonic() + KILL_WAIT_S
-        wait_until(lambda: not any(alive(each.process) for each in ended), deadline)
-        self.steps.note("end_runners", True, f"{len(ended)} ended")
-        unload(self._asked)  # Ollama lists a busy one that was killed until it is asked
-
-    def _end(self, runner: Runner) -> bool:
         reason = reason_to_end(runner)
-        if reason != "idle" and not self._force:
-            return False
+        agreed = keys_of([self._mine[runner]]) & self._listed & self._unloading
+        if not self._force and (reason != "idle" or not agreed):
+            return
+        self._killed[runner] = reason
         end(runner.process)
-        ended = {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
-        self._killed.append(ended)
-        log.error("ending runner %(pid)d of %(model)s: %(reason)s", ended)
-        return True
+        level = logging.INFO if reason == "idle" else logging.ERROR
+        name = self._mine[runner]
+        log.log(level, "ending runner %d of %s: %s", runner.process.pid, name, reason)
 
     def _report(self) -> Json:
-        if self._force or not self._left():
-            until = min(time.monotonic() + VERIFY_WAIT_S, self._deadline)
-            wait_until(self._is_let_go, until)
+        wait_until(self._is_let_go, min(time.monotonic() + VERIFY_WAIT_S, self._deadline))
         left = self._left()
-        verified = not left and not self._ghosts
-        self.steps.note("verify", verified, "gone", "still there")
-        stay = keys_of(map(self._mine.get, left + self._ghosts))
+        held = left + self._ghosts
+        self.steps.note("verify", not held, "gone", "still there")
+        stay = keys_of(map(self._mine.get, held))
         gone = self._names.keys() - stay
-        unknown = [f"process {each.process.pid}" for each in left if not self._mine[each]]
+        unknown = [f"process {each.process.pid}" for each in held if not self._mine[each]]
         return {
             "unloaded_models": sorted(self._names[key] for key in gone),
-            "killed": self._killed,
+            "killed": [
+                {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
+                for runner, reason in self._killed.items()
+            ],
             "left": sorted(self._names[key] for key in stay) + unknown,
             "new_runners": [
                 {"pid": runner.process.pid, "model": name}
                 for runner, name in self._new_runners().items()
             ],
             "memory": self._memory(),
-            "verified": verified,
+            "verified": not held,
             "survived": bool(left),
             "managed": True,
             "steps": self.steps,
@@ -1827,20 +1834,22 @@ class Clearing:
         return model_names(new, [])
 
     def _is_let_go(self) -> bool:
-        """Note the ghosts; tell whether there are none and Ollama lists none of the models.
+        """Note the ghosts; tell whether there are none, and Ollama lists only what is left.
 
-        A model without a runner that it lists holds nothing: on a GPU, beside another model,
-        Ollama waits up to 5 s for its memory. Nor does an Ollama that does not answer.
+        A model that is listed without a runner holds nothing: its turn to be unloaded has not
+        come. Nor does an Ollama that does not answer.
         """
         self._ghosts = []
         if not answering():
             return True
         server = processes.server()
-        self._ghosts = [runner for runner in self._mine if unreaped(runner.process, server)]
+        dead = [runner for runner in self._mine if not alive(runner.process)]
+        self._ghosts = [runner for runner in dead if unreaped(runner.process, server)]
         listed: set[str] = set()
         with contextlib.suppress(ServiceError):
             listed = keys_of(each["name"] for each in ollama.ps(CLEAR_ASK_S))
         listed -= keys_of(self._new_runners().values())
+        listed -= keys_of(map(self._mine.get, self._left()))
         return not self._ghosts and not listed.intersection(self._names)
 
     def _memory(self) -> Json:
@@ -2027,11 +2036,11 @@ def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
 
 
 def reason_to_end(runner: Runner) -> str:
-    """Tell why Ollama has not ended a runner: "orphan", "hung", "busy", or its own pace: "idle"."""
+    """Tell what a runner is that is still there: "orphan", "hung", "busy" or "idle"."""
     with contextlib.suppress(psutil.Error):
         if is_orphan(runner.process, processes.server()):
             return "orphan"
-    silent = ollama.runner_health(runner.port, 0.2) == "silent"
+    silent = ollama.runner_health(runner.port, CLEAR_RUNNER_S) == "silent"
     if silent or watch.is_stuck(runner):
         return "hung"
     return "busy" if is_busy(runner) else "idle"
@@ -2040,7 +2049,7 @@ def reason_to_end(runner: Runner) -> str:
 def is_busy(runner: Runner) -> bool:
     """Tell whether something is under way in a runner, also where that cannot be told."""
     try:
-        slots = ollama.runner_slots(runner.port, 0.2)
+        slots = ollama.runner_slots(runner.port, CLEAR_RUNNER_S)
     except ServiceError:
         return True
     return slots is None or is_working(slots)
@@ -2063,18 +2072,18 @@ def used_mb(runners: list[Runner]) -> tuple[str, int]:
     return source, used
 
 
-def unload(names: list[str]) -> bool:
-    """Ask for all of them at once; return whether Ollama took at least one."""
+def unload(names: list[str]) -> set[str]:
+    """Ask for all of them at once; return the keys of those that Ollama took."""
 
-    def ask(name: str) -> bool:
+    def ask(name: str) -> str | None:
         try:
             ollama.unload(name, CLEAR_ASK_S)
-            return True
+            return name
         except ServiceError as e:
             log.warning("unload %s: %s", name, e)
-            return False
+            return None
 
-    return any(in_parallel(ask, names))
+    return keys_of(in_parallel(ask, names))
 
 
 def unloadable(loaded: list[Json]) -> set[str]:

@@ -434,6 +434,9 @@ def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
     model = {"name": "m", "size": 300 << 20, "size_vram": 150 << 20}
     (code, words), _ = app.gpu_warnings(reading, [model])
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" not in words
+    gpu["memory_used_mb"] = 151
+    ((code, words),) = app.gpu_warnings(reading, [model])
+    assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" in words
 
 
 @pytest.mark.parametrize(("state", "codes"), [("loading", []), ("idle", ["gpu_not_used"])])

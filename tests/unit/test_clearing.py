@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import app
-from ollama_client import Runner, ServiceError, end
+from ollama_client import Runner, ServiceError, alive, end
 
 # Starts two runners, and reaps them.
 SERVER = """
@@ -32,7 +32,9 @@ class Gpu:
     """An Ollama that lists both models on, and ends only the runner of small when it is asked.
 
     .server .runners        their processes; the runners by name
-    .slots                  what the runner of big says
+    .slots                  what each runner says
+    .refused                the models that it does not unload, and says so
+    .listed                 those that it lists
     """
 
     def __init__(self, server):
@@ -40,7 +42,7 @@ class Gpu:
         pids = map(int, server.stdout.readline().split())
         self.runners = {name: psutil.Process(pid) for name, pid in zip(DIGESTS, pids, strict=True)}
         self.slots = {"big:latest": IDLE, "small:latest": IDLE}
-        self.accepts = True
+        self.refused, self.listed = [], list(DIGESTS)
 
     def known_runners(self):
         """Return the runners; the port of each is its name."""
@@ -51,13 +53,14 @@ class Gpu:
         ]
 
     def unload(self, name, *_):
-        if not self.accepts:
+        if name in self.refused:
             raise ServiceError("ollama_error", "no")
-        if name == "small:latest":
+        if name == "small:latest" and self.slots[name] == IDLE:
             end(self.runners[name], signal.SIGTERM)
+            psutil.wait_procs([self.runners[name]], 5)
 
-    def clear(self, force):
-        return app.Clearing(None, force, time.monotonic() + 3).run()
+    def clear(self, force, model=None):
+        return app.Clearing(model, force, time.monotonic() + 3).run()
 
 
 @pytest.fixture
@@ -66,12 +69,13 @@ def gpu(monkeypatch):
         one = Gpu(server)
         models = {name: [digest] for name, digest in DIGESTS.items()}
         monkeypatch.setattr(app, "UNLOAD_WAIT_S", 0.2)
+        monkeypatch.setattr(app, "VERIFY_WAIT_S", 0.3)
         monkeypatch.setattr(app.watch, "known_runners", one.known_runners)
         monkeypatch.setattr(app.processes, "runners", one.known_runners)
         monkeypatch.setattr(app.processes, "server", lambda: one.server)
         monkeypatch.setattr(app.store, "models", lambda: models)
         monkeypatch.setattr(app.ollama, "version", lambda *_: "0")
-        monkeypatch.setattr(app.ollama, "ps", lambda *_: [{"name": name} for name in DIGESTS])
+        monkeypatch.setattr(app.ollama, "ps", lambda *_: [{"name": name} for name in one.listed])
         monkeypatch.setattr(app.ollama, "unload", one.unload)
         monkeypatch.setattr(app.ollama, "runner_health", lambda *_: "ok")
         monkeypatch.setattr(app.ollama, "runner_slots", lambda name, *_: one.slots[name])
@@ -84,7 +88,7 @@ def ended(gpu, report):
     """Return what was ended: by its name, why; it has the right numbers and is gone."""
     for each in report["killed"]:
         assert each["pid"] == gpu.runners[each["model"]].pid
-        assert not gpu.runners[each["model"]].is_running()
+        assert not alive(gpu.runners[each["model"]])
     return {each["model"]: each["reason"] for each in report["killed"]}
 
 
@@ -98,7 +102,7 @@ def test_a_model_that_is_listed_on_without_a_runner_is_cleared(gpu, slots, reaso
 
 
 def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu):
-    gpu.slots["big:latest"] = BUSY
+    gpu.slots = dict.fromkeys(DIGESTS, BUSY)
     gpu.server.suspend()  # so that it reaps none
     report = gpu.clear(force=True)
     assert report["verified"] is False
@@ -121,8 +125,33 @@ def test_a_busy_one_or_one_that_does_not_tell_is_spared_and_named(gpu, slots):
     assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
 
 
-def test_idle_ones_that_ollama_does_not_unload_are_spared_and_named(gpu):
-    gpu.accepts = False
+def test_a_sparing_clear_ends_the_idle_one_and_spares_the_busy_one(gpu):
+    gpu.slots["small:latest"] = BUSY
     report = gpu.clear(force=False)
+    assert ended(gpu, report) == {"big:latest": "idle"}
+    assert gpu.runners["small:latest"].is_running()
+    assert (report["left"], report["unloaded_models"]) == (["small:latest"], ["big:latest"])
+    assert report["verified"] is False
+
+
+def test_an_idle_one_that_ollama_does_not_unload_is_spared_and_named(gpu):
+    gpu.refused.append("big:latest")
+    report = gpu.clear(force=False)
+    assert gpu.runners["big:latest"].is_running()
     assert (report["killed"], report["verified"]) == ([], False)
+    assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
+
+
+@pytest.mark.parametrize("model", [None, "big:latest"])
+def test_one_that_was_not_loaded_yet_is_spared_and_named(gpu, model):
+    gpu.listed.remove("big:latest")  # somebody waits for it
+    report = gpu.clear(force=False, model=model)
+    assert gpu.runners["big:latest"].is_running()
+    assert (report["killed"], report["left"]) == ([], ["big:latest"])
+
+
+def test_a_ghost_is_named_beside_a_busy_one(gpu):
+    gpu.slots["small:latest"] = BUSY
+    gpu.server.suspend()  # so that it reaps none
+    report = gpu.clear(force=False)
     assert (report["left"], report["unloaded_models"]) == (sorted(DIGESTS), [])
