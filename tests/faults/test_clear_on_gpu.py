@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from helpers.answers import RESET, ask, clear, heal, stats
+from helpers.answers import RESET, ask, clear, heal, health, stats
 from helpers.causes import Waiting
 from helpers.gpu_ollama import gpu_ollama
 from helpers.processes import is_gone
@@ -75,6 +75,7 @@ def test_a_reset_restarts_nothing(on_gpu):
     assert all(map(is_gone, runners))
     assert stats(on_gpu)["ollama"]["pid"] == before["pid"]
     assert "end_ollama" not in [step["step"] for step in report["steps"]]
+    wait_for(lambda: health(on_gpu)["load"]["state"] == "loaded", 30, "m1 to be loaded")
 
 
 def test_recover_frees_all_that_is_idle_and_says_so(on_gpu):
