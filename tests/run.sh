@@ -31,6 +31,6 @@ fi
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
 esac
-workers=4 # on two cores: most tests wait
+workers=5 # on two cores: most tests wait
 [[ ${1:-} != *.py* ]] || workers=0
 exec "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -27,7 +27,8 @@ def test_a_request_has_one_line_with_its_duration(guarded, method, path, status)
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     secret = {"secret": "in-the-body"}
     assert call(method, guarded.url + path, headers=bearer, json=secret).status_code == status
-    # A later request's line: a second one of this would have come before.
+    # Its line comes after its answer, and a second one would come before a later request's.
+    wait_for(lambda: request_lines(guarded, start, path), 5, "its line")
     guarded.get("/api/stats?after")
     wait_for(lambda: request_lines(guarded, start, "/api/stats?after"), 5, "the line after")
     (line,) = request_lines(guarded, start, path)

@@ -609,9 +609,9 @@ def test_nothing_is_polled_while_the_page_is_hidden(page):
     )
     # A round under way goes on; its pauses are five seconds.
     page.browser.execute_async_script("setTimeout(arguments[0], 3000)")
-    seen = page.service.log().count("GET /health")
+    seen = page.service.log().count("GET /api/stats ")
     page.browser.execute_async_script("setTimeout(arguments[0], 6500)")
-    assert page.service.log().count("GET /health") == seen
+    assert page.service.log().count("GET /api/stats ") == seen
 
 
 BOXES = """return [...document.querySelectorAll("h1, h2, li, .meter, .meter *, button, svg, p")]
