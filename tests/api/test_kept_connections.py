@@ -70,7 +70,7 @@ def test_a_watchdog_that_obeys_lets_a_slow_start_end(slow_start, gguf):
 
 
 def test_clear_and_reset_leave_a_starting_server_alone(slow_start, gguf):
-    service = slow_start(8, models={"gemma:latest": gguf}, LLM_MODEL="gemma")
+    service = slow_start(12, models={"gemma:latest": gguf}, LLM_MODEL="gemma")
     wait_for(lambda: service.get("/health").json()["code"] == "ollama_starting", 20, "it starts")
     cleared = service.post("/api/cache/clear", timeout=5)
     assert cleared.status_code == 200

@@ -253,6 +253,7 @@ def test_a_word_means_what_it_says(service, registry, fields, status, kind):
     wait_for(lambda: pull_of(service, name)["state"] == "success", 20, "success")
     refused = {"model": name, "insecure": "false", "stream": False}
     error(service.post("/api/models/pull", json=refused), 502, "registry_insecure")
+    assert service.delete("/api/models/delete", json={"model": name}).ok
 
 
 # OPTIONS and HEAD

@@ -146,7 +146,7 @@ def test_an_update_beside_another_download_is_unused_until_a_prune(plain, regist
     pull(plain, name)
     old = registry.layers(name)[0]
     slow = registry.add_random("ns/slow:latest", 30)
-    registry.rate = 5e6
+    registry.rate = 2e6
     listener = Listener(plain, slow).flowing()
     publish(registry, "ns/beside:latest", 2)
     pull(plain, name)
@@ -317,6 +317,7 @@ def test_a_purge_leaves_a_live_pull_of_ollamas_own_alone(plain, registry):
     registry.rate = 5e6
     listener = Listener(plain, name).flowing(3)
     pulling = OllamaPull(plain, name)  # it joins the same parts
+    wait_for(lambda: registry.requests["ns/alive:latest"] >= 2, 10, "the other pull")
     time.sleep(0.5)
     began = time.monotonic()
     answer = plain.delete(PULL, json={"model": name, "purge": True})
@@ -474,7 +475,8 @@ def test_a_check_can_be_cancelled(plain, registry):
     listener = Listener(plain, name, verify=True)
     listener.until(lambda line: line.get("status", "").startswith("checking"), "the check")
     plain.delete(PULL, json={"model": name})
-    assert listener.end(5)["code"] in ("cancelled", "success")
+    last = listener.end(5)
+    assert last.get("code") == "cancelled" or last.get("status") == "success", last
     assert_in_order(listener.lines)
     assert is_whole(plain, registry, name)
 
@@ -542,9 +544,10 @@ def test_what_fails_on_permissions_says_so(foreign, registry):
     shutil.rmtree(service.models / "manifests/registry.ollama.ai", ignore_errors=True)
     (manifest,) = service.models.glob("manifests/localhost*/ns/foreign/latest")
     manifest.unlink()
+    before = blobs(service)
     answer = error(service.post(PRUNE), 502, "store_not_writable")
     assert "chown" in answer["error"]
-    assert blobs(service) >= {path.name for path in (service.models / "blobs").iterdir()}
+    assert before and blobs(service) == before
 
 
 def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp_path):
@@ -554,11 +557,10 @@ def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp
     service = make_unprivileged(OLLAMA_MODELS=models, wait=False)
 
     def told():
-        answer = service.get("/health")
-        return answer.status_code == 503 and answer.json()["code"] == "store_not_writable"
+        answer = service.get("/health").json()
+        return answer.get("code") == "store_not_writable" and answer
 
-    wait_for(told, 20, "the reason")
-    answer = wait_for(lambda: told() and service.get("/health").json(), 10, "the reason")
+    answer = wait_for(told, 20, "the reason")
     assert "permission denied" in answer["reason"] and "chown" in answer["reason"]
     assert "permission denied" in service.log()
     os.chown(models, 0, 0)

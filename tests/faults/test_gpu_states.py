@@ -69,8 +69,10 @@ def test_a_lost_gpu_is_unhealthy_and_the_service_must_be_restarted(on_gpu):
 
 def test_the_memory_of_a_clear_is_measured_by_nvml(on_gpu, others):
     busy = on_gpu.generate(GEMMA)
+    before = stats(on_gpu)["clears"]
     clearing = others.submit(clear, on_gpu)
-    time.sleep(0.7)  # within the time that a busy runner gets
+    wait_for(lambda: stats(on_gpu)["clears"] > before, 5, "the clear")
+    time.sleep(0.5)  # within the time that a busy runner gets
     on_gpu.nvml.say(used=1120)
     memory = clearing.result()["memory"]
     assert memory == {"source": "nvml", "before_mb": 5120, "after_mb": 1120, "freed_mb": 4000}

@@ -62,7 +62,7 @@ class Faults:
 
     def __init__(self, service):
         self.service, self.began = service, time.monotonic()
-        self.seen, self.verdicts = [], {}
+        self.seen = []
 
     def told(self):
         """Ask /health once; keep what it said and when."""
@@ -70,11 +70,10 @@ class Faults:
         seconds = time.monotonic() - self.began
         assert answer.elapsed.total_seconds() < 3
         said = answer.json()
-        code = said.get("code", "healthy")
-        if code not in self.verdicts:
-            self.verdicts[code] = seconds
-            print(f"{seconds:5.1f} s: {code} {said.get('recommended_action')}")
-            self.seen.append((code, said["recommended_action"]))
+        verdict = said.get("code", "healthy"), said["recommended_action"]
+        if verdict not in self.seen:
+            print(f"{seconds:5.1f} s: {verdict}")
+            self.seen.append(verdict)
         return said
 
     def wait(self, condition, timeout, what):
@@ -312,8 +311,9 @@ def test_a_model_deleted_while_it_is_loaded_is_no_fault(well, make_gguf_variant)
     assert well.ollama("DELETE", "/api/delete", json={"model": "gone"}).status_code == 200
     faults = Faults(well)
     busy = well.generate(M2)
-    wait_state(well, runner, "idle")
+    faults.wait(lambda _: state_of(well, runner) == "idle", 15, "idle")
     assert clear(well)["verified"] is True
+    faults.told()
     assert is_gone(runner)
     busy.wait(5)
     assert {code for code, _ in faults.seen} <= {"healthy"}

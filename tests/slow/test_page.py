@@ -258,7 +258,7 @@ def test_without_a_gpu_the_charts_are_the_systems_and_nothing_says_na(page):
     wait_for(lambda: page.charts() == ["cpu", "ram", "tokens"], 20, "the charts")
     assert "N/A" not in page.text("charts") + page.text("meters")
     assert "GPU" not in page.text("charts") + page.text("meters")
-    first = len(page.curve("ram")[0])
+    first = wait_for(lambda: len(page.curve("ram")[0]), 5, "a line")
     wait_for(lambda: len(page.curve("ram")[0]) > first, 20, "a longer line")
 
 
@@ -510,7 +510,7 @@ def test_a_download_shows_its_progress_also_after_a_reload_and_then_the_model(
     page, registry, make_gguf_variant
 ):
     name = registry.add("ns/other:latest", make_gguf_variant(1))
-    registry.rate = 30e6
+    registry.rate = 10e6
     insecure_pull(page, name)
     first = wait_for(lambda: page.progress(name), 20, "progress")
     page.open()

@@ -110,6 +110,7 @@ def assert_all_refused(log):
     # The icon is asked for by the service's own error page, on which the form has ended.
     icon = ("GET", "/favicon.ico", "404")
     assert {call for call in calls if call[2] != "403"} <= {icon}
+    assert [path for _, path, _ in calls].count("/health") == 2  # a 200 of it leaves no line
     assert len(calls) > 25
 
 
@@ -137,6 +138,8 @@ def test_a_page_of_another_site_gets_nothing_and_does_nothing(browser, visited, 
     browser.execute_script(FORM, url + CLEAR)
     wait_for(lambda: url in browser.current_url, 10, "the form's answer")
     assert_code(browser, "origin_not_allowed")
+    clears = len(ways) + 2  # the beacon and the form
+    wait_for(lambda: visited.log()[before:].count(f" {CLEAR} 403") == clears, 5, "all lines")
     assert_all_refused(visited.log()[before:])
     assert_untouched(visited)
 

@@ -208,8 +208,11 @@ def take_steps(soak, steps, count):
 
 def assert_one_of_each_is_left(service):
     (loaded,) = service.runners()
-    shown = service.get("/api/stats").json()["runners"]
-    assert [runner["pid"] for runner in shown] == [loaded.pid]
+
+    def shown():
+        return [runner["pid"] for runner in service.get("/api/stats").json()["runners"]]
+
+    wait_for(lambda: shown() == [loaded.pid], 10, "the watch's list")
     running = [" ".join(process.cmdline()) for process in service.processes()]
     assert sum("llama-server" in line for line in running) == 1, running
     assert sum(line.endswith(" serve") for line in running) == 1, running
