@@ -1792,14 +1792,14 @@ class Clearing:
 
         Ollama takes one after another. On a GPU it waits up to 5 s for the memory of each.
         """
+        name = self._mine[runner]
         reason = reason_to_end(runner)
-        agreed = keys_of([self._mine[runner]]) & self._listed & self._unloading
+        agreed = keys_of([name]) & self._listed & self._unloading
         if not self._force and (reason != "idle" or not agreed):
             return
         self._killed[runner] = reason
         end(runner.process)
         level = logging.INFO if reason == "idle" else logging.ERROR
-        name = self._mine[runner]
         log.log(level, "ending runner %d of %s: %s", runner.process.pid, name, reason)
 
     def _report(self) -> Json:
