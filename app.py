@@ -882,7 +882,7 @@ def diagnose(error: ServiceError, asked: psutil.Process | None) -> tuple[str, st
         return "model_store_unreadable", words, "restart_service"
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
-    if server is None or dying(server):
+    if server is None or dying(server) or not alive(server):  # the last: reaped just now
         return diagnose_end(last_words())
     if server != asked or watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"

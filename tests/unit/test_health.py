@@ -1,0 +1,48 @@
+"""What /health says of an Ollama that gave no answer."""
+
+import subprocess
+
+import psutil
+import pytest
+
+import app
+from ollama_client import ServiceError
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A process that stands for an Ollama which has answered once."""
+    with subprocess.Popen(["sleep", "60"]) as started:
+        process = psutil.Process(started.pid)
+        monkeypatch.setattr(app.processes, "server", lambda: process)
+        monkeypatch.setattr(app.processes, "ever_started", lambda: True)
+        monkeypatch.setattr(app.watch, "server", app.ServerState())
+        app.watch.server.note_answer(process)
+        yield started
+        started.kill()
+
+
+def diagnosis(code, asked):
+    code, _reason, action = app.diagnose(ServiceError(code, "no answer"), asked)
+    return code, action
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [("ollama_timeout", "ollama_hung"), ("ollama_unreachable", "ollama_unreachable")],
+)
+def test_one_that_lives_needs_a_reset(error, expected):
+    assert diagnosis(error, app.processes.server()) == (expected, "reset_session")
+
+
+def test_one_that_is_dead_and_not_reaped_is_started_again(server):
+    server.kill()
+    assert diagnosis("ollama_unreachable", app.processes.server()) == ("ollama_dead", "wait")
+
+
+def test_one_that_is_reaped_while_its_error_is_looked_into_is_started_again(server):
+    """It dies, and takes the connection with it, while /health waits for its answer."""
+    server.kill()
+    server.wait()
+    assert diagnosis("ollama_unreachable", app.processes.server()) == ("ollama_dead", "wait")
