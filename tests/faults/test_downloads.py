@@ -37,6 +37,11 @@ def assert_goes_on(service, registry, name):
     assert registry.bytes_sent() < registry.size(name) * 1.1
 
 
+def parts(service):
+    """Return the files of its unfinished downloads."""
+    return list((service.models / "blobs").glob("*-partial*"))
+
+
 # How it stands is not known yet, or no more
 
 
@@ -131,13 +136,14 @@ def test_a_part_older_than_an_hour_survives_a_restart_of_ollama(plain, registry)
     name = registry.add_random("ns/aged:latest", 60)
     registry.rate = 20e6
     listener = Listener(plain, name).flowing(15)
+    assert parts(plain)
     plain.delete(PULL, json={"model": name})
-    listener.end()
+    last = listener.end()
     wait_for(lambda: registry.active == 0, 5, "the end of the transfers")
-    parts = list((plain.models / "blobs").glob("*-partial*"))
-    for part in parts:
+    left = parts(plain)
+    assert left, (last, registry.bytes_sent(), os.listdir(plain.models / "blobs"))
+    for part in left:
         os.utime(part, (time.time() - 7200,) * 2)
-    assert parts
     reset(plain, restart=True)
     plain.wait_healthy(10)
     assert_goes_on(plain, registry, name)
