@@ -882,7 +882,7 @@ def diagnose(error: ServiceError, asked: psutil.Process | None) -> tuple[str, st
         return "model_store_unreadable", words, "restart_service"
     if server is None and not processes.ever_started():
         return "ollama_starting", "Ollama is about to be started.", "wait"
-    if server is None or dying(server) or not alive(server):  # the last: reaped just now
+    if server is None or processes.ending(server):
         return diagnose_end(last_words())
     if server != asked or watch.server.starting(server):
         return "ollama_starting", "Ollama is starting.", "wait"
@@ -1185,7 +1185,9 @@ class RunnerState:
         self.memory_mb = 0
         self.cpu_percent = 0.0
         self.cpu_s = 0.0  # at the last look
+        self.cpu_at = now
         self.under_way = True  # at the last look
+        self._worked = False  # used CPU at the last look, if it has no slots
         self.asked_at = now
         self._looked_at = now
         self._step_s = 0.0  # between the last two looks
@@ -1232,7 +1234,9 @@ class RunnerState:
             self.under_way = True
             moved = False
         elif look.slots is None:
-            self.under_way = moved = look.working
+            # One look without CPU is no idleness: on a busy machine it may have got none.
+            self.under_way = moved = look.working or self._worked
+            self._worked = look.working
         else:
             self.under_way = is_working(look.slots)
             moved = self._count_tokens(look.slots)
@@ -1488,7 +1492,7 @@ class Watch:
             state, look = seen
             self._ask(state, look)
             with contextlib.suppress(psutil.Error):
-                state.cpu_s = cpu_seconds(state.process)  # without what the asking took
+                cpu_spent(state)  # what the asking took does not count
 
         looks = []
         for state in self._states.values():
@@ -1502,11 +1506,10 @@ class Watch:
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         look = Look(time.monotonic())
         process = state.process
-        used_s = cpu_seconds(process)
-        spent_s, state.cpu_s = used_s - state.cpu_s, used_s
+        spent_s, passed_s = cpu_spent(state)
         state.memory_mb = memory_mb(process)
         state.cpu_percent = process.cpu_percent()
-        look.working = spent_s > WORKING_SHARE * LOOK_S
+        look.working = spent_s > WORKING_SHARE * passed_s
         look.active = state.under_way or spent_s > WAKE_CPU_S
         if is_orphan(process, server):
             look.health = "orphan"
@@ -1631,6 +1634,13 @@ class Watch:
         with contextlib.suppress(ServiceError):
             for name in again and again & unloadable(self.loaded):
                 ollama.unload(name, ASK_S)
+
+
+def cpu_spent(state: RunnerState) -> tuple[float, float]:
+    """Return the CPU seconds of a runner since the last call, and the seconds that passed."""
+    cpu_s, at = state.cpu_s, state.cpu_at
+    state.cpu_s, state.cpu_at = cpu_seconds(state.process), time.monotonic()
+    return state.cpu_s - cpu_s, state.cpu_at - at
 
 
 def cpu_seconds(process: psutil.Process) -> float:

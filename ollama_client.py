@@ -778,6 +778,7 @@ class Processes:
     def __init__(self, state_file: str | os.PathLike):
         self.state_file = pathlib.Path(state_file)
         self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
+        self._ended: psutil.Process | None = None  # the server that was last told to end
 
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
@@ -792,6 +793,13 @@ class Processes:
     def ever_started(self) -> bool:
         """Tell whether the launcher has started a server yet."""
         return bool(self._records())
+
+    def ending(self, server: psutil.Process) -> bool:
+        """Tell whether a server was told to end, dies, or has been reaped just now.
+
+        At SIGTERM it takes no connection any more, and lives on until its runners have ended.
+        """
+        return server == self._ended or dying(server) or not alive(server)
 
     def restarts(self) -> int:
         """Return how often the launcher had started Ollama anew when ``server`` was called."""
@@ -860,6 +868,7 @@ class Processes:
         server = self.server()
         if server is None:
             return True
+        self._ended = server
         pathlib.Path(f"{self.state_file}.ended").write_text(f"{server.pid}\n")
         for sig, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, 0.5)):
             end(server, sig)

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 import app
-from ollama_client import ServiceError
+from ollama_client import ServiceError, alive
 
 
 @pytest.fixture
@@ -15,6 +15,7 @@ def server(monkeypatch):
     with subprocess.Popen(["sleep", "60"]) as started:
         process = psutil.Process(started.pid)
         monkeypatch.setattr(app.processes, "server", lambda: process)
+        monkeypatch.setattr(app.processes, "_ended", None)
         monkeypatch.setattr(app.processes, "ever_started", lambda: True)
         monkeypatch.setattr(app.watch, "server", app.ServerState())
         app.watch.server.note_answer(process)
@@ -46,3 +47,17 @@ def test_one_that_is_reaped_while_its_error_is_looked_into_is_started_again(serv
     server.kill()
     server.wait()
     assert diagnosis("ollama_unreachable", app.processes.server()) == ("ollama_dead", "wait")
+
+
+@pytest.mark.usefixtures("server")
+def test_one_that_was_told_to_end_is_started_again(tmp_path, monkeypatch):
+    """At SIGTERM Ollama closes its connections, and waits for its runners."""
+    asked = app.processes.server()
+    monkeypatch.setattr(app.processes, "state_file", tmp_path / "state")
+    seen = []
+    monkeypatch.setattr(
+        "ollama_client.end",
+        lambda *_: seen.append(diagnosis("ollama_unreachable", asked)),
+    )
+    assert not app.processes.end_server(0)
+    assert alive(asked) and set(seen) == {("ollama_dead", "wait")}

@@ -1,5 +1,6 @@
 """The states of a runner and of the server, by looks that are made by hand."""
 
+import time
 import types
 
 import psutil
@@ -307,8 +308,24 @@ def test_one_whose_server_has_died_is_an_orphan_for_ever(busy):
 def test_without_slots_it_is_busy_while_it_uses_cpu(runner):
     assert runner.for_(STUCK_S * 30, working=True) == {"busy"}
     assert runner.state.under_way
+    runner.look()
     assert runner.for_(10) == {"idle"}
     assert not runner.state.under_way
+
+
+def test_without_slots_one_look_without_cpu_is_no_idleness(runner):
+    runner.look(working=True)
+    for _ in range(3):
+        assert [runner.look(), runner.look(working=True)] == ["busy", "busy"]
+    assert [runner.look(), runner.look()] == ["busy", "idle"]
+
+
+@pytest.mark.parametrize(("passed_s", "working"), [(0.1, True), (2, False)])
+def test_it_works_by_its_share_of_cpu_however_soon_the_look_comes(monkeypatch, passed_s, working):
+    me = psutil.Process()
+    state = RunnerState(types.SimpleNamespace(process=me), time.monotonic() - passed_s)
+    monkeypatch.setattr(app, "cpu_seconds", lambda _: 0.09)
+    assert app.watch._glance(state, me.parent()).working is working
 
 
 # Tokens
