@@ -1184,9 +1184,9 @@ class RunnerState:
         self.tokens_per_second = 0.0
         self.memory_mb = 0
         self.cpu_percent = 0.0
-        self.cpu_s = 0.0  # at the last look
-        self.cpu_at = now
         self.under_way = True  # at the last look
+        self._cpu_s = 0.0
+        self._cpu_at = now  # when that was read
         self._worked = False  # used CPU at the last look, if it has no slots
         self.asked_at = now
         self._looked_at = now
@@ -1195,6 +1195,12 @@ class RunnerState:
         # The last looks without progress; it is full once these are enough for a verdict.
         self._still: collections.deque[Look] = collections.deque(maxlen=STUCK_LOOKS)
         self._begin_count(now)
+
+    def cpu_spent(self, now: float) -> tuple[float, float]:
+        """Return the CPU seconds since the last call, and the seconds that passed."""
+        cpu_s, at = self._cpu_s, self._cpu_at
+        self._cpu_s, self._cpu_at = cpu_seconds(self.process), now
+        return self._cpu_s - cpu_s, now - at
 
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
@@ -1492,7 +1498,7 @@ class Watch:
             state, look = seen
             self._ask(state, look)
             with contextlib.suppress(psutil.Error):
-                cpu_spent(state)  # what the asking took does not count
+                state.cpu_spent(time.monotonic())  # what the asking took does not count
 
         looks = []
         for state in self._states.values():
@@ -1506,7 +1512,7 @@ class Watch:
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         look = Look(time.monotonic())
         process = state.process
-        spent_s, passed_s = cpu_spent(state)
+        spent_s, passed_s = state.cpu_spent(look.at)
         state.memory_mb = memory_mb(process)
         state.cpu_percent = process.cpu_percent()
         look.working = spent_s > WORKING_SHARE * passed_s
@@ -1634,13 +1640,6 @@ class Watch:
         with contextlib.suppress(ServiceError):
             for name in again and again & unloadable(self.loaded):
                 ollama.unload(name, ASK_S)
-
-
-def cpu_spent(state: RunnerState) -> tuple[float, float]:
-    """Return the CPU seconds of a runner since the last call, and the seconds that passed."""
-    cpu_s, at = state.cpu_s, state.cpu_at
-    state.cpu_s, state.cpu_at = cpu_seconds(state.process), time.monotonic()
-    return state.cpu_s - cpu_s, state.cpu_at - at
 
 
 def cpu_seconds(process: psutil.Process) -> float:

@@ -37,11 +37,6 @@ def assert_goes_on(service, registry, name):
     assert registry.bytes_sent() < registry.size(name) * 1.1
 
 
-def parts(service):
-    """Return the files of its unfinished downloads."""
-    return list((service.models / "blobs").glob("*-partial*"))
-
-
 # How it stands is not known yet, or no more
 
 
@@ -136,11 +131,12 @@ def test_a_part_older_than_an_hour_survives_a_restart_of_ollama(plain, registry)
     name = registry.add_random("ns/aged:latest", 60)
     registry.rate = 20e6
     listener = Listener(plain, name).flowing(15)
-    assert parts(plain)
+    store = Store(plain.models)
+    assert store.parts("*")
     plain.delete(PULL, json={"model": name})
     last = listener.end()
     wait_for(lambda: registry.active == 0, 5, "the end of the transfers")
-    left = parts(plain)
+    left = store.parts("*")
     assert left, (last, registry.bytes_sent(), os.listdir(plain.models / "blobs"))
     for part in left:
         os.utime(part, (time.time() - 7200,) * 2)
