@@ -148,7 +148,7 @@ rm -f "$state"*
 echo "$boot" >"$lock"
 trap stop EXIT
 export LLM_STATE_FILE=$state
-MALLOC_ARENA_MAX=2 launch "$state.api" "$python" -m gunicorn -c python:app app:app # else glibc keeps memory per thread
+MALLOC_ARENA_MAX=2 launch "$state.api" "$python" -m gunicorn app:app # else glibc keeps memory per thread
 api=$!
 if take_settings; then
     need_ollama

@@ -205,5 +205,5 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def on_small_disk(make_service, small_disk):
-    constants = {"ollama_client.DISK_RESERVE_BYTES": 8 << 20}
+    constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
     return make_service(OLLAMA_MODELS=small_disk, constants=constants)

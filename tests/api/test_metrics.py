@@ -98,11 +98,11 @@ def app():
 @pytest.fixture
 def told(app, monkeypatch):
     """Return what /metrics says where /api/stats has these figures."""
-    base = app.machine_stats()
+    base = app.figures.stats()
 
     def tell(**figures):
-        monkeypatch.setattr(app, "machine_stats", lambda: base | figures)
-        return parse(app.metrics_text())
+        monkeypatch.setattr(app.figures, "stats", lambda: base | figures)
+        return parse(app.figures.metrics_text())
 
     return tell
 

@@ -21,7 +21,7 @@ def shared(make_module_service, make_gguf_variant, ollama_binary, tmp_path_facto
         LLM_MODEL=M1,
         LLM_CONTEXT_LENGTH=1024,
         # On two busy cores a runner that answers late would be hung or busy.
-        constants={"app.CLEAR_RUNNER_S": 1},
+        constants={"llm_service.clearing.CLEAR_RUNNER_S": 1},
     )
 
 

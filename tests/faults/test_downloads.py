@@ -21,7 +21,10 @@ from helpers.listener import (
 )
 from helpers.models import blob_path
 from helpers.waiting import wait_for
-from ollama_client import Downloads, Ollama, Processes, Store
+from llm_service.downloads import Downloads
+from llm_service.processes import Processes
+from llm_service.store import Store
+from ollama_client import Ollama
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_while_ollama_is_silent_a_line_comes_every_second(plain, registry):
 
 
 def test_ended_downloads_are_kept_in_a_bounded_number(make_service, registry):
-    service = make_service(constants={"ollama_client.ENDED_KEPT": 3})
+    service = make_service(constants={"llm_service.downloads.ENDED_KEPT": 3})
     for number in range(5):
         name = f"localhost:{registry.port}/ns/none:{number}"
         assert service.post(PULL, json={"model": name, "insecure": True}).status_code == 404
@@ -101,7 +104,7 @@ def test_a_download_outlives_a_cut_connection_and_a_reset_session(plain, registr
 
 
 def test_a_stall_is_noticed_and_mended_without_losing_a_byte(make_service, registry):
-    service = make_service(constants={"ollama_client.STALL_S": 2})
+    service = make_service(constants={"llm_service.downloads.STALL_S": 2})
     name = registry.add_random("ns/stalled:latest", 60)
     registry.rate = 20e6
     listener = Listener(service, name).flowing(10)
@@ -114,7 +117,7 @@ def test_a_stall_is_noticed_and_mended_without_losing_a_byte(make_service, regis
 
 
 def test_it_gives_up_after_a_bound_and_says_that_the_next_pull_goes_on(make_service, registry):
-    constants = {"ollama_client.STALL_S": 1, "ollama_client.MAX_RECONNECTS": 2}
+    constants = {"llm_service.downloads.STALL_S": 1, "llm_service.downloads.MAX_RECONNECTS": 2}
     service = make_service(constants=constants)
     name = registry.add_random("ns/hopeless:latest", 60)
     registry.rate = 20e6

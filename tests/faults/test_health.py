@@ -11,7 +11,7 @@ import pytest
 from helpers.answers import CLEAR, GEMMA, RESET, heal, health
 from helpers.causes import ollama_hung
 from helpers.places import RUNS
-from ollama_client import Store
+from llm_service.store import Store
 
 
 @pytest.mark.parametrize("path", ["/health", "/health?deep=1"])
@@ -41,7 +41,7 @@ def test_a_model_store_that_cannot_be_read_is_unhealthy(make_service, gguf):
 
 
 def test_a_disk_that_is_full_is_a_warning_and_needs_no_restart(make_service):
-    told = health(make_service(constants={"app.DISK_LOW_BYTES": 1 << 60}))
+    told = health(make_service(constants={"llm_service.health.DISK_LOW_BYTES": 1 << 60}))
     assert (told["status"], told["recommended_action"]) == ("healthy", "none")
     assert "disk" in told["warning"].lower() and "delete" in told["warning"].lower()
 

@@ -22,7 +22,7 @@ RESET_WORDS = ("html", "null", "never")
 def confused(make_module_service, tmp_path_factory):
     """A service on such an Ollama; .says(word) tells what that answers from now on."""
     path, file = stand_in(tmp_path_factory.mktemp("ollama"))
-    service = make_module_service(PATH=path, constants={"ollama_client.MAX_RECONNECTS": 1})
+    service = make_module_service(PATH=path, constants={"llm_service.downloads.MAX_RECONNECTS": 1})
     service.says = file.write_text
     return service
 

@@ -3,6 +3,7 @@
 import psutil
 import pytest
 
+from app import STATUS
 from ollama_client import Ollama, ServiceError
 
 
@@ -19,7 +20,7 @@ def test_calls_share_a_connection_also_after_errors(ollama_server):
         ollama.ps()
         with pytest.raises(ServiceError) as refused:
             ollama.delete("nothing")
-        assert (refused.value.code, refused.value.status) == ("model_not_found", 404)
+        assert (refused.value.code, STATUS[refused.value.code]) == ("model_not_found", 404)
     assert len(connections(server.port)) == 1
 
 
@@ -31,5 +32,5 @@ def test_a_restarted_ollama_is_reached_at_the_next_call(ollama_server):
         server.kill()
         with pytest.raises(ServiceError) as refused:
             ollama.version()
-        assert (refused.value.code, refused.value.status) == ("ollama_unreachable", 503)
+        assert (refused.value.code, STATUS[refused.value.code]) == ("ollama_unreachable", 503)
         server.start()

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.answers import GEMMA
 from helpers.waiting import call, wait_for
-from ollama_client import Processes, alive, end
+from llm_service.processes import Processes, alive, end
 
 
 @pytest.fixture

@@ -26,12 +26,12 @@ M1, M2 = "m1:latest", "m2:latest"
 STUCK_S = 3
 # So that ten looks are over in three seconds, and all the other times are as short.
 QUICK = {
-    "app.LOOK_S": 0.3,
-    "app.GAP_S": 4,
-    "app.GHOST_S": 2,
-    "app.SILENT_S": 2,
-    "app.LONG_IDLE_S": 2,
-    "app.HUNG_LOOKS": 8,
+    "llm_service.watch.LOOK_S": 0.3,
+    "llm_service.runner_state.GAP_S": 4,
+    "llm_service.runner_state.GHOST_S": 2,
+    "llm_service.runner_state.SILENT_S": 2,
+    "llm_service.watch.LONG_IDLE_S": 2,
+    "llm_service.watch.HUNG_LOOKS": 8,
 }
 
 
@@ -118,7 +118,7 @@ def quick(make_module_service, make_gguf_variant):
         LLM_MODEL="m1",
         LLM_CONTEXT_LENGTH=1024,
         LLM_STUCK_SECONDS=STUCK_S,
-        constants=QUICK | {"app.HEALINGS": 1000},
+        constants=QUICK | {"llm_service.healing.HEALINGS": 1000},
     )
 
 
@@ -419,9 +419,9 @@ def test_an_embedding_that_stands_is_stuck_and_healed(well, embedder, others):
 def test_what_ollama_says_of_the_gpu_is_checked(monkeypatch, claimed, used, layers, codes):
     gpu = {"memory_used_mb": used, "memory_total_mb": 65536}
     reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
-    monkeypatch.setattr(app, "GPU_LAYERS", str(layers))
+    monkeypatch.setattr(app.health_report, "_gpu_layers", str(layers))
     model = {"name": "m", "size": 300 << 20, "size_vram": claimed << 20}
-    found = app.gpu_warnings(reading, [model])
+    found = app.health_report.gpu_warnings(reading, [model])
     assert [code for code, _ in found] == codes
     for code, words in found:
         wanted = {"model_on_cpu": "LLM_GPU_LAYERS", "gpu_not_used": "driver"}[code]
@@ -431,12 +431,12 @@ def test_what_ollama_says_of_the_gpu_is_checked(monkeypatch, claimed, used, laye
 def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
     gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
     reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
-    monkeypatch.setattr(app, "GPU_LAYERS", "33")
+    monkeypatch.setattr(app.health_report, "_gpu_layers", "33")
     model = {"name": "m", "size": 300 << 20, "size_vram": 150 << 20}
-    (code, words), _ = app.gpu_warnings(reading, [model])
+    (code, words), _ = app.health_report.gpu_warnings(reading, [model])
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" not in words
     gpu["memory_used_mb"] = 151
-    ((code, words),) = app.gpu_warnings(reading, [model])
+    ((code, words),) = app.health_report.gpu_warnings(reading, [model])
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" in words
 
 
@@ -446,7 +446,7 @@ def test_a_model_that_is_being_loaded_has_not_filled_the_gpu_yet(monkeypatch, st
     reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
     monkeypatch.setattr(app.watch, "runners", lambda: [{"model": "m", "state": state}])
     model = {"name": "m", "size": 300 << 20, "size_vram": 300 << 20}
-    found = app.find_warnings(reading, [model])
+    found = app.health_report.find_warnings(reading, [model])
     assert [each["code"] for each in found if each["code"] != "disk_low"] == codes
 
 
@@ -525,7 +525,7 @@ def test_after_three_healings_the_model_is_left_alone(make_service, make_gguf_va
         models={M1: make_gguf_variant(1)},
         LLM_MODEL="m1",
         LLM_CONTEXT_LENGTH=1024,
-        constants=QUICK | {"app.SILENT_S": 1},
+        constants=QUICK | {"llm_service.runner_state.SILENT_S": 1},
     )
     for number in range(1, 4):
         suspend(service.load(M1))

@@ -35,7 +35,7 @@ class Service:
     models      {"name": path of a GGUF}: those that are there from the start
     wait        False: do not wait for a healthy /health
     wrapper     words before the command, such as setpriv's
-    constants   {"ollama_client.STALL_S": 5}: other values for constants of app.py, ollama_client.py
+    constants   {"llm_service.downloads.STALL_S": 5}: other values for constants of modules
     env         settings; None removes a variable
 
     .url .port                      of the management API

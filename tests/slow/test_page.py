@@ -466,7 +466,7 @@ def test_a_model_beside_its_gpu_is_a_sentence_at_the_top(browser, make_service, 
 
 
 def test_a_full_disk_is_a_sentence_at_the_top(browser, make_service):
-    page = Page(browser, make_service(constants={"app.DISK_LOW_BYTES": 1 << 60}))
+    page = Page(browser, make_service(constants={"llm_service.health.DISK_LOW_BYTES": 1 << 60}))
     page.wait_text("warnings", "The disk is almost full: delete a model, or prune.")
     top = page.run("return document.getElementById('warnings').getBoundingClientRect().bottom")
     assert top <= page.run("return document.querySelector('main').getBoundingClientRect().top")
@@ -779,7 +779,7 @@ def freezable(make_service, gguf):
     def make(**env):
         return make_service(
             models={GEMMA: gguf},
-            constants={"app.LOOK_S": 0.5},
+            constants={"llm_service.watch.LOOK_S": 0.5},
             LLM_MODEL=GEMMA,
             LLM_CONTEXT_LENGTH=2048,
             LLM_STUCK_SECONDS=5,

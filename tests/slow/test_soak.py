@@ -227,7 +227,7 @@ def soak(make_service, make_gguf_variant, registry):
         LLM_CONTEXT_LENGTH=1024,
         LLM_STUCK_SECONDS=5,
         # More looks and more healings than in half an hour of real life.
-        constants={"app.LOOK_S": 0.5, "app.HEALINGS": 1000},
+        constants={"llm_service.watch.LOOK_S": 0.5, "llm_service.healing.HEALINGS": 1000},
     )
     return Soak(service, registry)
 

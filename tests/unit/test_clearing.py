@@ -13,7 +13,10 @@ import psutil
 import pytest
 
 import app
-from ollama_client import Runner, ServiceError, alive, end
+from llm_service import clearing
+from llm_service.clearing import Clearing
+from llm_service.processes import Runner, alive, end
+from ollama_client import ServiceError
 
 # Starts two runners, and reaps them.
 SERVER = """
@@ -60,7 +63,7 @@ class Gpu:
             psutil.wait_procs([self.runners[name]], 5)
 
     def clear(self, force, model=None):
-        return app.Clearing(model, force, time.monotonic() + 3).run()
+        return Clearing(app.watch, model, force, time.monotonic() + 3).run()
 
 
 @pytest.fixture
@@ -68,8 +71,8 @@ def gpu(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
         one = Gpu(server)
         models = {name: [digest] for name, digest in DIGESTS.items()}
-        monkeypatch.setattr(app, "UNLOAD_WAIT_S", 0.2)
-        monkeypatch.setattr(app, "VERIFY_WAIT_S", 0.3)
+        monkeypatch.setattr(clearing, "UNLOAD_WAIT_S", 0.2)
+        monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
         monkeypatch.setattr(app.watch, "known_runners", one.known_runners)
         monkeypatch.setattr(app.processes, "runners", one.known_runners)
         monkeypatch.setattr(app.processes, "server", lambda: one.server)

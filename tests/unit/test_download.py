@@ -5,7 +5,10 @@ import threading
 import pytest
 
 from helpers.waiting import wait_for
-from ollama_client import Downloads, Processes, ServiceError, Store
+from llm_service.downloads import Downloads
+from llm_service.processes import Processes
+from llm_service.store import Store
+from ollama_client import ServiceError
 
 MANIFEST = {"status": "pulling manifest"}
 LAYER = {"status": "pulling abc", "digest": "sha256:" + "a" * 64, "total": 10, "completed": 10}

@@ -6,7 +6,9 @@ import psutil
 import pytest
 
 import app
-from ollama_client import ServiceError, alive
+from llm_service.processes import alive
+from llm_service.watch import ServerState
+from ollama_client import ServiceError
 
 
 @pytest.fixture
@@ -17,14 +19,15 @@ def server(monkeypatch):
         monkeypatch.setattr(app.processes, "server", lambda: process)
         monkeypatch.setattr(app.processes, "_ended", None)
         monkeypatch.setattr(app.processes, "ever_started", lambda: True)
-        monkeypatch.setattr(app.watch, "server", app.ServerState())
-        app.watch.server.note_answer(process)
+        state = ServerState(app.ollama, app.store, app.processes)
+        monkeypatch.setattr(app.watch, "server_state", state)
+        state.note_answer(process)
         yield started
         started.kill()
 
 
 def diagnosis(code, asked):
-    code, _reason, action = app.diagnose(ServiceError(code, "no answer"), asked)
+    code, _reason, action = app.health_report.diagnose(ServiceError(code, "no answer"), asked)
     return code, action
 
 
@@ -56,7 +59,7 @@ def test_one_that_was_told_to_end_is_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(app.processes, "state_file", tmp_path / "state")
     seen = []
     monkeypatch.setattr(
-        "ollama_client.end",
+        "llm_service.processes.end",
         lambda *_: seen.append(diagnosis("ollama_unreachable", asked)),
     )
     assert not app.processes.end_server(0)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from app import STATUS
 from helpers.names import NO_NAMES, TAKEN
 from ollama_client import ServiceError, check_name, dial_url, name_key, timestamp
 
@@ -19,7 +20,7 @@ def test_a_name_is_taken_without_the_blanks_around_it(name):
 def test_what_is_no_name_is_refused(value):
     with pytest.raises(ServiceError) as refused:
         check_name(value)
-    assert (refused.value.code, refused.value.status) == ("bad_model_name", 400)
+    assert (refused.value.code, STATUS[refused.value.code]) == ("bad_model_name", 400)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from helpers.waiting import wait_for
-from ollama_client import Processes, alive, dying, end
+from llm_service.processes import Processes, alive, dying, end
 
 DIGEST = "c" * 64
 SLEEP = "import time; time.sleep(60)"

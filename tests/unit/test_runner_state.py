@@ -1,21 +1,29 @@
 """The states of a runner and of the server, by looks that are made by hand."""
 
+import os
 import time
 import types
 
 import psutil
 import pytest
 
-import app
-import ollama_client
-from app import Look, RunnerState, ServerState
+from llm_service import processes
+from llm_service.downloads import Downloads
+from llm_service.processes import Processes
+from llm_service.runner_state import GAP_S, STUCK_LOOKS, Look, RunnerState
+from llm_service.store import Store
+from llm_service.watch import Watch
+from ollama_client import Ollama
 
 STUCK_S = 40
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    monkeypatch.setattr(app, "STUCK_S", STUCK_S)
+def make_watch(runners=()):
+    """Return a watch of these runners, beside an Ollama that is not there."""
+    found = Processes(os.devnull)
+    found.runners = lambda: list(runners)
+    ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
+    return Watch(ollama, store, found, Downloads(ollama, store, found, 1), stuck_s=STUCK_S)
 
 
 def slot(task=1, decoded=5, prompt=10, active=True):
@@ -41,7 +49,7 @@ class Runner:
     def __init__(self):
         self.now = 1000.0
         process = types.SimpleNamespace(pid=7)
-        self.state = RunnerState(types.SimpleNamespace(process=process), self.now)
+        self.state = RunnerState(types.SimpleNamespace(process=process), self.now, STUCK_S)
 
     def look(self, *slots, after=2.0, health="ok", **fields):
         self.now += after
@@ -101,22 +109,23 @@ def test_it_is_busy_while_tokens_come_and_then_idle(runner):
     assert not runner.state.under_way
 
 
-def test_a_runner_that_ends_while_it_is_asked_is_no_bug(monkeypatch):
+def test_a_runner_that_ends_while_it_is_asked_is_no_bug():
     process = psutil.Popen(["true"])
     process.wait()
-    gone = ollama_client.Runner(process, digest=None, port="1")
-    monkeypatch.setattr(app.processes, "runners", lambda: [gone])
-    watch = app.Watch()
+    gone = processes.Runner(process, digest=None, port="1")
+    watch = make_watch([gone])
     watch.look()
     assert [each["pid"] for each in watch.runners()] == [process.pid]
 
 
-def test_the_machines_cpu_is_told_however_many_runners_came_and_went(monkeypatch):
-    watch = app.Watch()
+def test_the_machines_cpu_is_told_however_many_runners_came_and_went():
+    there = []
+    watch = make_watch(there)
+    watch.processes.runners = lambda: list(there)
     for _ in range(70):
         process = psutil.Popen(["sleep", "60"])
-        one = ollama_client.Runner(process, digest=None, port="1")
-        monkeypatch.setattr(app.processes, "runners", lambda one=one: [one])
+        one = processes.Runner(process, digest=None, port="1")
+        there[:] = [one]
         watch.look()
         process.kill()
         process.wait()
@@ -224,7 +233,7 @@ def test_one_that_is_wholly_on_the_gpu_gets_no_more(busy):
 
 def test_one_that_ceases_to_compute_is_stuck_soon(busy):
     busy.for_(STUCK_S * 5, slot(), cpu_share=1.0)
-    assert "stuck" in busy.for_(app.STUCK_LOOKS * 2 + 2, slot())
+    assert "stuck" in busy.for_(STUCK_LOOKS * 2 + 2, slot())
 
 
 # A gap
@@ -232,7 +241,7 @@ def test_one_that_ceases_to_compute_is_stuck_soon(busy):
 
 def test_a_gap_between_two_looks_starts_the_count_anew(busy):
     busy.for_(STUCK_S - 2, slot())
-    assert busy.look(slot(), after=app.GAP_S + 0.1) == "busy"
+    assert busy.look(slot(), after=GAP_S + 0.1) == "busy"
     assert busy.for_(STUCK_S - 2, slot()) == {"busy"}
     assert busy.look(slot()) == "stuck"
 
@@ -245,7 +254,7 @@ def test_after_a_pause_of_an_hour_nothing_is_stuck_or_silent_or_a_ghost(runner, 
 
 
 def test_looks_six_seconds_apart_are_no_gap(busy):
-    assert "stuck" in busy.for_(STUCK_S * 2, slot(), step=app.GAP_S)
+    assert "stuck" in busy.for_(STUCK_S * 2, slot(), step=GAP_S)
 
 
 # Silent
@@ -323,9 +332,9 @@ def test_without_slots_one_look_without_cpu_is_no_idleness(runner):
 @pytest.mark.parametrize(("passed_s", "working"), [(0.1, True), (2, False)])
 def test_it_works_by_its_share_of_cpu_however_soon_the_look_comes(monkeypatch, passed_s, working):
     me = psutil.Process()
-    state = RunnerState(types.SimpleNamespace(process=me), time.monotonic() - passed_s)
-    monkeypatch.setattr(app, "cpu_seconds", lambda _: 0.09)
-    assert app.watch._glance(state, me.parent()).working is working
+    state = RunnerState(types.SimpleNamespace(process=me), time.monotonic() - passed_s, STUCK_S)
+    monkeypatch.setattr("llm_service.runner_state.cpu_seconds", lambda _: 0.09)
+    assert make_watch()._glance(state, me.parent()).working is working
 
 
 # Tokens
@@ -384,6 +393,11 @@ def server():
     return psutil.Process()
 
 
+def server_state():
+    watch = make_watch()
+    return watch.server_state
+
+
 def silence(state, server, looks):
     for _ in range(looks):
         state.note_silence()
@@ -391,7 +405,7 @@ def silence(state, server, looks):
 
 
 def test_a_server_that_answered_is_hung_after_fifteen_looks(server):
-    state = ServerState()
+    state = server_state()
     state.note_answer(server)
     assert not silence(state, server, 14)
     assert silence(state, server, 1)
@@ -400,20 +414,20 @@ def test_a_server_that_answered_is_hung_after_fifteen_looks(server):
 
 
 def test_a_server_that_has_not_answered_yet_is_never_hung(server, monkeypatch):
-    state = ServerState()
-    monkeypatch.setattr(app.time, "time", lambda: server.create_time() + 299)
+    state = server_state()
+    monkeypatch.setattr("time.time", lambda: server.create_time() + 299)
     assert state.starting(server)
     assert not silence(state, server, 500)
-    monkeypatch.setattr(app.time, "time", lambda: server.create_time() + 301)
+    monkeypatch.setattr("time.time", lambda: server.create_time() + 301)
     assert not state.starting(server)
 
 
 def test_no_server_is_never_hung():
-    assert not silence(ServerState(), None, 50)
+    assert not silence(server_state(), None, 50)
 
 
 def test_the_next_server_starts_again(server):
-    state = ServerState()
+    state = server_state()
     state.note_answer(server)
     following = psutil.Process(server.ppid())
     assert not silence(state, following, 50)

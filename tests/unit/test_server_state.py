@@ -9,6 +9,7 @@ import pytest
 
 import app
 from helpers.waiting import wait_for
+from llm_service.watch import ServerState
 
 # Uses 20 ms of CPU for each line that it reads.
 WORKER = """
@@ -45,7 +46,7 @@ def asked(monkeypatch, server):
     monkeypatch.setattr(app.processes, "server", lambda: process)
     waits = psutil.STATUS_SLEEPING
     wait_for(lambda: process.status() == waits, 5, "the server waits for work")
-    state = app.ServerState()
+    state = ServerState(app.ollama, app.store, app.processes)
     state.ask_loaded(process, 1)
     assert state.loaded_now() == state.loaded_now() == [{"name": "m1"}]
     return state
@@ -94,6 +95,6 @@ def test_what_was_said_while_the_server_worked_is_not_kept(asked, server, monkey
 
 
 def test_where_the_clock_cannot_be_read_the_server_is_asked(asked, monkeypatch):
-    monkeypatch.setattr(app, "cpu_clock_s", lambda _: math.nan)
+    monkeypatch.setattr("llm_service.watch.cpu_clock_s", lambda _: math.nan)
     assert asked.loaded_now() == [{"name": "m2"}]
     assert asked.loaded_now() == [{"name": "m3"}]

@@ -10,8 +10,11 @@ import time
 
 import pytest
 
+from app import STATUS
 from helpers.models import add_model, blob_path, manifest_path
-from ollama_client import PURGE_S, OpenFiles, ServiceError, Store, name_key
+from llm_service.processes import OpenFiles
+from llm_service.store import PURGE_S, Store
+from ollama_client import ServiceError, name_key
 
 
 @pytest.fixture
@@ -226,7 +229,7 @@ def refused(models, **options):
     with pytest.raises(ServiceError) as caught:
         prune(models, **options)
     assert blobs_in(models) == before
-    assert caught.value.status == 409
+    assert STATUS[caught.value.code] == 409
     return caught.value.code
 
 

@@ -1,0 +1,1 @@
+"""What has grown beside the three modules of the service, one noun a module."""

@@ -1,0 +1,576 @@
+"""Downloads that outlive what breaks, their listeners and their arithmetic."""
+
+import collections
+import contextlib
+import errno
+import hashlib
+import logging
+import queue
+import threading
+import time
+import typing
+
+from llm_service.processes import Processes
+from llm_service.store import PURGE_S, Store
+from ollama_client import (
+    DIGEST,
+    Json,
+    Ollama,
+    ServiceError,
+    Stream,
+    clean,
+    file_errors,
+    name_key,
+    timestamp,
+)
+
+STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops its bytes; a reconnect keeps them
+MAX_RECONNECTS = 10
+RECONNECT_MAX_S = 8
+LINE_S = 0.25  # at the latest, to listeners; two writes show that one has left
+PROGRESS_S = 0.2
+SPEED_WINDOW_S = 10
+SETTLED_S = 1  # longer than a pull is between two layers, with no file open
+CHECK_BYTES = 1 << 20
+DISK_RESERVE_BYTES = 1 << 30
+LAYERS_LIMIT = 1000
+ENDED_KEPT = 20
+log = logging.getLogger("llm-service")
+
+
+class Progress:
+    """What a download has of each layer, and how fast it comes. Times are monotonic seconds."""
+
+    def __init__(self, now: float):
+        self.layers: dict[str, list[int]] = {}  # digest: [completed, total], as Ollama shows them
+        self.moved_at = now  # when the last byte came
+        self.part = (0, 100)  # what goes on now is from here to there of the whole work, in %
+        self._percent = 0.0
+        self._received = 0
+        self._speed: collections.deque[tuple[float, int]] = collections.deque()
+
+    def note(self, line: Json, now: float) -> None:
+        """Note one of Ollama's progress lines, or one of the same form."""
+        digest = line.get("digest")
+        if digest:
+            self._note_layer(digest, line.get("completed", 0), line.get("total", 0), now)
+        if digest or line["status"].startswith("verifying"):
+            # Ollama has gone on. The last line of a layer may stay below its total.
+            for layer, sizes in self.layers.items():
+                if layer == digest:
+                    break
+                sizes[0] = sizes[1]
+
+    def _note_layer(self, digest: str, completed: int, total: int, now: float) -> None:
+        completed = min(completed, total)
+        before, _ = self.layers.get(digest, (completed, 0))  # it may be from an earlier pull
+        if completed > before or digest not in self.layers:
+            self.moved_at = now
+        self._received += max(0, completed - before)
+        self.layers[digest] = [completed, total]
+        if len(self.layers) > LAYERS_LIMIT:
+            raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
+        if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
+            self._speed.append((now, self._received))
+        while now - self._speed[0][0] > SPEED_WINDOW_S:
+            self._speed.popleft()
+
+    def set_layers(self, sizes: dict[str, int], completed: bool) -> None:
+        """Replace the layers by a model's files: to check them, or at the end."""
+        self.layers = {
+            f"sha256:{digest}": [size if completed else 0, size] for digest, size in sizes.items()
+        }
+
+    def completed_bytes(self) -> int:
+        """Return how much of the layers seen so far is there."""
+        return sum(completed for completed, _ in self.layers.values())
+
+    def figures(self, now: float, state: str = "running") -> Json:
+        """Return percent (never falls, 100 only with success), bytes, speed and ETA.
+
+        ``state`` is the download's.
+        """
+        completed = self.completed_bytes()
+        total = sum(total for _, total in self.layers.values())
+        if total:
+            start, end = self.part
+            percent = start + (end - start) * completed / total
+            self._percent = max(self._percent, min(99.9, int(percent * 10) / 10))
+        speed = 0
+        if self._speed and state == "running":
+            began, received = self._speed[0]
+            speed = int((self._received - received) / max(now - began, PROGRESS_S))
+        return {
+            "percent": 100.0 if state == "success" else self._percent,
+            "completed_bytes": completed,
+            "total_bytes": total,
+            "bytes_per_second": speed,
+            "eta_seconds": (total - completed) // speed if speed else None,
+        }
+
+
+class Download:
+    """One pull of one model, owned by the service; any number of listeners attach to it.
+
+    Its ``thread``, which Downloads starts, decides on stop, stall, disk and reconnect.
+    ``state`` is "running", then "success", "error" or "cancelled".
+    """
+
+    def __init__(self, tools: "Downloads", model: str, insecure: bool, verify: bool):
+        self.model = model
+        self.verify = verify
+        self.state = "running"
+        self.error: ServiceError | None = None
+        self.ended_at: float | None = None
+        self.thread = threading.Thread(target=self._run, name=f"pull {model}", daemon=True)
+        self._tools = tools
+        self._store = tools.store
+        self._insecure = insecure
+        self._started_at = time.time()
+        self._progress = Progress(time.monotonic())
+        self._stream: Stream | None = None
+        self._changed = threading.Condition()  # guards all below, and the progress
+        self._listeners = 0
+        self._detached = False
+        self._joinable = True
+        self._stop: ServiceError | None = None
+        self._had_news = False  # more than the manifest was seen
+        self._line: Json = {"status": "starting"}
+        self._said: collections.deque[Json] = collections.deque(maxlen=64)
+        self._said_count = 0
+
+    def join(self, detach: bool, verify: bool) -> typing.Iterator[Json] | None:
+        """Attach a listener and return its lines; None if the download is about to end.
+
+        Detached, it goes on without listeners, and nobody reads the lines.
+        """
+        with self._changed:
+            if not self._joinable:
+                return None
+            self.verify |= verify
+            self._detached |= detach
+            self._listeners += not detach
+            return self._lines(self._said_count)
+
+    def leave(self) -> None:
+        """Take a listener away; with the last one the download stops."""
+        with self._changed:
+            self._listeners -= 1
+            if self._listeners == 0 and not self._detached:
+                words = "The last listener left: pull again, it goes on from here."
+                self.stop(ServiceError("cancelled", words))
+
+    def stop(self, error: ServiceError) -> None:
+        """End the download with this error."""
+        with self._changed:
+            self._joinable = False
+            self._stop = self._stop or error
+            self._changed.notify_all()
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until a layer was seen; raise the error of a download that ended before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._had_news or self.ended_at, timeout_s)
+            if self.error and not self._had_news:
+                raise self.error
+
+    def reconnect(self) -> None:
+        """Break the connection to Ollama; the download makes a new one."""
+        if self._stream:
+            self._stream.close()
+
+    def digests(self) -> set[str]:
+        """Return the digests (hex) of the layers seen so far."""
+        with self._changed:
+            return set(DIGEST.findall(" ".join(self._progress.layers)))
+
+    def summary(self) -> Json:
+        """Return what ``GET /api/models/pull`` says of it."""
+        with self._changed:
+            return {
+                "model": self.model,
+                "state": self.state,
+                "status": self._line["status"],
+                **self._figures(),
+                "listeners": self._listeners,
+                "detached": self._detached,
+                "error": self.error and str(self.error),
+                "code": self.error and self.error.code,
+                "started_at": timestamp(self._started_at),
+                "ended_at": timestamp(self.ended_at),
+            }
+
+    def last_line(self) -> Json:
+        """Return the one line that ends the stream."""
+        if self.error:
+            return {"error": str(self.error), "code": self.error.code}
+        return {"status": "success", **self._figures()}
+
+    # The listeners' side
+
+    def _lines(self, seen: int) -> typing.Iterator[Json]:
+        """Yield what is said at once, and how far it is while nothing is said."""
+        with self._changed:
+            joined_late = seen and self.state == "running"
+            lines = [{**self._line, **self._figures()}] if joined_late else []
+        yield from lines
+        while self.state == "running" or seen < self._said_count:
+            with self._changed:
+                if seen == self._said_count:
+                    self._changed.wait(LINE_S)
+                new = self._said_count - seen
+                seen = self._said_count
+                lines = list(self._said)[-new:] if new else [{**self._line, **self._figures()}]
+            yield from lines
+
+    def _say(self, line: Json) -> None:
+        with self._changed:
+            self._said.append(line)
+            self._said_count += 1
+            self._changed.notify_all()
+
+    def _note(self, line: Json) -> None:
+        """Count a line, and show it to the listeners: a change of status at once."""
+        with self._changed:
+            self._progress.note(line, time.monotonic())
+            is_new = line["status"] != self._line["status"]
+            self._line = line
+            if is_new:
+                self._say({**line, **self._figures()})
+
+    def _figures(self) -> Json:
+        return self._progress.figures(time.monotonic(), self.state)
+
+    # The owner's side
+
+    def _run(self) -> None:
+        error = None
+        try:
+            with file_errors():
+                self._work()
+        except ServiceError as e:
+            error = e
+            log.warning("pull %s: %s: %s", self.model, e.code, e)
+        except Exception as e:
+            error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
+            log.exception("pull %s: a bug", self.model)
+        code = error.code if error else "success"
+        with self._changed:
+            self._joinable = False
+            self.state = code if code in ("success", "cancelled") else "error"
+            self.error = error
+            self.ended_at = time.time()
+            if not error:
+                self._line = {"status": "success"}
+            self._say(self.last_line())
+        self._tools.note_end(self)
+
+    def _work(self) -> None:
+        old = self._digests_there()
+        self._progress.part = (0, 50 if self.verify else 100)
+        unknown = None
+        try:
+            self._pull()
+        except ServiceError as e:
+            if e.code != "model_not_found" or not self.verify or not old:
+                raise
+            unknown = e
+        if self._is_check_wanted():
+            self._check_files(unknown)
+        new = self._digests_there()
+        self._count_files(new, completed=True)  # Ollama shows no line of a layer that comes at once
+        self._tools.remove_replaced(self.model, set(old).difference(new))
+
+    def _is_check_wanted(self) -> bool:
+        with self._changed:
+            self._joinable &= self.verify  # else it is too late to join with verify
+            return self.verify
+
+    def _digests_there(self) -> list[str]:
+        """Return the digests that the model's manifest names; [] if it is not there."""
+        return self._store.models().get(name_key(self.model), [])
+
+    def _count_files(self, digests: list[str], completed: bool) -> None:
+        """Count these files as the layers: to check them, or as completed."""
+        with self._changed:
+            self._progress.set_layers(self._store.sizes(digests), completed)
+
+    def _pull(self) -> None:
+        """Pull until success, over as many connections as it takes."""
+        failures = most = 0
+        while True:
+            try:
+                return self._follow_connection()
+            except ServiceError as e:
+                if not self._goes_on_after(e):
+                    raise
+                reason = e
+            completed = self._progress.completed_bytes()
+            failures = 1 if completed > most else failures + 1
+            most = max(most, completed)
+            if failures > MAX_RECONNECTS:
+                raise ServiceError(
+                    reason.code,
+                    f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
+                    f"next pull goes on from here. The last reason: {reason}",
+                )
+            log.warning("pull %s: reconnecting: %s", self.model, reason)
+            status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
+            self._note({"status": status, "reason": str(reason)})
+            with self._changed:
+                pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
+                self._changed.wait_for(lambda: self._stop, pause_s)
+
+    def _goes_on_after(self, error: ServiceError) -> bool:
+        passing = ("ollama_unreachable", "ollama_timeout", "registry_unreachable")
+        begun = bool(self._progress.layers)
+        return error.code == "pull_interrupted" or (begun and error.code in passing)
+
+    def _follow_connection(self) -> None:
+        """Note the lines of one connection; return with Ollama's success."""
+        self._progress.moved_at = time.monotonic()
+        stream = self._stream = self._tools.ollama.pull(self.model, self._insecure)
+        lines: queue.SimpleQueue[Json | Exception] = queue.SimpleQueue()
+        threading.Thread(target=read_into, args=(lines, stream), daemon=True).start()
+        try:
+            while True:
+                self._check_stop()
+                self._check_stall()  # Ollama repeats its line meanwhile
+                with contextlib.suppress(queue.Empty):
+                    line = lines.get(timeout=PROGRESS_S)
+                    if isinstance(line, Exception):
+                        raise line
+                    if line["status"] == "success":
+                        return
+                    self._check_disk(line)  # what does not fit is refused before it is news
+                    self._had_news |= line["status"] != "pulling manifest"
+                    self._note(line)
+        finally:
+            stream.close()
+
+    def _check_stop(self) -> None:
+        if self._stop:
+            raise self._stop
+
+    def _check_stall(self) -> None:
+        fetching = self._line["status"].startswith(
+            ("starting", "pulling", "reconnecting", "removed")  # else Ollama may verify
+        )
+        if fetching and time.monotonic() - self._progress.moved_at > STALL_S:
+            raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+
+    def _check_disk(self, line: Json) -> None:
+        free = self._store.free_bytes()
+        missing = line.get("total", 0) - line.get("completed", 0)  # the other layers are there
+        if free is not None and missing > 0 and free - missing < DISK_RESERVE_BYTES:
+            raise ServiceError(
+                "disk_full",
+                f"The rest of {self.model} needs {missing >> 20} MB and "
+                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._store.path} has "
+                f"{free >> 20} MB: delete a model or enlarge the disk.",
+            )
+
+    # Checking what is there
+
+    def _check_files(self, unknown: ServiceError | None) -> None:
+        """Read the model's files; remove those whose content has another digest, and pull again.
+
+        Of a model that is ``unknown`` to the registry nothing is removed.
+        """
+        digests = self._digests_there()
+        self._progress.part = (50, 100)
+        self._count_files(digests, completed=False)
+        self._had_news = True
+        damaged = [digest for digest in digests if not self._is_whole(digest)]
+        names = ", ".join(digest[:12] for digest in damaged)
+        if unknown:
+            found = f"damaged are {names}: create it anew" if damaged else "its files are undamaged"
+            raise ServiceError(
+                "model_damaged" if damaged else unknown.code,
+                f"The registry does not know {self.model}, so nothing was removed; {found}.",
+            )
+        if damaged:
+            for digest in damaged:
+                self._store.blob(digest).unlink(missing_ok=True)
+            log.warning("pull %s: removed damaged files: %s", self.model, names)
+            self._note({"status": f"removed {len(damaged)} damaged: {names}"})
+            self._count_files(self._digests_there(), completed=True)
+            self._pull()
+
+    def _is_whole(self, digest: str) -> bool:
+        total = self._store.sizes([digest]).get(digest, 0)
+        line = {"status": f"checking {digest[:12]}", "digest": f"sha256:{digest}", "total": total}
+        checksum = hashlib.sha256()
+        completed = 0
+        self._note(line)
+        try:
+            with self._store.blob(digest).open("rb", buffering=0) as file:
+                while piece := file.read(CHECK_BYTES):
+                    self._check_stop()
+                    checksum.update(piece)
+                    completed += len(piece)
+                    self._note({**line, "completed": completed})
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.EIO):  # missing, unreadable on the disk
+                raise
+        return checksum.hexdigest() == digest
+
+
+def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> None:
+    """Put a pull's lines into a queue, and at its end the exception that says why.
+
+    It is a thread of its own: ``requests`` fixes the timeout when the request is sent, and
+    Ollama is silent while it verifies.
+    """
+    try:
+        for line in stream:
+            lines.put(line)
+        raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
+    except Exception as e:
+        lines.put(e)
+
+
+class Downloads:
+    """The downloads under way, at most ``limit``, and the last ended ones."""
+
+    def __init__(self, ollama: Ollama, store: Store, processes: Processes, limit: int):
+        self.ollama = ollama
+        self.store = store
+        self._processes = processes
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._running: dict[str, Download] = {}
+        self._ended: collections.deque[Download] = collections.deque(maxlen=ENDED_KEPT)
+        self._closing: ServiceError | None = None
+        self.counts = {"success": 0, "error": 0, "cancelled": 0}  # since the start
+
+    def pull(
+        self, model: str, insecure: bool = False, detach: bool = False, verify: bool = False
+    ) -> tuple[Download, typing.Iterable[Json]]:
+        """Start a download or join the one under way; return it and its lines."""
+        key = name_key(model)
+        for _ in range(3):
+            with self._lock:
+                if self._closing:
+                    raise self._closing
+                download = self._running.get(key)
+                if not download:
+                    self._check_limit()
+                    download = Download(self, model, insecure, verify)
+                lines = download.join(detach, verify)  # before it starts: it may fail at once
+                if key not in self._running:
+                    download.thread.start()
+                    self._running[key] = download
+            if lines is not None:
+                return download, lines
+            download.thread.join(2)
+        raise ServiceError(
+            "model_being_pulled",
+            "A download of this model is just being cancelled: try again.",
+        )
+
+    def cancel(self, model: str, purge: bool = False) -> int:
+        """Cancel a download; return the bytes that ``purge`` freed of its parts.
+
+        The last one that failed can be purged too.
+        """
+        began = time.monotonic()
+        key = name_key(model)
+        states = ("running", "error", "cancelled") if purge else ("running",)
+        with self._lock:
+            known = [*self._ended, *self._running.values()]
+        found = [each for each in known if name_key(each.model) == key and each.state in states]
+        if not found:
+            raise ServiceError(
+                "no_such_pull",
+                f"No download of {model} is under way: GET /api/models/pull lists them.",
+            )
+        download = found[-1]
+        words = "Cancelled by request: the next pull goes on from what is there."
+        download.stop(ServiceError("cancelled", words))
+        download.thread.join(2)
+        if not purge:
+            return 0
+        others = [each for each in known if each.state == "running" and each is not download]
+        shared = set().union(*(each.digests() for each in others))  # they may be closed just now
+        with file_errors():
+            return self.store.purge(
+                download.digests() - shared,
+                lambda: self._processes.open_files().held,
+                PURGE_S - (time.monotonic() - began),
+            )
+
+    def list(self) -> list[Json]:
+        """Return the summaries: those under way, then the ended ones, newest first."""
+        with self._lock:
+            downloads = [*self._running.values(), *reversed(self._ended)]
+        return [download.summary() for download in downloads]
+
+    def running_count(self) -> int:
+        """Return how many downloads are under way."""
+        return len(self._running)
+
+    def running(self, model: str) -> bool:
+        """Tell whether this model is being downloaded."""
+        return name_key(model) in self._running
+
+    def prune(self, older_than_s: float, dry_run: bool) -> tuple[int, int]:
+        """Remove what no model uses, once nothing of the store has been in use for a while.
+
+        Between two files of a pull Ollama has none open, for a moment. Returns (freed bytes,
+        files). Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
+        """
+        until = time.monotonic() + (0 if dry_run else SETTLED_S)
+        while True:
+            with self._lock, file_errors():
+                if self._running:
+                    raise ServiceError(
+                        "model_being_pulled",
+                        "A download is under way: wait for its end, or cancel it.",
+                    )
+                files = self._processes.open_files()
+                self.store.check_at_rest(files)
+                if time.monotonic() >= until:
+                    return self.store.prune(older_than_s, files, dry_run)
+            time.sleep(0.05)
+
+    def remove_replaced(self, model: str, digests: set[str]) -> None:
+        """Remove these blobs of a model's old version; what may be needed yet is unused then."""
+        if not digests:
+            return
+        try:
+            with self._lock, file_errors():
+                self.store.make_old(digests)
+                if len(self._running) == 1:  # this one
+                    self.store.prune(0, self._processes.open_files(), only=digests)
+        except ServiceError as e:
+            log.warning("pull %s: the old version stays: %s", model, e)
+
+    def reconnect(self) -> None:
+        """Break every download's connection: before Ollama is ended, so that it keeps the parts."""
+        for download in list(self._running.values()):
+            download.reconnect()
+
+    def close(self) -> None:
+        """End all downloads: the service stops."""
+        words = "The service is stopping: pull again later, it goes on from here."
+        with self._lock:
+            self._closing = ServiceError("shutting_down", words)
+            downloads = list(self._running.values())
+        for download in downloads:
+            download.stop(self._closing)
+
+    def note_end(self, download: Download) -> None:
+        """Move a download to the ended ones."""
+        with self._lock:
+            del self._running[name_key(download.model)]
+            self._ended.append(download)
+            self.counts[download.state] += 1
+
+    def _check_limit(self) -> None:
+        if len(self._running) >= self._limit:
+            raise ServiceError(
+                "too_many_pulls",
+                f"{self._limit} downloads are under way: wait for one, cancel one, or "
+                "raise LLM_MAX_PULLS.",
+            )

@@ -1,0 +1,112 @@
+"""Answers about the models on the disk and in memory."""
+
+import datetime
+import json
+import typing
+
+from llm_service.downloads import Downloads
+from llm_service.healing import CLEAR_S, Healing
+from llm_service.processes import MB
+from llm_service.sharing import SharedRun, began_since
+from llm_service.watch import Watch
+from ollama_client import Json, ServiceError, name_key, timestamp
+
+LIST_S = 1.2
+
+
+class Models:
+    """Lists, deletes and prunes models."""
+
+    def __init__(self, watch: Watch, healing: Healing, downloads: Downloads):
+        self._watch, self._healing, self._downloads = watch, healing, downloads
+        self._store = watch.store
+        self._listing = SharedRun(began_since)
+
+    def list(self) -> str:
+        """Return the answer of ``GET /api/models``, as JSON text."""
+        return self._listing.get(self._list, CLEAR_S)
+
+    def loaded(self) -> Json:
+        """Return the answer of ``GET /api/models/loaded``."""
+        loaded = [loaded_entry(model) for model in self._watch.server_state.loaded_now()]
+        return {"loaded_models": loaded, "count": len(loaded)}
+
+    def prune(self, older_than_s: float, dry_run: bool) -> Json:
+        """Return the answer of ``POST /api/models/prune``."""
+        freed, files = self._downloads.prune(older_than_s, dry_run)
+        would = "would come free" if dry_run else "came free"
+        return {
+            "status": "success",
+            "message": f"{freed // MB} MB of {files} unused files {would}.",
+            "freed_bytes": freed,
+            "files": files,
+        }
+
+    def delete(self, model: str, force: bool) -> int:
+        """Unload and delete a model; return the bytes that came free."""
+        if self._downloads.running(model):
+            words = f"{model} is being downloaded: cancel that first."
+            raise ServiceError("model_being_pulled", words)
+        self._watch.ollama.version(1)  # one that hangs would look busy
+        if not self._healing.clear(model, force)["verified"]:
+            raise ServiceError(
+                "model_busy",
+                f'{model} is in the middle of an answer: try again, or send "force": true.',
+            )
+        digests = self._store.models().get(name_key(model), [])
+        before = self._store.sizes(digests).values()
+        self._watch.ollama.delete(model)
+        after = self._store.sizes(digests).values()
+        return sum(before) - sum(after)
+
+    def _list(self) -> str:
+        loaded = self._watch.server_state.loaded_now()
+        by_name = {model["name"]: model for model in loaded}
+        by_digest = {model.get("digest"): model for model in loaded}
+        listed = []
+        for model in self._watch.server_state.tags(LIST_S):
+            match = by_name.get(model["name"])
+            if not match:
+                match = by_digest.get(model.get("digest"), {})
+            listed.append(model_entry(model, match))
+        answer = {"models": listed, "count": len(listed)}
+        return json.dumps(answer, separators=(",", ":")) + "\n"
+
+
+def model_entry(model: Json, loaded: Json) -> Json:
+    """Describe a model on disk; ``loaded`` is its line of ``/api/ps``, or {}."""
+    return {
+        "name": model["name"],
+        "size": model.get("size"),
+        "modified_at": utc(model.get("modified_at")),
+        "digest": model.get("digest"),
+        "details": model.get("details") or {},
+        "loaded": bool(loaded),
+        "size_vram": loaded.get("size_vram"),
+        "expires_at": utc(loaded.get("expires_at")),
+        "size_loaded": loaded.get("size"),
+        "context_length": loaded.get("context_length"),
+    }
+
+
+def loaded_entry(model: Json) -> Json:
+    """Describe a model in memory by its line of ``/api/ps``."""
+    return {
+        "name": model["name"],
+        "size": model.get("size"),
+        "size_vram": model.get("size_vram"),
+        "context_length": model.get("context_length"),
+        "expires_at": utc(model.get("expires_at")),
+    }
+
+
+def utc(moment: typing.Any) -> str | None:
+    """Bring Ollama's time, which carries its own zone, to UTC."""
+    if not isinstance(moment, str):
+        return None
+    if moment.endswith("Z"):
+        return moment
+    try:
+        return timestamp(datetime.datetime.fromisoformat(moment).timestamp())
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,294 @@
+"""The server and its runners: who they are, what they have open, how they are ended."""
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import pathlib
+import re
+import signal
+import time
+import typing
+
+import psutil
+
+from ollama_client import DIGEST, ServiceError
+
+MB = 1024 * 1024
+PF_EXITING = 4  # a process has this flag of Linux' before its files are closed
+
+
+class Runner(typing.NamedTuple):
+    """A process that holds one model. ``process`` is its identity: pid and start time."""
+
+    process: psutil.Process
+    digest: str | None  # of the weights; None where the command line names another file
+    port: str | None
+
+
+class OpenFiles(typing.NamedTuple):
+    """Names of files, without their folders, that the service's processes have open."""
+
+    held: set[str]  # or mapped, by any of them
+    written: set[str]
+    of_server: set[str]  # which reads a blob while it verifies a pull, creates or pushes
+
+
+class Processes:
+    """The servers that the launcher has recorded in ``state_file``, and their runners.
+
+    Each server leads a session of its own. By its session a runner shows whose it is, also
+    when its server has died. A line of the file is "pid start restarts", the start in ticks
+    since boot.
+    """
+
+    def __init__(self, state_file: str | os.PathLike):
+        self.state_file = pathlib.Path(state_file)
+        self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
+        self._ended: psutil.Process | None = None  # the server that was last told to end
+
+    def server(self) -> psutil.Process | None:
+        """Return the running server, or None."""
+        for pid, started, _ in self._records()[-1:]:
+            about = _stat(pid)
+            if about and about.start == started:
+                with contextlib.suppress(psutil.Error):
+                    server = _process(pid, started)
+                    return server if about.state != "Z" or alive(server) else None
+        return None
+
+    def ever_started(self) -> bool:
+        """Tell whether the launcher has started a server yet."""
+        return bool(self._records())
+
+    def ending(self, server: psutil.Process) -> bool:
+        """Tell whether a server was told to end, dies, or has been reaped just now.
+
+        At SIGTERM it takes no connection any more, and lives on until its runners have ended.
+        """
+        return server == self._ended or dying(server) or not alive(server)
+
+    def restarts(self) -> int:
+        """Return how often the launcher had started Ollama anew when ``server`` was called."""
+        records = self._read[1]
+        return records[-1][2] if records else 0
+
+    def all(self) -> list[psutil.Process]:
+        """Return every process of the recorded sessions, zombies included."""
+        sessions = set()
+        for pid, started, _ in self._records():
+            about = _stat(pid)
+            if about is None or about.start == started:  # the leader died, the rest may live
+                sessions.add(pid)
+        found = []
+        for pid in psutil.pids():
+            try:
+                if os.getsid(pid) in sessions:
+                    found.append(psutil.Process(pid))
+            except (ProcessLookupError, psutil.Error):
+                continue  # it has ended
+        return found
+
+    def runners(self) -> list[Runner]:
+        """Return the living ``llama-server --model …`` and ``ollama runner --model …``."""
+        found = []
+        for process in self.all():
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline() if alive(process) else []
+                if "--model" in words and ("llama-server" in words[0] or "runner" in words):
+                    options = dict(itertools.pairwise(words))
+                    digest = DIGEST.search(options["--model"].lower())
+                    found.append(Runner(process, digest and digest[1], options.get("--port")))
+        return found
+
+    def open_files(self) -> OpenFiles:
+        """Return what the processes have open.
+
+        Raises ServiceError ``model_being_pulled`` where one does not let itself be read.
+        """
+        found = OpenFiles(set(), set(), set())
+        server = self.server()
+        for process in [*self.all(), psutil.Process()]:
+            try:
+                for file in process.open_files():
+                    name = os.path.basename(file.path)
+                    found.held.add(name)
+                    if file.mode != "r":
+                        found.written.add(name)
+                    if process == server:
+                        found.of_server.add(name)
+                found.held.update(_mapped_files(process.pid))
+            except psutil.NoSuchProcess:
+                continue
+            except (psutil.Error, OSError) as e:
+                raise ServiceError(
+                    "model_being_pulled",
+                    f"What process {process.pid} has open cannot be read: try again.",
+                ) from e
+        return found
+
+    def end_server(self, term_s: float) -> bool:
+        """End the server on purpose: the launcher starts a new one at once.
+
+        SIGTERM gets ``term_s``, then it is SIGKILL's turn. Returns whether it is gone.
+        """
+        server = self.server()
+        if server is None:
+            return True
+        self._ended = server
+        pathlib.Path(f"{self.state_file}.ended").write_text(f"{server.pid}\n")
+        for sig, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, 0.5)):
+            end(server, sig)
+            if wait_until(lambda: not alive(server), time.monotonic() + seconds):
+                return True
+        return False
+
+    def _records(self) -> list[tuple[int, int, int]]:
+        """Return the lines of the file, which is another one after each start of a server."""
+        try:
+            about = os.stat(self.state_file)
+            key = about.st_ino, about.st_mtime_ns, about.st_size
+            if key != self._read[0]:
+                words = map(str.split, self.state_file.read_text().splitlines())
+                lines = [
+                    (int(pid), int(started), int(restarts)) for pid, started, restarts in words
+                ]
+                self._read = key, lines
+            return self._read[1]
+        except (OSError, ValueError):
+            return []
+
+
+def alive(process: psutil.Process) -> bool:
+    """Tell whether a process lives.
+
+    A zombie is dead, unless it has other threads yet: they hold its memory.
+    """
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return process.num_threads() > 1
+        return process.is_running()
+    except psutil.Error:
+        return False
+
+
+def dying(process: psutil.Process) -> bool:
+    """Tell whether a process is dead and not reaped, or was killed and has not ended yet."""
+    try:
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
+    killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
+    about = _stat(process.pid)
+    exiting = about is not None and (about.exiting or about.state == "Z")
+    return (killed or exiting) and process.is_running()
+
+
+def runs(process: psutil.Process) -> bool:
+    """Tell whether a process is neither dead nor stopped, by a signal or a tracer."""
+    about = _stat(process.pid)
+    return about is not None and about.state not in "ZXTt"
+
+
+def is_orphan(process: psutil.Process, server: psutil.Process | None) -> bool:
+    """Tell whether a runner's server has died."""
+    return server is None or process.ppid() != server.pid
+
+
+def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
+    """Tell whether a runner is dead or killed, and its server still waits for its end."""
+    try:
+        return not is_orphan(process, server) and dying(process)
+    except psutil.Error:
+        return False
+
+
+def cpu_clock_s(process: psutil.Process | None) -> float:
+    """Return the CPU time of a process; NaN, which no comparison holds for, if it has none.
+
+    Asked of its clock, as clock_getcpuclockid makes it: /proc tells it in steps of 10 ms, and
+    a request takes one. What a running thread uses may show some milliseconds later.
+    """
+    try:
+        return time.clock_gettime(~process.pid << 3 | 2) if process else math.nan
+    except OSError:
+        return math.nan
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU time of a process, as exactly as it can be had."""
+    used_s = cpu_clock_s(process)
+    return sum(process.cpu_times()[:2]) if math.isnan(used_s) else used_s
+
+
+def main_thread_cpu_s(process: psutil.Process) -> float:
+    """Return the CPU time of the thread that decodes, whose id is the process's."""
+    threads = {thread.id: thread for thread in process.threads()}
+    main = threads[process.pid]
+    return main.user_time + main.system_time
+
+
+def memory_mb(process: psutil.Process | None) -> int:
+    """Return the memory of a process; 0 where it has ended."""
+    try:
+        return process.memory_info().rss // MB if process else 0
+    except psutil.Error:
+        return 0
+
+
+def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:
+    """Signal a process, unless its number has passed to another."""
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(sig)
+
+
+def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
+    """Wait for the condition until ``deadline`` (monotonic); return whether it came true."""
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class _Stat(typing.NamedTuple):
+    """What ``/proc/PID/stat`` says of a process."""
+
+    state: str  # such as "S"
+    exiting: bool
+    start: int  # in ticks after boot
+
+
+def _stat(pid: int) -> _Stat | None:
+    """Return what there is of a process; None if it is gone.
+
+    Read by hand: psutil gives the start as a time of day, which moves with the clock. Each
+    request reads this, and each call lets other threads in: so these are as few as can be.
+    """
+    try:
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+        try:
+            about = os.read(file, 4096)  # all of it
+        finally:
+            os.close(file)
+    except OSError:
+        return None
+    words = about.rpartition(b")")[2].split()  # the name before may hold anything
+    return _Stat(words[0].decode(), bool(int(words[6]) & PF_EXITING), int(words[19]))
+
+
+@functools.lru_cache(1)
+def _process(pid: int, _started: int) -> psutil.Process:
+    """Return the process of a record; kept, as each request asks for the server."""
+    return psutil.Process(pid)
+
+
+def _mapped_files(pid: int) -> set[str]:
+    """Return the names of the files that a process has mapped.
+
+    Read by hand: psutil measures every mapping, which takes seconds for a large model.
+    """
+    lines = pathlib.Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+    return {line.rpartition("/")[2].removesuffix(" (deleted)") for line in lines if "/" in line}

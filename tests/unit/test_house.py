@@ -1,0 +1,80 @@
+"""The modules import only what lies below them; none of the folder reads the environment."""
+
+import ast
+
+import pytest
+
+from helpers.places import ROOT
+
+FLOORS = {
+    "gunicorn.conf": 9,
+    "app": 8,
+    "llm_service.health": 7,
+    "llm_service.metrics": 7,
+    "llm_service.history": 7,
+    "llm_service.models": 7,
+    "llm_service.healing": 6,
+    "llm_service.clearing": 5,
+    "llm_service.watch": 4,
+    "llm_service.callers": 3,
+    "llm_service.downloads": 3,
+    "llm_service.verifying": 3,
+    "llm_service.updates": 3,
+    "llm_service.runner_state": 2,
+    "llm_service.store": 2,
+    "llm_service.processes": 1,
+    "llm_service.sharing": 1,
+    "ollama_client": 0,
+    "gpu": 0,
+}
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+    for pattern in ("*.py", "llm_service/*.py")
+    for file in ROOT.glob(pattern)
+    if file.name != "__init__.py"
+}
+
+
+def imports(name):
+    """Yield the modules of the service that a module imports, wherever in its text."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (each for each in names if each in MODULES)
+
+
+def test_each_module_has_a_floor():
+    assert MODULES.keys() <= FLOORS.keys()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_floors_below(name):
+    upwards = {other for other in imports(name) if FLOORS[other] >= FLOORS[name]}
+    assert upwards == set()
+
+
+def test_the_imports_that_are_known_to_be_there_are_found():
+    assert {"llm_service.watch", "ollama_client", "gpu"} <= set(imports("llm_service.clearing"))
+    assert {"app"} <= set(imports("gunicorn.conf"))
+
+
+@pytest.mark.parametrize("name", [each for each in MODULES if each.startswith("llm_service.")])
+def test_a_module_of_the_folder_is_told_its_settings_and_makes_no_object_of_the_service(name):
+    tree = ast.parse(MODULES[name].read_text())
+    assert not any(
+        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        for node in ast.walk(tree)
+    )
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    made = [
+        node.value.func.id
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+    ]
+    assert not classes.intersection(made)
