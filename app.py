@@ -32,7 +32,7 @@ from llm_service.processes import Processes
 from llm_service.sharing import SharedRun, began_since
 from llm_service.store import PRUNE_AGE_S, Store
 from llm_service.watch import Watch
-from ollama_client import Json, Ollama, ServiceError, check_name, dial_url
+from ollama_client import Json, Ollama, ServiceError, check_name, dial_url, trimmed
 
 VERSION = "1.1.0"
 
@@ -46,9 +46,14 @@ _NUMBER = "[1-9][0-9]{0,8}"
 _PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 
 
+def of_ollama(name: str) -> str:
+    """Return a setting that Ollama reads too, as it reads it; "" where it is not set."""
+    return trimmed(os.environ.get(name, ""))
+
+
 def setting(name: str, default: str, pattern: str, takes: str) -> str:
     """Return a setting of the environment; end the start where it makes no sense."""
-    value = os.environ.get(name) or default
+    value = (of_ollama(name) if name.startswith("OLLAMA_") else os.environ.get(name)) or default
     if not re.fullmatch(pattern, value):
         shown = "(not shown)" if name == "LLM_API_TOKEN" else ascii(value)
         sys.exit(f"llm-service: {name} is {shown}; it takes {takes}")
@@ -109,11 +114,11 @@ ALLOWED_ORIGINS = items(
     )
 )
 try:
-    OLLAMA_URL = dial_url(os.environ.get("OLLAMA_HOST", ""))
+    OLLAMA_URL = dial_url(of_ollama("OLLAMA_HOST"))
 except ValueError:
     wrong = ascii(os.environ["OLLAMA_HOST"])
     sys.exit(f"llm-service: OLLAMA_HOST is {wrong}; it takes an address such as 127.0.0.1:11434")
-MODELS_PATH = os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
+MODELS_PATH = of_ollama("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
 STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's record
 
 BODY_LIMIT_BYTES = 64 * 1024

@@ -31,6 +31,7 @@ from app import (
     downloads,
     healing,
     log,
+    of_ollama,
     watch,
 )
 from ollama_client import listen_address
@@ -49,7 +50,7 @@ forwarded_allow_ips = ""  # nobody may rewrite scheme or path by headers
 def on_starting(_server):
     """End the start with one line where Ollama has no home or an address is not free."""
     check_home()
-    ollama_host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
+    ollama_host = of_ollama("OLLAMA_HOST") or "127.0.0.1:11434"
     addresses = [
         (
             f"LLM_API_HOST={API_HOST}, LLM_API_PORT={API_PORT}",
@@ -105,7 +106,7 @@ def when_ready(_server):
     layers = {"-1": "all", "auto": ""}.get(GPU_LAYERS, GPU_LAYERS)
     needed = {
         "OLLAMA_CONTEXT_LENGTH": CONTEXT_LENGTH,
-        "OLLAMA_NOPRUNE": os.environ.get("OLLAMA_NOPRUNE") or "1",
+        "OLLAMA_NOPRUNE": of_ollama("OLLAMA_NOPRUNE") or "1",
         "LLAMA_ARG_N_GPU_LAYERS": os.environ.get("LLAMA_ARG_N_GPU_LAYERS") or layers,
     }
     lines = [f"{name}={value}\n" for name, value in needed.items() if value]

@@ -6,6 +6,7 @@ raises ``ServiceError``.
 
 import contextlib
 import datetime
+import ipaddress
 import json
 import logging
 import re
@@ -109,19 +110,29 @@ def clean(text: object) -> str:
 # Names and addresses
 # ---------------------------------------------------------------------------------------
 
+# Of Ollama's types/model: Name.IsValid, and ParseNameBare for how they are put together.
+_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}"
+_NAMESPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
-_NAME = re.compile(
-    r"(?:(?:(?:https?://)?(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349})/)?"
-    rf"(?P<namespace>[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}})/)?(?P<model>{_WORD})"
-    rf"(?::(?P<tag>{_WORD}))?(?P<source>:(?:cloud|local))?"
-)
+_SCHEME = "[a-z0-9+.-]*://"
+_PLACE = rf"(?:(?:{_SCHEME})?(?P<host>{_HOST})/|{_SCHEME}/)?(?P<namespace>{_NAMESPACE})/"
+_NAME = re.compile(rf"(?:{_PLACE})?(?P<model>{_WORD})(?::(?P<tag>{_WORD}))?", re.I | re.A)
+MANIFEST_PLACE = re.compile(rf"{_HOST}/{_NAMESPACE}/{_WORD}/{_WORD}")
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.I)
+# What Go's strings.TrimSpace takes off.
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+SPACES += "".join(map(chr, range(0x2000, 0x200B)))
+
+
+def trimmed(setting: str) -> str:
+    """Return a setting of the environment as Ollama reads it (its envconfig.Var)."""
+    return setting.strip(SPACES).strip("\"'")
 
 
 def check_name(name: object) -> str:
     """Return the model name as Ollama takes it. Raises ServiceError ``bad_model_name``."""
-    text = name.strip(" \t\r\n") if isinstance(name, str) else ""
-    if not _NAME.fullmatch(text):
+    text = name.strip(SPACES) if isinstance(name, str) else ""
+    if not _NAME.fullmatch(_without_source(text)):
         raise ServiceError(
             "bad_model_name",
             '"model" must be a model name such as llama3.1:8b, user/model:tag or '
@@ -132,13 +143,47 @@ def check_name(name: object) -> str:
 
 def name_key(name: str) -> str:
     """Reduce a name to what Ollama takes for the same model: no defaults, lower case."""
+    return plain_key(_without_source(name)) or name.lower()
+
+
+def plain_key(name: str) -> str | None:
+    """Do the same without a word at the end that says where to run; None for no name."""
     parts = _NAME.fullmatch(name.lower())
     if not parts:
-        return name.lower()
-    host = parts["host"] or "registry.ollama.ai"
-    place = f"{host}/{parts['namespace'] or 'library'}/"
+        return None
+    host, namespace = parts["host"] or "registry.ollama.ai", parts["namespace"] or "library"
+    return place_key(host, namespace, parts["model"], parts["tag"] or "latest")
+
+
+def place_key(host: str, namespace: str, model: str, tag: str) -> str:
+    """Return the key of the model whose manifest lies at ``host/namespace/model/tag``."""
+    place = f"{host}/{namespace}/".lower()
     place = place.removeprefix("registry.ollama.ai/").removeprefix("library/")
-    return f"{place}{parts['model']}:{parts['tag'] or 'latest'}{parts['source'] or ''}"
+    return f"{place}{model}:{tag}".lower()
+
+
+def _without_source(name: str) -> str:
+    """Return the name of the manifest: a trailing ``:local`` or ``:cloud`` says where to run.
+
+    It is Ollama's modelref.NormalizePullName; "" where the name says that twice.
+    """
+    base, source = _split_source(name)
+    if source and _split_source(base)[1]:
+        return ""
+    if source != "cloud":
+        return base
+    return base + ("-cloud" if base.rfind(":") > base.rfind("/") else ":cloud")
+
+
+def _split_source(name: str) -> tuple[str, str]:
+    base, colon, last = name.rpartition(":")
+    last = last.strip(SPACES)
+    word = last.lower()
+    if colon and word in ("cloud", "local"):
+        return base, word
+    if colon and word.endswith("-cloud") and "/" not in word:
+        return f"{base}:{last[:-6]}", "cloud"
+    return name, ""
 
 
 def dial_url(ollama_host: str) -> str:
@@ -155,15 +200,22 @@ def listen_address(ollama_host: str) -> tuple[str, int]:
 
 
 def _read_address(ollama_host: str) -> tuple[str, str, int]:
-    """Return scheme, host and port."""
-    scheme, _, rest = ollama_host.strip(" '\"").rpartition("://")
-    if rest.count(":") > 1 and not rest.startswith("["):
-        rest = f"[{rest}]"
-    split = urllib.parse.urlsplit(f"//{rest}")
-    port = {"http": 80, "https": 443}.get(scheme, 11434)
-    with contextlib.suppress(ValueError):  # Ollama too takes its default then
-        port = split.port or port
-    return scheme or "http", split.hostname or "127.0.0.1", port
+    """Return scheme, host and port, as Ollama's envconfig.Host does."""
+    text = trimmed(ollama_host).strip(SPACES)
+    scheme, found, rest = text.partition("://")
+    if not found:
+        scheme, rest = ("https", "ollama.com:443") if text == "ollama.com" else ("", text)
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    rest = rest.partition("/")[0]
+    parts = re.fullmatch(r"(?:\[([^][]*)\]|([^][:]*)):([^][:]*)", rest)
+    host, port = (parts[1] or parts[2] or "", parts[3]) if parts else (rest, "")
+    if not parts:
+        with contextlib.suppress(ValueError):
+            host = str(ipaddress.ip_address(rest.strip("[]")))
+    if re.search(r"[][\s]", host):
+        raise ValueError(f"{host} is no host")
+    number = int(port) if re.fullmatch("[0-9]{1,9}", port) else default
+    return scheme or "http", host or "127.0.0.1", number if number <= 65535 else default
 
 
 def timestamp(seconds: float | None) -> str | None:

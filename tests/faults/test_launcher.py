@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 import app
+from helpers.answers import stats
 from helpers.places import CACHE, ROOT
 from helpers.ports import free_port
 from helpers.waiting import call, wait_for
@@ -117,7 +118,7 @@ def reloaded(monkeypatch):
     "name, bad, good",
     [
         ("LLM_CONTEXT_LENGTH", ["0", "-1", "8k", "1e4"], ["1", "131072"]),
-        ("OLLAMA_CONTEXT_LENGTH", ["8k"], ["4096"]),
+        ("OLLAMA_CONTEXT_LENGTH", ["8k"], ["4096", "4096\r", "'4096'"]),
         ("LLM_GPU_LAYERS", ["-2", "most", "1.5", "ALL"], ["0", "33", "auto", "all", "-1"]),
         ("LLM_STUCK_SECONDS", ["0", "soon"], ["120"]),
         ("LLM_SELF_HEAL", ["perhaps", "1"], ["on", "off"]),
@@ -132,7 +133,7 @@ def reloaded(monkeypatch):
         ("LLM_ALLOWED_HOSTS", ["http://dashboard", "a,,b"], ["a", "a.lan, [::1]"]),
         ("LLM_ALLOWED_ORIGINS", ["dashboard", "*"], ["https://a.lan:3000, http://[::1]"]),
         ("LLM_API_TOKEN", ["two words", "\x7f"], ["s3cret!"]),
-        ("OLLAMA_HOST", ["http://[bad"], ["0.0.0.0", ":11434", "[::1]:1", "https://x"]),
+        ("OLLAMA_HOST", ["http://[bad"], ["0.0.0.0", "'[::1]:1'\r", "https://x"]),
     ],
 )
 def test_what_each_setting_takes(reloaded, name, bad, good):
@@ -143,6 +144,25 @@ def test_what_each_setting_takes(reloaded, name, bad, good):
         reloaded.setenv(name, value)
         with pytest.raises(SystemExit, match=f"{name} is .*; it takes "):
             importlib.reload(app)
+
+
+def test_what_ollama_reads_too_is_trimmed_as_it_does(make_service, tmp_path):
+    """Files of settings that were written on Windows, or with quotes."""
+    models = tmp_path / "models"
+    port = free_port()
+    service = make_service(
+        OLLAMA_MODELS=f'"{models}"\r',
+        OLLAMA_HOST=f" '127.0.0.1:{port} '\r\n",
+        OLLAMA_CONTEXT_LENGTH="2048\r",
+        OLLAMA_NOPRUNE="''",
+    )
+    info = service.get("/api/info").json()
+    assert (info["models_path"], info["context_length"]) == (str(models), 2048)
+    assert info["ollama_url"] == f"http://127.0.0.1:{port}"
+    assert stats(service)["disk"]["path"] == str(models)
+    said = re.search(r'msg="server config" env="map\[(.*)\]"', service.log())[1]
+    for told in (f"OLLAMA_MODELS:{models} ", "OLLAMA_CONTEXT_LENGTH:2048 ", "OLLAMA_NOPRUNE:true"):
+        assert told in said
 
 
 def test_a_token_that_makes_no_sense_is_not_shown():

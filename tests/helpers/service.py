@@ -16,6 +16,7 @@ from helpers.places import CACHE, MARK, ROOT
 from helpers.ports import free_port
 from helpers.processes import kill, mark, marked
 from helpers.waiting import call, wait_for
+from ollama_client import trimmed
 
 # Python imports a module of this name at its start: here in gunicorn's processes alone.
 OTHER_CONSTANTS = """
@@ -46,11 +47,11 @@ class Service:
 
     def __init__(self, folder, binary, models=None, wait=True, constants=None, wrapper=(), **env):
         self.port = int(env.get("LLM_API_PORT") or free_port())
-        host = env.get("OLLAMA_HOST") or ""
+        host = trimmed(env.get("OLLAMA_HOST") or "").strip()
         self.ollama_port = int(host.rpartition(":")[2] or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self.ollama_url = f"http://127.0.0.1:{self.ollama_port}"
-        self.models = Path(env.get("OLLAMA_MODELS", f"{folder}/models"))
+        self.models = Path(trimmed(str(env.get("OLLAMA_MODELS", f"{folder}/models"))))
         self.logfile = Path(folder) / "service.log"
         self.state_file = CACHE / "run" / f"{self.port}.state"
         self.models.mkdir(exist_ok=True)

@@ -4,12 +4,22 @@ import pytest
 
 from app import STATUS
 from helpers.names import NO_NAMES, TAKEN
-from ollama_client import ServiceError, check_name, dial_url, name_key, timestamp
+from ollama_client import (
+    SPACES,
+    ServiceError,
+    check_name,
+    dial_url,
+    name_key,
+    place_key,
+    plain_key,
+    timestamp,
+    trimmed,
+)
 
 
 @pytest.mark.parametrize("name", TAKEN, ids=lambda name: ascii(name)[:30])
 def test_a_name_is_taken_without_the_blanks_around_it(name):
-    assert check_name(name) == name.strip()
+    assert check_name(name) == name.strip(SPACES)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +43,50 @@ def test_what_is_no_name_is_refused(value):
         ("registry.ollama.ai/user/m", "user/m:latest"),
         ("HF.co/Org/Repo:q4_k_m", "hf.co/org/repo:Q4_K_M"),
         ("https://h/n/m", "h/n/m"),
+        ("https:///n/m", "n/m"),
+        ("gemma:local", "gemma"),
+        ("gemma: Local ", "gemma"),
+        ("gemma:8b:local", "gemma:8b"),
+        ("h:1/n/m:local", "h:1/n/m"),
+        ("gemma:8b:cloud", "gemma:8b-cloud"),
+        ("gemma:8B-CLOUD", "gemma:8b-cloud"),
+        ("h:1/n/m:cloud", "H:1/n/M:Cloud"),
     ],
 )
 def test_names_of_one_model_have_one_key(one, other):
     assert name_key(one) == name_key(other)
+
+
+def test_a_manifest_is_told_from_what_ollama_takes_its_name_for():
+    """Ollama lists `gemma:local`, and takes it for `gemma:latest` where it is asked for it."""
+    assert plain_key("Gemma:local") == "gemma:local" != name_key("gemma:local")
+    assert place_key("registry.ollama.ai", "library", "Gemma", "local") == "gemma:local"
+    assert place_key("HF.co", "Org", "m", "Q4") == plain_key("hf.co/org/m:q4") == "hf.co/org/m:q4"
+    assert place_key("h", "library", "m", "latest") == plain_key("h/library/m")
+    assert plain_key("gemma:8b:local") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/models",
+        '"/models"',
+        "'/models'",
+        "/models\r",
+        " /models\t\r\n",
+        "\"'/models'\"",
+        ' "/models" ',
+    ],
+)
+def test_a_setting_is_trimmed_as_ollama_trims_it(text):
+    assert trimmed(text) == "/models"
+
+
+@pytest.mark.parametrize(
+    "text, value", [('""', ""), ('" /m "', " /m "), ("/a'b", "/a'b"), ("", "")]
+)
+def test_what_lies_inside_of_quotes_stays(text, value):
+    assert trimmed(text) == value
 
 
 def test_names_of_different_models_have_different_keys():
@@ -82,6 +132,14 @@ def test_names_of_different_models_have_different_keys():
         ("localhost:1", "http://localhost:1"),
         ("example.com:99999", "http://example.com:11434"),
         ("example.com:port", "http://example.com:11434"),
+        ("0.0.0.0:1234\r", "http://127.0.0.1:1234"),
+        ("'\t127.0.0.1:1 '\r\n", "http://127.0.0.1:1"),
+        ("example.com:", "http://example.com:11434"),
+        ("http://example.com:99999/x", "http://example.com:80"),
+        ("http://example.com/a:b", "http://example.com:80"),
+        ("ollama.com", "https://ollama.com:443"),
+        ("0:0::1", "http://[::1]:11434"),
+        ("[::1", "http://[::1]:11434"),
     ],
 )
 def test_ollama_host_is_read_as_ollama_reads_it(setting, url):
