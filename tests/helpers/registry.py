@@ -17,6 +17,9 @@ way:
     registry.corrupt.add(digest)    flips bytes of a blob; .discard(digest) heals
     registry.manifest_delay = 3     seconds before a manifest is answered
     registry.manifest_status = 500  None: the manifest itself
+    registry.faults["head"] = reset what a step does instead of its work; see helpers/faults.py
+
+With `Registry(tls=context)`, of helpers/tls.py, it speaks HTTPS alone.
 
 What it tells:
 
@@ -28,6 +31,7 @@ What it tells:
     registry.active                 blob transfers open now
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -35,17 +39,25 @@ import mmap
 import random
 import select
 import socket
-import struct
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from helpers.faults import reset
 from helpers.models import MEDIA, config_json, config_layer, file_digest, manifest_json
 from helpers.ports import free_port
 
 MIB = 1 << 20
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+# The steps of a pull: what the path is of, and whether the body is wanted.
+STEPS = {
+    ("manifests", True): "manifest",
+    ("token", True): "token",
+    ("blobs", False): "head",
+    ("blobs", True): "blob",
+    ("direct", True): "data",
+}
 
 
 class _Random:
@@ -94,9 +106,22 @@ class _Handler(BaseHTTPRequestHandler):
     # HTTP/1.0 on purpose: one request a connection, so that a cut connection is a cut request.
 
     def setup(self):
-        super().setup()
         self.registry = self.server.registry
         self.epoch = self.registry.epoch
+        if self.registry.tls and "connect" not in self.registry.faults:
+            self.request = self.registry.tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+
+    def handle(self):
+        with contextlib.suppress(OSError):
+            self.registry.faults.get("connect", _Handler.answer_all)(self)
+
+    def finish(self):
+        super().finish()
+        self.request.close()  # TLS has another socket than the server
+
+    def answer_all(self):
+        super().handle()
 
     def log_message(self, *args):
         pass
@@ -113,19 +138,20 @@ class _Handler(BaseHTTPRequestHandler):
             kind, key = self.registry.find(self.path)
             if body and kind != "direct":  # the redirect and what it leads to are one request
                 self.registry.count(requests=key)
-            if kind == "manifests":
+            fault = self.registry.faults.get(STEPS.get((kind, body)))
+            if fault:
+                fault(self)
+            elif kind == "manifests":
                 self.manifest(self.registry.models[key], body)
             elif kind == "blobs" and body:
-                self.head(307, 0, Location=f"http://127.0.0.1:{self.registry.port}/direct/{key}")
+                self.head(307, 0, Location=self.registry.direct_url(key))
             elif kind:
                 self.blob(self.registry.blobs[key], body)
             else:
                 self.head(404, 0)
         except OSError:
             if self.registry.resets:
-                self.connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
+                reset(self)
 
     def head(self, status, length, **headers):
         self.send_response(status)
@@ -169,6 +195,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.registry.count(active=-1)
 
     def push(self, data):
+        if self.registry.tls:
+            self.wait(0, 0)
+            self.connection.sendall(data)
+            return
         while data:
             if self.wait(select.POLLOUT, 0.05):
                 try:
@@ -187,7 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Registry:
-    def __init__(self):
+    def __init__(self, tls=None):
+        self.tls = tls
+        self.faults = {}
         self.port = free_port()
         self.rate = None
         self.corrupt = set()
@@ -289,9 +321,18 @@ class Registry:
         self._server.registry = self
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
+    def direct_url(self, digest):
+        """Return where a blob's content is: a host of another name."""
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/direct/{digest}"
+
     def find(self, path):
-        """Return what a path names: a "manifests" and name, a "blobs" or "direct" and digest."""
-        *front, kind, last = path.split("/")
+        """Return what a path names.
+
+        A "manifests" and name, a "blobs" or "direct" and digest, a "token" and nothing.
+        """
+        *front, kind, last = path.partition("?")[0].split("/")
+        if last == "token":
+            return last, None
         if kind in ("blobs", "direct") and last in self.blobs:
             return kind, last
         name = "/".join(front).removeprefix("/v2/") + ":" + last

@@ -1,0 +1,31 @@
+"""TLS as a company has it: a certificate authority of its own.
+
+    authority = Authority(folder)
+    authority.pem                    the path of its certificate
+    authority.folder                 a folder with that certificate alone
+    Registry(tls=authority.context())
+"""
+
+import ssl
+
+import trustme
+
+NAMES = ("localhost", "127.0.0.1")
+
+
+class Authority:
+    def __init__(self, folder):
+        self.folder = folder / "certs"
+        self.folder.mkdir(parents=True)
+        self.pem = self.folder / "company.pem"
+        self._ca = trustme.CA()
+        self._ca.cert_pem.write_to_path(str(self.pem))
+
+    def context(self, *names, **validity):
+        """Return a server's context, with a certificate for these names (NAMES).
+
+        not_before, not_after: datetimes.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._ca.issue_cert(*(names or NAMES), **validity).configure_cert(context)
+        return context
