@@ -1,4 +1,4 @@
-"""A thin client of Ollama's API, and the errors and names that all modules share.
+"""A thin client of Ollama's API, and the names that all modules share.
 
 ``Ollama`` is the client of the HTTP API, ``Stream`` the progress lines of one pull. Everything
 raises ``ServiceError``.
@@ -9,6 +9,7 @@ import datetime
 import ipaddress
 import json
 import logging
+import math
 import re
 import time
 import typing
@@ -18,93 +19,19 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
+from llm_service.errors import Interrupted, ServiceError, TimedOut, Unreachable, clean, failure
+
 Json = dict[str, typing.Any]
 
 CONNECT_S = 1
 ANSWER_S = 4  # callers have a limit too: the watchdog's is 5 s
-LOAD_S = 600
-PULL_SILENCE_S = 1800  # Ollama is silent while it verifies: minutes for tens of gigabytes
+# A load, or a verification in a pull, takes as long as Ollama lets it: whose limit ends a load that
+# makes no progress (OLLAMA_LOAD_TIMEOUT). A caller who leaves before aborts it.
+NO_LIMIT = math.inf
 ANSWER_LIMIT_BYTES = 1 << 25
 LINE_LIMIT_BYTES = 1 << 18
 
 log = logging.getLogger("llm-service")
-
-# ---------------------------------------------------------------------------------------
-# Errors and advice
-# ---------------------------------------------------------------------------------------
-
-
-# What an error of Ollama's says, our code for it, and what to do about it.
-FAILURES = [
-    (
-        r"insecure protocol|HTTP response to HTTPS|not look like a TLS handshake",
-        "registry_insecure",
-        'send "insecure": true for a registry without TLS',
-    ),
-    (r"invalid model name|name .* is invalid|not both", "bad_model_name", "check the name"),
-    (r"no space left", "disk_full", "delete a model or enlarge the disk, then pull again"),
-    (
-        r"permission denied|read-only file system|operation not permitted",
-        "store_not_writable",
-        "give the model store to the user that the service runs as (chown -R), then try again",
-    ),
-    (r"file does not exist|not found", "model_not_found", "check the name and the tag"),
-    (r"digest mismatch", "digest_mismatch", "the data was damaged on its way: pull again"),
-    (
-        r"context canceled|max retries exceeded|unexpected EOF|connection reset|broken pipe",
-        "pull_interrupted",
-        "pull again: it goes on from here",
-    ),
-    (
-        r"no such host|connection refused|i/o timeout|unreachable|no route|deadline exceeded|"
-        r"server misbehaving|TLS handshake|\bEOF\b",
-        "registry_unreachable",
-        "check the network and the registry's name",
-    ),
-    (
-        r"-partial",
-        "parts_damaged",
-        'DELETE /api/models/pull with "purge": true, then pull again',
-    ),
-]
-
-
-class ServiceError(Exception):
-    """What went wrong, as a caller is told it.
-
-    ``code`` is a machine word, the message a sentence that says what to do. ``fields`` go into
-    the answer beside them. app.py knows the HTTP status of each code.
-    """
-
-    def __init__(self, code: str, message: str, **fields: object):
-        super().__init__(message)
-        self.code = code
-        self.fields = fields
-
-
-def failure(message: object) -> ServiceError:
-    """Turn an error text of Ollama's into a ServiceError with advice."""
-    text = clean(message)
-    for pattern, code, advice in FAILURES:
-        if re.search(pattern, str(message), re.I):
-            return ServiceError(code, f"{text}: {advice}.")
-    return ServiceError("ollama_error", f"Ollama says: {text}.")
-
-
-@contextlib.contextmanager
-def file_errors() -> typing.Iterator[None]:
-    """Turn what the file system refuses into a ServiceError with advice."""
-    try:
-        yield
-    except OSError as e:
-        raise failure(e) from e
-
-
-def clean(text: object) -> str:
-    """Keep a text from outside to one short printable line."""
-    printable = re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", " ", str(text))
-    return printable[:300].strip().rstrip(".")
-
 
 # ---------------------------------------------------------------------------------------
 # Names and addresses
@@ -254,13 +181,13 @@ class Ollama:
         return self._models("/api/ps", timeout_s)
 
     def load(self, model: str) -> None:
-        """Load a model, which takes up to LOAD_S; by ``/api/embed`` one that cannot generate."""
+        """Load a model, however long it takes; by ``/api/embed`` one that cannot generate."""
         try:
-            self._json("POST", "/api/generate", {"model": model}, LOAD_S)
+            self._json("POST", "/api/generate", {"model": model}, NO_LIMIT)
         except ServiceError as e:
             if "does not support generate" not in str(e):
                 raise
-            self._json("POST", "/api/embed", {"model": model, "input": []}, LOAD_S)
+            self._json("POST", "/api/embed", {"model": model, "input": []}, NO_LIMIT)
 
     def unload(self, model: str, timeout_s: float = ANSWER_S) -> None:
         """Ask for the model's memory back. Ollama says yes at once, whatever comes of it."""
@@ -273,16 +200,18 @@ class Ollama:
     def pull(self, model: str, insecure: bool = False) -> "Stream":
         """Return the progress of a pull, which begins, or is joined, with the first line."""
         body = {"model": model, "insecure": insecure, "stream": True}
-        return Stream(lambda: self._request("POST", "/api/pull", body, PULL_SILENCE_S))
+        return Stream(lambda: self._request("POST", "/api/pull", body, NO_LIMIT))
 
     def runner_health(self, port: str | None, timeout_s: float) -> str:
         """Ask a runner's own port: "ok", "loading" (or nothing listens yet) or "silent"."""
         try:
             self._request("GET", runner_url(port, "health"), None, timeout_s).close()
+        except TimedOut:
+            return "silent"
+        except Unreachable:
+            return "loading"
         except ServiceError as e:
-            if e.code == "ollama_timeout":
-                return "silent"
-            if e.code == "ollama_unreachable" or "loading" in str(e).lower():
+            if "loading" in str(e).lower():
                 return "loading"
         return "ok"
 
@@ -293,9 +222,9 @@ class Ollama:
         """
         try:
             slots = self._json("GET", runner_url(port, "slots"), None, timeout_s, list)
-        except ServiceError as e:
-            if e.code == "ollama_timeout":
-                raise
+        except TimedOut:
+            raise
+        except ServiceError:
             return None
         return slots if all(isinstance(slot, dict) for slot in slots) else None
 
@@ -330,27 +259,28 @@ class Ollama:
         self, method: str, path: str, body: Json | None, timeout_s: float
     ) -> requests.Response:
         """Send a request to a path of Ollama's, or to the whole URL of a runner."""
+        read_s = None if timeout_s == NO_LIMIT else timeout_s
         try:
             response = self._session.send(
                 self._prepare(method, path, body),
-                timeout=(min(CONNECT_S, timeout_s), timeout_s),
+                timeout=(min(CONNECT_S, timeout_s), read_s),
                 stream=True,
                 allow_redirects=False,
             )
         except requests.Timeout as e:
-            raise ServiceError(
+            raise TimedOut(
                 "ollama_timeout",
                 "Ollama did not answer in time: if it stays so, POST /api/session/reset.",
             ) from e
         except requests.RequestException as e:
-            raise ServiceError(
+            raise Unreachable(
                 "ollama_unreachable",
                 f"Ollama is not reachable at {self.url}: if it is not just starting, "
                 "POST /api/session/reset.",
             ) from e
         if response.status_code >= 300:
             with response:
-                raise _refusal(response)
+                raise _refusal(response, pull=path == "/api/pull")
         return response
 
     def _prepare(self, method: str, path: str, body: Json | None) -> requests.PreparedRequest:
@@ -390,13 +320,13 @@ def _read(response: requests.Response, deadline: float) -> bytes:
             if size > ANSWER_LIMIT_BYTES:
                 raise ServiceError("bad_answer", "Ollama's answer is larger than 32 MiB.")
             if time.monotonic() > deadline:
-                raise ServiceError("ollama_timeout", "Ollama's answer took too long: try again.")
+                raise TimedOut("ollama_timeout", "Ollama's answer took too long: try again.")
     except (HTTPError, OSError) as e:
-        raise ServiceError("ollama_timeout", "Ollama broke off in mid-answer: try again.") from e
+        raise TimedOut("ollama_timeout", "Ollama broke off in mid-answer: try again.") from e
     return b"".join(pieces)
 
 
-def _refusal(response: requests.Response) -> ServiceError:
+def _refusal(response: requests.Response, pull: bool) -> ServiceError:
     """Turn an answer that is no success into a ServiceError."""
     try:
         message = json.loads(_read(response, time.monotonic() + ANSWER_S))["error"]
@@ -408,9 +338,10 @@ def _refusal(response: requests.Response) -> ServiceError:
     if response.status_code == 404:
         return ServiceError(
             "model_not_found",
-            f"{clean(message)}: GET /api/models lists what is downloaded.",
+            f"{clean(message)}: GET /api/models lists what is downloaded; where it lists this "
+            "model, a file of it is missing, and a pull restores it.",
         )
-    return failure(message)
+    return failure(message, pull)
 
 
 # ---------------------------------------------------------------------------------------
@@ -444,7 +375,7 @@ class Stream:
             if rest:
                 yield _progress(rest)
         except (requests.RequestException, AttributeError) as e:  # the latter: closed meanwhile
-            raise ServiceError(
+            raise Interrupted(
                 "pull_interrupted",
                 "The connection to Ollama broke: pull again, it goes on from here.",
             ) from e
@@ -466,7 +397,7 @@ def _progress(line: bytes) -> Json:
         progress = None
     if isinstance(progress, dict):
         if progress.get("error") is not None:
-            raise failure(progress["error"])
+            raise failure(progress["error"], pull=True)
         words = progress.get("status"), progress.get("digest", "")
         sizes = progress.get("total", 0), progress.get("completed", 0)
         proper = all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)

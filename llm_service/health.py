@@ -6,10 +6,11 @@ import psutil
 
 import gpu
 from llm_service.downloads import DISK_RESERVE_BYTES
+from llm_service.errors import TimedOut, Unreachable, clean, failure
 from llm_service.healing import Healing
 from llm_service.processes import MB
 from llm_service.watch import ASK_S, Watch, bytes_of
-from ollama_client import Json, ServiceError, clean, failure, timestamp
+from ollama_client import Json, ServiceError, timestamp
 
 LIST_S = 1.2
 DISK_LOW_BYTES = DISK_RESERVE_BYTES  # where downloads stop, too
@@ -59,9 +60,7 @@ class Health:
         """
         try:
             return self._watch.server_state.loaded_now(ASK_S)
-        except ServiceError as e:
-            if e.code != "ollama_timeout":
-                raise
+        except TimedOut:
             server = self._processes.server()
             self._watch.ollama.version(ASK_S)
             self._watch.server_state.note_answer(server)
@@ -83,7 +82,7 @@ class Health:
     def diagnose(self, error: ServiceError, asked: psutil.Process | None) -> tuple[str, str, str]:
         """Tell code, reason and the action that heals from the error of the server asked."""
         server = self._processes.server()
-        if error.code not in ("ollama_timeout", "ollama_unreachable"):
+        if not isinstance(error, (TimedOut, Unreachable)):
             words = f"Ollama cannot list the models: {error}"
             return "model_store_unreadable", words, "restart_service"
         if server is None and not self._processes.ever_started():
@@ -92,7 +91,7 @@ class Health:
             return diagnose_end(self._last_words())
         if server != asked or self._watch.server_state.starting(server):
             return "ollama_starting", "Ollama is starting.", "wait"
-        if error.code == "ollama_timeout":
+        if isinstance(error, TimedOut):
             return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
         return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
 

@@ -88,7 +88,7 @@ def break_registry(registry, fault):
     [
         ("unknown", 404, "model_not_found"),
         ("down", 502, "registry_unreachable"),
-        ("broken", 502, "ollama_error"),
+        ("broken", 502, "registry_error"),
     ],
 )
 def test_a_failure_has_its_status(service, registry, fault, status, code, stream):

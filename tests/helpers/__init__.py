@@ -4,6 +4,7 @@ answers         assertions on answers: the one error shape, clear, reset, health
 browser         a headless Chromium
 causes          hung, dead and busy Ollamas and runners, made on purpose
 fake_ollama     an Ollama that answers whatever a test wants
+faults          what a registry does at one step of a pull, instead of its work
 frozen          a process whose main thread stands while the others go on
 generation      a long answer under way
 gpu_ollama      a real Ollama that takes the machine for one with a GPU
@@ -22,5 +23,6 @@ ptrace          a decode loop that stands
 raw             requests written byte by byte
 registry        a model registry with faults
 service         the service as ./start.sh starts it
+tls             a company's certificate authority
 waiting         one HTTP call, and waiting for something to become true
 """

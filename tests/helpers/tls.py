@@ -1,9 +1,9 @@
 """TLS as a company has it: a certificate authority of its own.
 
-    authority = Authority(folder)
-    authority.pem                    the path of its certificate
-    authority.folder                 a folder with that certificate alone
-    Registry(tls=authority.context())
+authority = Authority(folder)
+authority.pem                    the path of its certificate
+authority.folder                 a folder with that certificate alone
+Registry(tls=authority.context())
 """
 
 import ssl

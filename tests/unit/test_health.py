@@ -6,9 +6,9 @@ import psutil
 import pytest
 
 import app
+from llm_service.errors import TimedOut, Unreachable
 from llm_service.processes import alive
 from llm_service.watch import ServerState
-from ollama_client import ServiceError
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def server(monkeypatch):
         started.kill()
 
 
-def diagnosis(code, asked):
-    code, _reason, action = app.health_report.diagnose(ServiceError(code, "no answer"), asked)
+def diagnosis(error, asked):
+    code, _reason, action = app.health_report.diagnose(error("code", "no answer"), asked)
     return code, action
 
 
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [("ollama_timeout", "ollama_hung"), ("ollama_unreachable", "ollama_unreachable")],
+    [(TimedOut, "ollama_hung"), (Unreachable, "ollama_unreachable")],
 )
 def test_one_that_lives_needs_a_reset(error, expected):
     assert diagnosis(error, app.processes.server()) == (expected, "reset_session")
@@ -42,14 +42,14 @@ def test_one_that_lives_needs_a_reset(error, expected):
 
 def test_one_that_is_dead_and_not_reaped_is_started_again(server):
     server.kill()
-    assert diagnosis("ollama_unreachable", app.processes.server()) == ("ollama_dead", "wait")
+    assert diagnosis(Unreachable, app.processes.server()) == ("ollama_dead", "wait")
 
 
 def test_one_that_is_reaped_while_its_error_is_looked_into_is_started_again(server):
     """It dies, and takes the connection with it, while /health waits for its answer."""
     server.kill()
     server.wait()
-    assert diagnosis("ollama_unreachable", app.processes.server()) == ("ollama_dead", "wait")
+    assert diagnosis(Unreachable, app.processes.server()) == ("ollama_dead", "wait")
 
 
 @pytest.mark.usefixtures("server")
@@ -60,7 +60,7 @@ def test_one_that_was_told_to_end_is_started_again(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "llm_service.processes.end",
-        lambda *_: seen.append(diagnosis("ollama_unreachable", asked)),
+        lambda *_: seen.append(diagnosis(Unreachable, asked)),
     )
     assert not app.processes.end_server(0)
     assert alive(asked) and set(seen) == {("ollama_dead", "wait")}

@@ -22,9 +22,11 @@ FLOORS = {
     "llm_service.updates": 3,
     "llm_service.runner_state": 2,
     "llm_service.store": 2,
+    "llm_service.progress": 2,
     "llm_service.processes": 1,
     "llm_service.sharing": 1,
     "ollama_client": 0,
+    "llm_service.errors": -1,
     "gpu": 0,
 }
 MODULES = {

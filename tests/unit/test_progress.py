@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llm_service.downloads import SPEED_WINDOW_S, Progress
+from llm_service.progress import SPEED_WINDOW_S, Progress
 from ollama_client import ServiceError
 
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
