@@ -24,5 +24,6 @@ raw             requests written byte by byte
 registry        a model registry with faults
 service         the service as ./start.sh starts it
 tls             a company's certificate authority
+strangers       a server and its callers in processes of their own
 waiting         one HTTP call, and waiting for something to become true
 """

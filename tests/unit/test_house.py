@@ -24,6 +24,7 @@ FLOORS = {
     "llm_service.store": 2,
     "llm_service.progress": 2,
     "llm_service.processes": 1,
+    "llm_service.sockets": 1,
     "llm_service.sharing": 1,
     "ollama_client": 0,
     "llm_service.errors": -1,

@@ -1,0 +1,125 @@
+"""Who waits for an answer of Ollama's, and whether anything works for him."""
+
+import pathlib
+import typing
+
+from llm_service.sockets import Connection, connections, own_ends
+from ollama_client import Json
+
+CHECK_S = 4  # of waiting, before it is asked what Ollama does itself
+LOOKS = 10  # for a verdict
+GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
+FILES_BYTES = 1000  # less than a manifest and what it names
+
+
+class Request(typing.NamedTuple):
+    """The last request of a connection."""
+
+    received: int  # bytes of the connection
+    at: float  # when they were seen
+    whole: bool  # Ollama has read files since, as it does once it knows the model's name
+
+
+class Callers:
+    """Looks at the connections of Ollama's port. It has no clock of its own."""
+
+    def __init__(self, port: int, stuck_s: float):
+        self.report: Json | None = None  # ``callers`` in /api/stats
+        self.starved = ""  # the evidence, where nothing works for who waits
+        self.queue = ""  # who waits for long while others are served
+        self._port = port
+        self._stuck_s = stuck_s
+        self._requests: dict[bytes, Request] = {}
+        self._pid = 0  # of the server, and what it had read at the last look
+        self._read_bytes: int | None = None
+        self._looked_at = 0.0
+        self._quiet_since = 0.0
+        self._quiet_looks = 0
+
+    def look(self, now: float, pid: int, tasks: int, works: typing.Callable[[], bool]) -> None:
+        """Look at the connections of the server ``pid``.
+
+        ``tasks`` are its runners' answers and loads under way. ``works`` tells whether the server
+        does something itself.
+        """
+        try:
+            seen = connections(self._port)
+        except OSError:
+            self.report = None
+            return self.judge(now, [], 0, tasks)
+        own = own_ends(self._port)
+        whole = self._note_requests(seen, now, pid)
+        callers = [each for each in seen if each.peer not in own]
+        waiting = [each for each in callers if each.wait_s]
+        waits = [each.wait_s for each in waiting]
+        longest_s = max(waits, default=0)
+        self.report = {
+            "connections": len(callers),
+            "waiting": len(waits),
+            "longest_wait_s": round(longest_s, 1),
+        }
+        if longest_s > CHECK_S and works():
+            tasks += 1
+        whole_waits = [each.wait_s for each in waiting if each.key in whole]
+        return self.judge(now, waits, max(whole_waits, default=0), tasks)
+
+    def judge(self, now: float, waits: list[float], whole_s: float, tasks: int) -> None:
+        """Judge by the waits in seconds; ``whole_s`` is the longest for a whole request."""
+        quiet = not tasks and max(waits, default=0) > CHECK_S
+        asleep = now - self._looked_at > GAP_S
+        self._looked_at = now
+        if not quiet or asleep or not self._quiet_looks:
+            self._quiet_since = now
+            self._quiet_looks = 0
+        if quiet:
+            self._quiet_looks += 1
+        quiet_s = now - self._quiet_since
+        in_vain = min(quiet_s, whole_s) >= self._stuck_s
+        long = [wait_s for wait_s in waits if wait_s >= self._stuck_s]
+        self.starved = ""
+        self.queue = ""
+        if in_vain and self._quiet_looks >= LOOKS:
+            self.starved = (
+                f"callers have waited for up to {whole_s:.0f} s; "
+                f"for {quiet_s:.0f} s no runner has worked, "
+                "and Ollama has used neither its store nor another machine"
+            )
+        elif len(long) > tasks:
+            self.queue = f"{len(long)} callers have waited for up to {max(long):.0f} s"
+
+    def _note_requests(self, seen: list[Connection], now: float, pid: int) -> set[bytes]:
+        """Return the connections whose last request is whole, as far as that can be told."""
+        noted = {}
+        received = 0
+        for each in seen:
+            last = self._requests.get(each.key)
+            if last is None:
+                last = Request(0, now, False)
+            received += each.received - last.received
+            if each.received > last.received:
+                last = Request(each.received, now, False)
+            noted[each.key] = last
+        self._requests = noted
+        if self._new_bytes(pid) - received >= FILES_BYTES:
+            for key, last in noted.items():
+                if now - last.at <= GAP_S:  # it may read after the look that saw its bytes
+                    noted[key] = last._replace(whole=True)
+        return {key for key, last in noted.items() if last.whole}
+
+    def _new_bytes(self, pid: int) -> int:
+        """Return how many bytes the server has read since the last look; 0 where unknown."""
+        before = self._read_bytes if pid == self._pid else None
+        self._pid = pid
+        self._read_bytes = bytes_read(pid)
+        if before is None or self._read_bytes is None:
+            return 0
+        return self._read_bytes - before
+
+
+def bytes_read(pid: int) -> int | None:
+    """Return the bytes that a process has read from files and connections."""
+    try:
+        _, read, *_ = pathlib.Path(f"/proc/{pid}/io").read_text().split()
+        return int(read)
+    except (OSError, ValueError):
+        return None

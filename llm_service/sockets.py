@@ -1,0 +1,124 @@
+"""The TCP connections of a port, as the kernel tells them through netlink (sock_diag)."""
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+import typing
+
+# Numbers and layouts of Linux' sock_diag.h, inet_diag.h and tcp.h
+SOCK_DIAG = 4
+BY_FAMILY = 20
+DUMP = 0x301
+ERROR = 2
+DONE = 3
+ESTABLISHED = 1
+LISTEN = 10
+INFO = 2  # the attribute that holds a tcp_info
+QUESTION = struct.Struct("=IHHIIBBBxI2s46x")
+MESSAGE = struct.Struct("=IH10x")
+SOCKET = struct.Struct("=xBxx2x2s16s16s4x8s20x")  # state, peer's port, address, peer, cookie
+ATTRIBUTE = struct.Struct("=HH")
+TCP_INFO = struct.Struct("=44xI4xI72xQ20xI")  # ms since sent, received; bytes in, segments out
+
+ANYWHERE = bytes(16)
+IPV4_IN_IPV6 = bytes(10) + b"\xff\xff"
+
+
+class Connection(typing.NamedTuple):
+    """A connection, seen from the side of the listener."""
+
+    key: bytes  # the kernel's, for no other
+    peer: tuple[bytes, bytes]  # IPv6 address and port
+    received: int  # bytes
+    wait_s: float  # since it last received, where nothing was sent since; else 0
+
+
+def connections(port: int) -> list[Connection]:
+    """Return the connections to the listener of a port. Raises OSError where none can be had."""
+    found: list[Connection] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        listening = set()
+        for message in ask_kernel(family, port):
+            state, peer_port, address, peer, key = SOCKET.unpack_from(message)
+            if state == LISTEN:  # these come first
+                listening.add(address)
+            elif ANYWHERE in listening or address in listening:
+                if family == socket.AF_INET:
+                    peer = IPV4_IN_IPV6 + peer[:4]
+                received, wait_s = traffic(message)
+                found.append(Connection(key, (peer, peer_port), received, wait_s))
+        if listening:
+            break
+    return found
+
+
+def ask_kernel(family: int, port: int) -> typing.Iterator[memoryview]:
+    """Yield the kernel's message on each TCP socket of a local port."""
+    question = QUESTION.pack(
+        QUESTION.size,
+        BY_FAMILY,
+        DUMP,
+        0,
+        0,
+        family,
+        socket.IPPROTO_TCP,
+        1 << INFO - 1,
+        1 << ESTABLISHED | 1 << LISTEN,
+        port.to_bytes(2, "big"),
+    )
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:
+        kernel.send(question)
+        while True:
+            answer = memoryview(kernel.recv(1 << 16))
+            while answer:
+                length, kind = MESSAGE.unpack_from(answer)
+                if kind == DONE:
+                    return
+                if kind == ERROR:
+                    raise OSError("this kernel tells nothing of its sockets")
+                yield answer[MESSAGE.size : length]
+                answer = answer[aligned(length) :]
+
+
+def traffic(message: memoryview) -> tuple[int, float]:
+    """Return the bytes that a socket has received, and for how long they wait for an answer.
+
+    What comes within the same tick of the kernel's clock as an answer counts as answered.
+    Raises OSError where the kernel does not tell.
+    """
+    attributes = message[SOCKET.size :]
+    while attributes:
+        length, kind = ATTRIBUTE.unpack_from(attributes)
+        if kind == INFO and length >= ATTRIBUTE.size + TCP_INFO.size:
+            figures = TCP_INFO.unpack_from(attributes, ATTRIBUTE.size)
+            sent_ms, received_ms, received, segments = figures
+            answered = segments and sent_ms <= received_ms
+            waits = received and not answered
+            return received, max(received_ms, 1) / 1000 if waits else 0.0
+        attributes = attributes[aligned(length) :]
+    raise OSError("this kernel does not tell when a socket received and sent")
+
+
+def aligned(length: int) -> int:
+    """Return where the next message or attribute begins."""
+    return length + 3 & ~3
+
+
+def own_ends(port: int) -> set[tuple[bytes, bytes]]:
+    """Return address and port of this process's own connections to a port."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            file = int(name)
+            if not stat.S_ISSOCK(os.stat(file).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(file)) as own:
+                if own.getpeername()[1:2] != (port,):
+                    continue
+                host, own_port, *_ = own.getsockname()
+                address = socket.inet_pton(own.family, host)
+                address = (IPV4_IN_IPV6 + address)[-16:]
+                found.add((address, own_port.to_bytes(2, "big")))
+    return found

@@ -1,0 +1,53 @@
+"""A server and its callers in processes of their own, for what the kernel tells of connections."""
+
+import contextlib
+import subprocess
+import sys
+
+CALLER = """
+import socket, sys
+caller = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+caller.sendall(sys.argv[2].encode())
+print(flush=True)
+sys.stdin.read()
+"""
+
+# It reads as Ollama does: each request, and a file once it knows what is asked for.
+SERVER = """
+import os, socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+accepted = []
+while True:
+    accepted.append(server.accept()[0])
+    request = os.read(accepted[-1].fileno(), 1 << 16)
+    if request.endswith(b"}"):
+        with open(sys.argv[1], "rb") as file:
+            file.read()
+"""
+
+
+@contextlib.contextmanager
+def program(text, *arguments):
+    """Run a program; give it and the first line that it says."""
+    command = [sys.executable, "-c", text, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process, process.stdout.readline()
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def caller(port, text=""):
+    """A process that has connected, and has sent a text."""
+    with program(CALLER, port, text):
+        yield
+
+
+@contextlib.contextmanager
+def server(file):
+    """A server that reads the file for each request that ends with "}": its process and port."""
+    with program(SERVER, file) as (process, said):
+        yield process, int(said)

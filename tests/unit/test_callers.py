@@ -1,0 +1,253 @@
+"""Who waits in vain, by looks that are made by hand, and by looks at real sockets."""
+
+import contextlib
+import socket
+import time
+import types
+
+import pytest
+
+import llm_service.callers
+from helpers import strangers
+from helpers.waiting import wait_for
+from llm_service import sockets
+from llm_service.callers import Callers, bytes_read
+
+STUCK_S = 40
+
+
+class Looks:
+    """Callers, and looks at them every two seconds.
+
+    .for_(s, wait_s, …)     so many seconds of looks; who waits has waited for so long at the first
+    """
+
+    def __init__(self):
+        self.callers = Callers(0, STUCK_S)
+        self.now = 1000.0
+
+    def look(self, *waits, tasks=0, whole=True, after=2.0):
+        self.now += after
+        self.callers.judge(self.now, list(waits), max(waits, default=0) if whole else 0, tasks)
+
+    def for_(self, seconds, *waits, step=2.0, **fields):
+        """Return when a fault was seen first, in seconds; None if it was not."""
+        seen = None
+        for n in range(int(seconds / step)):
+            passed = (n + 1) * step
+            self.look(*(wait + passed for wait in waits), after=step, **fields)
+            if self.callers.starved and seen is None:
+                seen = passed
+        return seen
+
+
+@pytest.fixture
+def looks():
+    return Looks()
+
+
+def test_nobody_waits(looks):
+    assert looks.for_(600) is None
+    assert not looks.callers.queue
+
+
+def test_who_waits_while_nothing_works_waits_in_vain(looks):
+    # It is asked from CHECK_S on what else works, and that must be quiet for as long.
+    assert looks.for_(100, 0) == pytest.approx(STUCK_S + 6)
+    assert "up to 100 s; for 94 s no runner" in looks.callers.starved
+
+
+def test_a_runner_that_works_serves_somebody(looks):
+    assert looks.for_(600, 0, tasks=1) is None
+
+
+def test_the_time_begins_when_the_last_thing_has_ended(looks):
+    assert looks.for_(600, 0, tasks=1) is None
+    assert looks.for_(100, 600) == pytest.approx(STUCK_S + 2)
+
+
+def test_one_look_at_which_something_works_begins_it_anew(looks):
+    assert looks.for_(STUCK_S, 0) is None
+    looks.look(STUCK_S, tasks=1)
+    assert looks.for_(STUCK_S, STUCK_S) is None
+    assert looks.for_(20, 2 * STUCK_S) is not None
+
+
+def test_a_request_that_is_not_whole_is_no_fault(looks):
+    assert looks.for_(600, 0, whole=False) is None
+    assert looks.callers.queue  # it is told all the same
+
+
+def test_many_who_wait_for_a_short_time_are_no_fault(looks):
+    for n in range(600):
+        looks.look(STUCK_S / 2, n % 30)
+    assert not looks.callers.starved and not looks.callers.queue
+
+
+def test_it_ends_when_nobody_waits(looks):
+    assert looks.for_(100, 0)
+    looks.look()
+    assert not looks.callers.starved
+    assert looks.for_(STUCK_S, 0) is None
+
+
+def test_a_pause_between_two_looks_begins_it_anew(looks):
+    assert looks.for_(STUCK_S, 0) is None
+    looks.look(STUCK_S + 3600, after=3600)
+    assert not looks.callers.starved
+    assert looks.for_(STUCK_S - 2, 3600 + STUCK_S) is None
+
+
+def test_it_takes_ten_looks():
+    looks = Looks()
+    looks.callers = Callers(0, 1)
+    assert looks.for_(60, 0) == pytest.approx(6 + 2 * 9)
+
+
+# Who waits while others are served
+
+
+def test_one_who_is_served_does_not_queue(looks):
+    looks.for_(600, 0, tasks=1)
+    assert not looks.callers.queue
+
+
+def test_more_who_wait_than_are_served_queue(looks):
+    looks.for_(600, 0, 0, tasks=1)
+    assert looks.callers.queue == "2 callers have waited for up to 600 s"
+
+
+def test_those_who_came_just_now_do_not_queue(looks):
+    looks.look(STUCK_S, STUCK_S - 1, STUCK_S - 2, tasks=1)
+    assert not looks.callers.queue
+
+
+# On real connections, to a server and from callers in processes of their own
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server that reads a file of 2,000 bytes for each request that ends with "}"."""
+    file = tmp_path / "manifest"
+    file.write_bytes(bytes(2000))
+    with strangers.server(file) as (process, port):
+        yield types.SimpleNamespace(pid=process.pid, port=port)
+
+
+@pytest.fixture
+def callers(server):
+    return Callers(server.port, STUCK_S)
+
+
+@pytest.fixture
+def look(server, callers):
+    """Look once; return how often it was asked what else the server does."""
+
+    def once(tasks=0, works=False):
+        asked = []
+        callers.look(time.monotonic(), server.pid, tasks, lambda: asked.append(1) or works)
+        return len(asked)
+
+    return once
+
+
+@pytest.fixture
+def call(server):
+    with contextlib.ExitStack() as stack:
+        yield lambda text="": stack.enter_context(strangers.caller(server.port, text))
+
+
+def test_strangers_are_counted_and_the_services_own_connections_are_not(
+    server, callers, look, call
+):
+    with socket.create_connection(("127.0.0.1", server.port)) as own:
+        own.sendall(b"GET /api/ps")
+        call()
+        call("POST /api/generate")
+        time.sleep(0.1)
+        look()
+    assert callers.report["connections"] == 2
+    assert callers.report["waiting"] == 1
+    assert 0.1 <= callers.report["longest_wait_s"] < 30
+
+
+def test_nobody_is_there(callers, look):
+    look()
+    assert callers.report == {"connections": 0, "waiting": 0, "longest_wait_s": 0}
+
+
+def test_a_kernel_that_tells_nothing_leaves_the_figures_out(callers, look, call, monkeypatch):
+    call("POST /api/generate")
+    look()
+    monkeypatch.setattr(sockets, "SOCK_DIAG", 31)
+    assert look() == 0
+    assert callers.report is None
+    assert not callers.starved and not callers.queue
+
+
+def test_what_the_server_does_is_asked_only_where_somebody_waits(look, call, monkeypatch):
+    assert look() == 0
+    call()
+    time.sleep(0.6)
+    monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.5)
+    assert look() == 0
+    call("POST /api/generate")
+    assert look() == 0
+    time.sleep(0.6)
+    assert look() == 1
+
+
+def test_who_waits_in_vain_by_looks_at_real_connections(callers, look, call, monkeypatch):
+    monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.1)
+    monkeypatch.setattr(callers, "_stuck_s", 1)
+    look()
+    call("{}")
+    wait_for(lambda: look() or callers.starved, 10, "a caller that waits in vain")
+    for _ in range(20):
+        look(works=True)
+        assert not callers.starved
+
+
+# A request is whole where the server has read more than it was sent
+
+
+def whole(callers):
+    return [request.whole for request in callers._requests.values()]
+
+
+def test_a_request_for_which_files_are_read_is_whole_and_stays_so(callers, look, call):
+    look()
+    call('{"model":"m"}')
+    wait_for(lambda: look() or whole(callers) == [True], 5, "files are read")
+    look()
+    assert whole(callers) == [True]
+
+
+@pytest.mark.parametrize("length", [1, 100, 50_000])
+def test_half_a_request_is_not_whole_however_long_it_is(server, callers, look, call, length):
+    look()
+    before = bytes_read(server.pid)
+    call('{"model":' + " " * length)
+    wait_for(lambda: bytes_read(server.pid) > before + length, 5, "the request is read")
+    for _ in range(5):
+        look()
+        assert whole(callers) == [False]
+
+
+def test_what_is_read_long_after_a_request_has_nothing_to_do_with_it(callers, look, call):
+    look()
+    call('{"model":')
+    look()
+    callers._requests = {
+        key: request._replace(at=request.at - 10) for key, request in callers._requests.items()
+    }
+    call('{"model":"m"}')
+    wait_for(lambda: look() or sorted(whole(callers)) == [False, True], 5, "files are read")
+
+
+def test_a_server_whose_reading_cannot_be_told_has_no_whole_requests(callers, server, call):
+    for pid in (0, server.pid):
+        call('{"model":"m"}')
+        callers.look(time.monotonic(), pid, 0, lambda: False)
+    assert whole(callers) == [False, False]
+    assert bytes_read(0) is None
