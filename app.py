@@ -175,6 +175,8 @@ STATUS = {
     "manifest_unreadable": 409,
     "model_being_pulled": 409,
     "model_busy": 409,
+    "model_not_addressable": 409,
+    "store_read_only": 409,
     "encoding_not_supported": 415,
     "too_many_pulls": 429,
     "too_many_streams": 429,

@@ -61,6 +61,7 @@ class Download:
         self._joinable = True
         self._stop: ServiceError | None = None
         self._had_news = False  # more than the manifest was seen
+        self._warning = ""  # of a success: what of the old version stays
         self._line: Json = {"status": "starting"}
         self._said: collections.deque[Json] = collections.deque(maxlen=64)
         self._said_count = 0
@@ -130,7 +131,8 @@ class Download:
         """Return the one line that ends the stream."""
         if self.error:
             return {"error": str(self.error), "code": self.error.code}
-        return {"status": "success", **self._figures()}
+        warning = {"warning": self._warning} if self._warning else {}
+        return {"status": "success", **self._figures(), **warning}
 
     # The listeners' side
 
@@ -205,7 +207,7 @@ class Download:
             self._check_files(unknown)
         new = self._digests_there()
         self._count_files(new, completed=True)  # Ollama shows no line of a layer that comes at once
-        self._tools.remove_replaced(self.model, set(old).difference(new))
+        self._warning = self._tools.remove_replaced(self.model, set(old).difference(new))
 
     def _is_check_wanted(self) -> bool:
         with self._changed:
@@ -292,7 +294,7 @@ class Download:
             raise ServiceError(
                 "disk_full",
                 f"The rest of {self.model} needs {missing >> 20} MB and "
-                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._store.path} has "
+                f"{DISK_RESERVE_BYTES >> 20} MB stay free, but {self._store.where()} has "
                 f"{free >> 20} MB: delete a model or enlarge the disk.",
             )
 
@@ -317,7 +319,7 @@ class Download:
             )
         if damaged:
             for digest in damaged:
-                self._store.blob(digest).unlink(missing_ok=True)
+                self._store.remove_blob(digest)
             log.warning("pull %s: removed damaged files: %s", self.model, names)
             self._note({"status": f"removed {len(damaged)} damaged: {names}"})
             self._count_files(self._digests_there(), completed=True)
@@ -374,6 +376,7 @@ class Downloads:
         self, model: str, insecure: bool = False, detach: bool = False, verify: bool = False
     ) -> tuple[Download, typing.Iterable[Json]]:
         """Start a download or join the one under way; return it and its lines."""
+        self.store.check_changeable()
         key = name_key(model)
         for _ in range(3):
             with self._lock:
@@ -446,6 +449,8 @@ class Downloads:
         Between two files of a pull Ollama has none open, for a moment. Returns (freed bytes,
         files). Raises ServiceError ``model_being_pulled``, ``manifest_unreadable``.
         """
+        if not dry_run:
+            self.store.check_changeable()
         until = time.monotonic() + (0 if dry_run else SETTLED_S)
         while True:
             with self._lock, file_errors():
@@ -460,17 +465,23 @@ class Downloads:
                     return self.store.prune(older_than_s, files, dry_run)
             time.sleep(0.05)
 
-    def remove_replaced(self, model: str, digests: set[str]) -> None:
-        """Remove these blobs of a model's old version; what may be needed yet is unused then."""
-        if not digests:
-            return
+    def remove_replaced(self, model: str, digests: set[str]) -> str:
+        """Remove these blobs of a model's old version; say what stays unused and why, or ""."""
+        reason = "another download runs"
         try:
             with self._lock, file_errors():
-                self.store.make_old(digests)
+                self.store.note_replaced(digests)
                 if len(self._running) == 1:  # this one
+                    reason = "a process has them open"
                     self.store.prune(0, self._processes.open_files(), only=digests)
         except ServiceError as e:
-            log.warning("pull %s: the old version stays: %s", model, e)
+            reason = str(e)
+        stays = self.store.sizes(digests.difference(*self.store.models().values()))
+        if not stays:
+            return ""
+        words = f"{sum(stays.values()) >> 20} MB of the old version stay until a prune: {reason}"
+        log.warning("pull %s: %s", model, words)
+        return words
 
     def reconnect(self) -> None:
         """Break every download's connection: before Ollama is ended, so that it keeps the parts."""

@@ -79,6 +79,7 @@ VERIFY = 'POST /api/models/pull with "verify": true checks its files and repairs
 PURGE = 'DELETE /api/models/pull with "purge": true, then pull again'
 FREE_SPACE = "delete a model or enlarge the disk, then pull again"
 CHOWN = "give the model store to the user that the service runs as (chown -R), then try again"
+WRITABLE = "the model store is mounted read-only: change it where it is writable"
 SEE_KERNEL = "the disk, or the way to it, fails: see the kernel's log (dmesg)"
 SMALLER = "take a smaller model or context, or set LLM_GPU_LAYERS=auto"
 NO_MLX = "its library for such models is not here: pull a GGUF version of the model"
@@ -93,11 +94,8 @@ FILE_SYSTEM: Place = (
     _PHASE + r"(?:open|read|write|mkdir|remove|rename|l?stat|truncate|close) /|^\[Errno",
     [
         ("(?i)no space left|quota exceeded|file too large", "disk_full", FREE_SPACE),
-        (
-            "(?i)permission denied|read-only|operation not permitted",
-            "store_not_writable",
-            CHOWN,
-        ),
+        ("(?i)read-only", "store_read_only", WRITABLE),
+        ("(?i)permission denied|operation not permitted", "store_not_writable", CHOWN),
         ("(?i)input/output error|needs cleaning|stale", "disk_failing", SEE_KERNEL),
         ("id_ed25519", "registry_denied", "restart the service: Ollama then makes its key"),
         ("too many open files", "ollama_error", "POST /api/session/reset"),

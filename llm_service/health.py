@@ -84,7 +84,9 @@ class Health:
         server = self._processes.server()
         if not isinstance(error, (TimedOut, Unreachable)):
             words = f"Ollama cannot list the models: {error}"
-            return "model_store_unreadable", words, "restart_service"
+            # A restart mends nothing that is in the way among its files.
+            action = "wait" if error.code == "store_damaged" else "restart_service"
+            return "model_store_unreadable", words, action
         if server is None and not self._processes.ever_started():
             return "ollama_starting", "Ollama is about to be started.", "wait"
         if server is None or self._processes.ending(server):
@@ -110,7 +112,8 @@ class Health:
         """Return what does not make the service unhealthy: ``[{"code", "message"}]``."""
         warnings = []
         free = self._watch.store.free_bytes()
-        if free is not None and free < DISK_LOW_BYTES:
+        low = free is not None and free < DISK_LOW_BYTES
+        if low and not self._watch.store.read_only():  # there no advice would help
             warnings.append(("disk_low", "The disk is almost full: delete a model, or prune."))
         if not self._watch.store_writable:
             path = self._watch.store.path
@@ -169,7 +172,7 @@ def diagnose_end(said: str) -> tuple[str, str, str]:
     if not said:
         return "ollama_dead", words, "wait"
     reason = failure(said)
-    if reason.code == "store_not_writable":
+    if reason.code in ("store_not_writable", "store_read_only"):
         return reason.code, f"{words} It said: {reason}", "wait"
     return "ollama_dead", f"{words} It said: {clean(said)}.", "wait"
 

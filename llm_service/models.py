@@ -2,15 +2,19 @@
 
 import datetime
 import json
+import logging
+import os
 import typing
 
 from llm_service.downloads import Downloads
+from llm_service.files import bytes_freed
 from llm_service.healing import CLEAR_S, Healing
 from llm_service.processes import MB
 from llm_service.sharing import SharedRun, began_since
 from llm_service.watch import Watch
 from ollama_client import Json, ServiceError, name_key, timestamp
 
+log = logging.getLogger("llm-service")
 LIST_S = 1.2
 
 
@@ -44,6 +48,8 @@ class Models:
 
     def delete(self, model: str, force: bool) -> int:
         """Unload and delete a model; return the bytes that came free."""
+        self._store.check_changeable()
+        self._check_deletable(model)
         if self._downloads.running(model):
             words = f"{model} is being downloaded: cancel that first."
             raise ServiceError("model_being_pulled", words)
@@ -53,11 +59,19 @@ class Models:
                 "model_busy",
                 f'{model} is in the middle of an answer: try again, or send "force": true.',
             )
-        digests = self._store.models().get(name_key(model), [])
-        before = self._store.sizes(digests).values()
-        self._watch.ollama.delete(model)
-        after = self._store.sizes(digests).values()
-        return sum(before) - sum(after)
+        self._check_deletable(model)  # the files may be others now
+        files = self._store.files_of(model)
+        try:
+            self._watch.ollama.delete(model)
+        except ServiceError as e:  # it may have taken the manifest before it failed
+            if name_key(model) in self._store.manifests.there():
+                raise
+            log.warning("delete %s: some of its files stay: %s", model, e)
+        return bytes_freed([file for file in files if not os.path.lexists(file.path)])
+
+    def _check_deletable(self, model: str) -> None:
+        self._store.manifests.check_deletable(model)
+        self._store.require(model)
 
     def _list(self) -> str:
         loaded = self._watch.server_state.loaded_now()
@@ -66,7 +80,7 @@ class Models:
         listed = []
         for model in self._watch.server_state.tags(LIST_S):
             match = by_name.get(model["name"])
-            if not match:
+            if not match:  # a copy: Ollama has loaded it under the other name
                 match = by_digest.get(model.get("digest"), {})
             listed.append(model_entry(model, match))
         answer = {"models": listed, "count": len(listed)}
@@ -82,6 +96,7 @@ def model_entry(model: Json, loaded: Json) -> Json:
         "digest": model.get("digest"),
         "details": model.get("details") or {},
         "loaded": bool(loaded),
+        "loaded_as": loaded.get("name"),
         "size_vram": loaded.get("size_vram"),
         "expires_at": utc(loaded.get("expires_at")),
         "size_loaded": loaded.get("size"),

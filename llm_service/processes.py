@@ -98,7 +98,7 @@ class Processes:
                 words = process.cmdline() if alive(process) else []
                 if "--model" in words and ("llama-server" in words[0] or "runner" in words):
                     options = dict(itertools.pairwise(words))
-                    digest = DIGEST.search(options["--model"].lower())
+                    digest = DIGEST.search(options["--model"])
                     found.append(Runner(process, digest and digest[1], options.get("--port")))
         return found
 

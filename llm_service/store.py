@@ -1,8 +1,10 @@
-"""The model files as Ollama sees them, read and cleaned without asking it."""
+"""The model files as Ollama sees them, read and cleaned without asking it.
+
+Names in brackets are Ollama's own functions (0.34.4) whose rule a line follows.
+"""
 
 import contextlib
 import glob
-import json
 import os
 import pathlib
 import re
@@ -11,73 +13,63 @@ import stat
 import time
 import typing
 
+from llm_service.errors import ServiceError
+from llm_service.files import Ages, File, bytes_freed, seconds_since_boot, seen_files
+from llm_service.manifests import Manifests
 from llm_service.processes import OpenFiles
-from ollama_client import DIGEST, Json, ServiceError, clean, name_key
+from ollama_client import Json, name_key, plain_key
 
 PURGE_S = 2  # the most that a purge waits
 PURGE_PAUSE_S = 0.3
 PRUNE_AGE_S = 3600  # an `ollama create` uploads long before it writes the manifest
-# The names that Ollama gives to files in blobs/: a digest, a part, an upload under way.
+# The names that Ollama gives to files in blobs/: a digest, a part, an upload under way; and
+# in metadata/: what it has read in a blob, and that while it is written.
 _BLOB_FILE = re.compile(r"sha256-(?:[0-9a-fA-F]{64}(?:-partial.*)?|\d+|.*\.tmp)")
+_METADATA_FILE = re.compile(r"(sha256-[0-9a-fA-F]{64})\.json")
+_METADATA_LEFTOVER = re.compile(r"\.gguf-metadata-.*\.tmp")
 
 
 class Store:
     """The model files under OLLAMA_MODELS, without asking Ollama. Sizes are bytes on disk."""
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
-        self._signature: tuple[tuple[str, int, int], ...] = ()
-        self._models: tuple[tuple | None, dict[str, list[str]]] = (None, {})  # with its signature
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        wall: typing.Callable[[], float] = time.time,
+        since_boot: typing.Callable[[], float] = seconds_since_boot,
+    ):
+        self.path = pathlib.Path(os.path.normpath(path))  # as Go's filepath.Join does
+        self._ages = Ages(wall, since_boot)
+        self.manifests = Manifests(self.path, self._ages)
+        self._replaced: dict[str, int] = {}  # an old version's blobs: when they last changed
+
+    # Models
 
     def models(self) -> dict[str, list[str]]:
-        """Map each model's ``name_key`` to its digests (hex), those of the weights first."""
-        signature = self.signature()
-        known, models = self._models
-        if signature is None or signature != known:
-            models = self._read_models()
-            self._models = signature, models
-        return models
-
-    def require(self, model: str | None) -> None:
-        """Raise ServiceError ``model_not_found`` for a model that is not downloaded."""
-        if model and name_key(model) not in self.models():
-            raise ServiceError(
-                "model_not_found",
-                f"There is no model {model}: GET /api/models lists what is downloaded.",
-            )
-
-    def _read_models(self) -> dict[str, list[str]]:
+        """Map each model's ``plain_key`` to its digests (hex), those of the weights first."""
         found = {}
-        for file in self._files("manifests/*/*/*/*"):
-            try:
-                manifest = json.loads(file.read_bytes())
-                layers = [*manifest["layers"], manifest.get("config") or {}]
-                layers.sort(key=lambda layer: not layer.get("mediaType", "").endswith(".model"))
-                names = " ".join(layer.get("digest") or "" for layer in layers)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                continue  # a manifest that Ollama would not list either
-            digests = DIGEST.findall(names.lower())
-            if digests:
-                *place, tag = file.parts[-4:]
-                found[name_key(f"{'/'.join(place)}:{tag}")] = digests
+        for key, manifests in self.manifests.there().items():
+            layers = [each.layers for each in manifests if each.layers is not None]
+            if layers:
+                found[key] = [digest[7:] for digest in sum(layers, [])]
         return found
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
-        known = self._signature
-        young_ns = time.time_ns() - 10**9
-        try:
-            # What is known is looked at first: that takes a call for each, a walk many.
-            if not known or known != tuple(_stamp(path) for path, *_ in known):
-                root = f"{self.path}/manifests"
-                paths = [root, *(entry.path for entry in _entries_below(root))]
-                known = tuple(map(_stamp, paths))
-        except OSError:
-            known = ()
-        if any(changed_ns > young_ns for _, changed_ns, _ in known):
-            known = ()  # one more change might not show
-        self._signature = known
-        return known or None
+        return self.manifests.signature()
+
+    def require(self, model: str | None) -> None:
+        """Raise ServiceError ``model_not_found`` for a model that is not downloaded."""
+        if model and name_key(model) not in self.models():
+            words = f"There is no model {model}"
+            if plain_key(model) in self.manifests.there():
+                words += f", which Ollama takes for {name_key(model)}"
+            raise ServiceError(
+                "model_not_found",
+                f"{words}: GET /api/models lists what is downloaded.",
+            )
+
+    # Blobs and the disk
 
     def blob(self, digest: str) -> pathlib.Path:
         """Return the path of the blob with this digest (hex)."""
@@ -91,6 +83,19 @@ class Store:
                 found[digest] = self.blob(digest).stat().st_size
         return found
 
+    def files_of(self, model: str) -> list[File]:
+        """Return the files that belong to a model, shared ones too."""
+        manifests = self.manifests.there().get(name_key(model), [])
+        paths = [each.path for each in manifests]
+        for digest in self.models().get(name_key(model), []):
+            paths += [str(self.blob(digest)), str(self._metadata(digest))]
+        return list(seen_files(dict.fromkeys(paths)))
+
+    def remove_blob(self, digest: str) -> None:
+        """Remove a blob, and what Ollama has read in it, which it would not read anew."""
+        self.blob(digest).unlink(missing_ok=True)
+        self._metadata(digest).unlink(missing_ok=True)
+
     def changed_ns(self) -> int:
         """Return when a blob or part was last added or removed."""
         try:
@@ -98,41 +103,73 @@ class Store:
         except OSError:
             return 0
 
+    def where(self) -> str:
+        """Return the folder where the blobs really lie: it may be a link or a mount."""
+        return os.path.realpath(self.path / "blobs")
+
     def free_bytes(self) -> int | None:
-        """Return the free bytes of the models' disk; None if there is no store."""
-        try:
-            return shutil.disk_usage(self.path).free
-        except OSError:
-            return None
+        """Return the free bytes of the blobs' disk; None if there is no store."""
+        usage = self._usage()
+        return usage and usage.free
 
     def disk(self) -> Json | None:
         """Return total, free, partial and unused bytes; None if there is no store.
 
         ``unused_bytes`` is what a prune would free, None where that cannot be known.
+        ``models_bytes`` is what all models take, shared blobs counted once.
         """
-        try:
-            usage = shutil.disk_usage(self.path)
-        except OSError:
+        usage = self._usage()
+        if not usage:
             return None
         unused = None
         with contextlib.suppress(ServiceError, OSError):
-            unused = sum(size for _, size in self._unused(PRUNE_AGE_S))
+            unused = bytes_freed(self._unused(PRUNE_AGE_S))
         return {
             "path": str(self.path),
+            "blobs_path": self.where(),
+            "read_only": self.read_only(),
             "total_bytes": usage.total,
             "free_bytes": usage.free,
+            "models_bytes": self._models_bytes(),
             "partial_bytes": sum(map(_size, self.parts("*"))),
             "unused_bytes": unused,
         }
 
+    def read_only(self) -> bool:
+        """Tell whether a file system of the store is mounted read-only."""
+        for folder in ("blobs", "manifests"):
+            with contextlib.suppress(OSError):
+                if os.statvfs(self.path / folder).f_flag & os.ST_RDONLY:
+                    return True
+        return False
+
+    def check_changeable(self) -> None:
+        """Raise ServiceError ``store_read_only`` where nothing can be added or removed."""
+        if self.read_only():
+            raise ServiceError(
+                "store_read_only",
+                f"The model store {self.path} is mounted read-only: its models can be used, and "
+                "none can be downloaded or deleted. Change it where it is writable.",
+            )
+
     def writable(self) -> bool:
-        """Tell whether the service's user may write wherever a pull or a delete does."""
+        """Tell whether its files are this user's to write; a read-only mount is no fault."""
+        if self.read_only():
+            return True
         for pattern in (".", "blobs", "manifests/**", "blobs/*-partial*"):
             for path in self._files(pattern):
                 allowed = os.access(path, os.W_OK, effective_ids=True)
                 if not allowed and path.exists():
                     return False
         return True
+
+    def drop_page_cache(self) -> None:
+        """Give the page cache of the blobs back: shared memory counts it as the GPU's."""
+        for file in self._files("blobs/sha256-*"):
+            with contextlib.suppress(OSError), file.open("rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    # What no model needs
 
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
@@ -152,20 +189,16 @@ class Store:
         nothing removed.
         """
         self.check_at_rest(files)
-        sizes = []
-        for path, size in self._unused(older_than_s):
-            wanted = only is None or _digest_of(path.name) in only
-            if wanted and path.name not in files.held:
-                sizes.append(size)
-                if not dry_run:
-                    path.unlink(missing_ok=True)
-        return sum(sizes), len(sizes)
+        going = self._unused(older_than_s, files.held, only)
+        if not dry_run:
+            for file in going:
+                pathlib.Path(file.path).unlink(missing_ok=True)
+        return bytes_freed(going), len(going)
 
-    def make_old(self, digests: typing.Collection[str]) -> None:
+    def note_replaced(self, digests: typing.Iterable[str]) -> None:
         """Let these blobs be old enough for any prune: they are no upload under way."""
-        old = time.time() - PRUNE_AGE_S
-        for digest in self.sizes(digests):
-            os.utime(self.blob(digest), (old, old))
+        for file in seen_files(str(self.blob(digest)) for digest in digests):
+            self._replaced[file.name] = file.about.st_ctime_ns
 
     def purge(
         self,
@@ -193,15 +226,9 @@ class Store:
                     part.unlink(missing_ok=True)
         return freed
 
-    def drop_page_cache(self) -> None:
-        """Give the page cache of the blobs back: shared memory counts it as the GPU's."""
-        for file in self._files("blobs/sha256-*"):
-            with contextlib.suppress(OSError), file.open("rb") as f:
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
     def check_at_rest(self, files: "OpenFiles") -> None:
         """Refuse while Ollama writes a file of the store, or reads one that has no manifest yet."""
-        named = self._named()
+        named = self.manifests.named()
         new = {name for name in files.of_server if _digest_of(name) not in named}
         if any(map(_BLOB_FILE.fullmatch, files.written | new)):
             raise ServiceError(
@@ -209,54 +236,62 @@ class Store:
                 "Ollama is at work on the model store: wait for the pull or create to end.",
             )
 
-    def _unused(self, older_than_s: float) -> list[tuple[pathlib.Path, int]]:
-        """Return (path, bytes) of what a prune may remove; no bytes where a link stays."""
-        old = []
-        now = time.time()
-        for path in self._files("blobs/sha256-*"):
-            with contextlib.suppress(FileNotFoundError):
-                about = path.lstat()
-                ours = stat.S_ISREG(about.st_mode) and _BLOB_FILE.fullmatch(path.name)
-                if ours and now - about.st_mtime >= older_than_s:
-                    old.append((path, about.st_blocks * 512 if about.st_nlink == 1 else 0))
-        named = self._named()  # after the blobs: a model's manifest is written last
-        return [(path, size) for path, size in old if _digest_of(path.name) not in named]
+    def _unused(
+        self,
+        older_than_s: float,
+        held: typing.Container[str] = (),
+        only: typing.Container[str] | None = None,
+    ) -> list[File]:
+        """Return what a prune may remove."""
 
-    def _named(self) -> set[str]:
-        """Return every digest that any manifest file names, whatever its place and form."""
-        found: set[str] = set()
-        file = root = self.path / "manifests"
-        try:
-            for entry in _entries_below(root) if os.path.lexists(root) else ():
-                if not entry.is_dir():
-                    file = pathlib.Path(entry)
-                    # Written anew, as a text may be in any encoding, with any escapes.
-                    text = json.dumps(json.loads(file.read_bytes()))
-                    found.update(DIGEST.findall(text.lower()))
-        except (OSError, ValueError, RecursionError) as e:
-            raise ServiceError(
-                "manifest_unreadable",
-                f"A manifest cannot be read, so what its model needs is unknown: pull or delete "
-                f"that model, then try again ({clean(file)}: {clean(e)}).",
-            ) from e
-        return found
+        def due(file: File) -> bool:
+            wanted = only is None or _digest_of(file.name) in only
+            return wanted and file.name not in held and self._is_old(file, older_than_s)
+
+        old = [file for file in self._regular("blobs", _BLOB_FILE) if due(file)]
+        named = self.manifests.named()  # after the blobs: a model's manifest is written last
+        going = [file for file in old if _digest_of(file.name) not in named]
+        names = {file.name for file in going}
+        for file in self._regular("metadata", _METADATA_FILE):
+            blob = file.name.removesuffix(".json")
+            wanted = only is None or _digest_of(blob) in only
+            if blob in names or (wanted and not (self.path / "blobs" / blob).exists()):
+                going.append(file)  # [pruneGGUFMetadata]
+        return going + [file for file in self._regular("metadata", _METADATA_LEFTOVER) if due(file)]
+
+    def _is_old(self, file: File, older_than_s: float) -> bool:
+        """Go by the later of both times: what was copied here carries an old one."""
+        about = file.about
+        age_s = self._ages.age_s(max(about.st_mtime, about.st_ctime))
+        return age_s >= older_than_s or self._replaced.get(file.name) == about.st_ctime_ns
+
+    def _models_bytes(self) -> int:
+        found = {}
+        for digest in set().union(*self.models().values()):
+            with contextlib.suppress(OSError):
+                about = self.blob(digest).stat()
+                found[about.st_dev, about.st_ino] = about.st_blocks * 512
+        return sum(found.values())
+
+    def _usage(self) -> typing.Any:
+        for path in (self.path / "blobs", self.path):
+            with contextlib.suppress(OSError):
+                return shutil.disk_usage(path)
+        return None
+
+    def _metadata(self, digest: str) -> pathlib.Path:
+        return self.path / "metadata" / f"sha256-{digest}.json"
+
+    def _regular(self, folder: str, pattern: re.Pattern) -> typing.Iterator[File]:
+        """Yield the files of such names; links and folders are nobody's to remove."""
+        with contextlib.suppress(FileNotFoundError):
+            for file in seen_files(entry.path for entry in os.scandir(self.path / folder)):
+                if pattern.fullmatch(file.name) and stat.S_ISREG(file.about.st_mode):
+                    yield file
 
     def _files(self, pattern: str) -> typing.Iterator[pathlib.Path]:
         """Yield what fits; pathlib's own fails where Ollama removes a folder meanwhile."""
         return map(self.path.joinpath, glob.iglob(pattern, root_dir=self.path, recursive=True))
-
-
-def _entries_below(folder: str | os.PathLike[str]) -> typing.Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry
-            if entry.is_dir():
-                yield from _entries_below(entry)
-
-
-def _stamp(path: str) -> tuple[str, int, int]:
-    about = os.stat(path)
-    return path, about.st_mtime_ns, about.st_size
 
 
 def _digest_of(name: str) -> str:

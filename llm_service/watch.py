@@ -334,9 +334,10 @@ def model_names(
     """Map runners to their models' names: by the blob, else as the only one that is left."""
     listed = {name_key(model["name"]): model["name"] for model in loaded}
     by_digest: dict[str | None, str] = {}
-    for key, (digest, *_) in models.items():
-        if key in listed or digest not in by_digest:  # of several, the one that Ollama shows
-            by_digest[digest] = listed.get(key, key)
+    for key, digests in models.items():
+        for digest in digests[:1]:  # one in the cloud has none
+            if key in listed or digest not in by_digest:  # of several, the one that Ollama shows
+                by_digest[digest] = listed.get(key, key)
     found = {runner: by_digest.get(runner.digest) for runner in runners}
     others = [runner for runner, name in found.items() if name is None]
     left = set(listed.values()).difference(found.values())

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -72,11 +73,6 @@ def blobs_of(registry, *names):
     return {layer["digest"].replace(":", "-") for layer in layers}
 
 
-def make_old(service, pattern="*"):
-    for path in (service.models / "blobs").glob(pattern):
-        os.utime(path, (time.time() - 7200,) * 2)
-
-
 def prune(service, **fields):
     answer = service.post(PRUNE, json=fields)
     assert answer.status_code == 200, answer.text
@@ -115,7 +111,7 @@ def test_an_update_leaves_nothing_of_the_old_version_but_what_others_share(plain
     assert blobs(plain) == blobs_of(registry, name, other)
     gone = {f"sha256-{hashlib.sha256(content(seed)).hexdigest()}" for seed in (1, 3)}
     assert before - blobs(plain) == gone - blobs_of(registry, other)
-    pull(plain, name)  # twice the same
+    assert "warning" not in pull(plain, name)[-1]  # twice the same
     assert blobs(plain) == blobs_of(registry, name, other)
     assert is_whole(plain, registry, name) and is_whole(plain, registry, other)
 
@@ -164,11 +160,12 @@ def test_an_update_while_the_old_version_is_loaded(plain, registry, gguf, make_g
     pull(plain, name)
     generation = plain.generate(name, use_mmap=True)  # else the runner has no file open
     registry.add("ns/loaded:latest", make_gguf_variant(1))
-    pull(plain, name)
+    assert "old version stay until a prune" in pull(plain, name)[-1]["warning"]
     generation.goes_on()
     old = blob_path(plain.models, file_digest(str(gguf)))
     assert old.exists()
-    size = old.stat().st_blocks * 512
+    (metadata,) = (plain.models / "metadata").glob(f"{old.name}.json")
+    size = (old.stat().st_blocks + metadata.stat().st_blocks) * 512
     wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == size, 10, "unused_bytes")
     assert prune(plain)["files"] == 0 and old.exists()
     generation.goes_on()
@@ -176,7 +173,8 @@ def test_an_update_while_the_old_version_is_loaded(plain, registry, gguf, make_g
     assert report["verified"] and not plain.runners()
     would = prune(plain, dry_run=True)
     assert would["freed_bytes"] == size and old.exists()
-    assert prune(plain)["freed_bytes"] == size and not old.exists()
+    assert prune(plain)["freed_bytes"] == size
+    assert not old.exists() and not metadata.exists()
     wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == 0, 10, "unused_bytes")
     plain.load(name)
     clear(plain)
@@ -202,7 +200,6 @@ def test_a_prune_beside_a_download_is_refused(plain, registry):
     name = registry.add_random("ns/running:latest", 20)
     registry.rate = 10e6
     listener = Listener(plain, name).flowing()
-    make_old(plain)
     error(plain.post(PRUNE), 409, "model_being_pulled")
     error(plain.post(PRUNE, json={"older_than_s": 0, "dry_run": True}), 409, "model_being_pulled")
     assert listener.end()["status"] == "success" and is_whole(plain, registry, name)
@@ -213,7 +210,6 @@ def test_a_prune_beside_a_stalled_pull_of_ollamas_own_is_refused(plain, registry
     registry.stall_after(8_000_000)
     pulling = OllamaPull(plain, name)
     wait_for(lambda: registry.stall and registry.bytes_sent() > 1e6, 10, "a stall")
-    make_old(plain)
     error(plain.post(PRUNE), 409, "model_being_pulled")
     error(plain.post(PRUNE, json={"older_than_s": 0}), 409, "model_being_pulled")
     registry.stall = False
@@ -228,7 +224,6 @@ def test_prunes_never_take_what_a_pull_of_ollamas_own_counts_on(plain, registry)
     pull(plain, left)
     shutil.rmtree(plain.models / "manifests")
     (plain.models / "manifests").mkdir()
-    make_old(plain)
     name = publish(registry, "ns/counts:latest", 1, 5, 2, megabytes=1)
     big = registry.add_random("ns/big:latest", 150, shares=(1,))
     registry.models["ns/counts:latest"].insert(1, registry.layers(big)[0])
@@ -237,7 +232,7 @@ def test_prunes_never_take_what_a_pull_of_ollamas_own_counts_on(plain, registry)
     wait_for(lambda: registry.bytes_sent() > 1e6, 10, "the first bytes")
     statuses = set()
     while pulling.is_alive():
-        statuses.add(plain.post(PRUNE).status_code)
+        statuses.add(plain.post(PRUNE, json={"older_than_s": 0}).status_code)
     pulling.end()
     assert statuses <= {200, 409} and 409 in statuses
     assert is_whole(plain, registry, name)
@@ -283,9 +278,9 @@ def test_a_prune_takes_the_parts_of_a_cancelled_download(plain, registry):
     listener.end()
     wait_for(lambda: plain.post(PRUNE).ok, 10, "the end of the transfers")
     assert any("-partial" in each for each in blobs(plain))  # not old enough
-    make_old(plain)
     wait_for(lambda: stats(plain)["disk"]["partial_bytes"] > 5e6, 10, "partial_bytes")
-    assert prune(plain)["freed_bytes"] > 5e6
+    assert prune(plain)["files"] == 0
+    assert prune(plain, older_than_s=0)["freed_bytes"] > 5e6
     assert blobs(plain) == set()
     registry.rate = None
     pull(plain, name)
@@ -302,6 +297,25 @@ def test_a_prune_of_a_half_written_manifest_is_refused(plain, registry):
     assert "hf.co/org/repo/Q4_K_M" in answer["error"]
     broken.unlink()
     assert prune(plain, older_than_s=0)["files"] == 0
+
+
+def test_an_update_beside_a_manifest_that_cannot_be_read_says_what_it_left(plain, registry):
+    name = publish(registry, "ns/leaving:latest", 1)
+    pull(plain, name)
+    empty = plain.models / "manifests/registry.ollama.ai/library/empty/latest"
+    empty.parent.mkdir(parents=True)
+    empty.touch()
+    publish(registry, "ns/leaving:latest", 2)
+    warning = pull(plain, name)[-1]["warning"]
+    assert "1 MB of the old version stay" in warning and "library/empty/latest" in warning
+    answer = error(plain.delete(DELETE, json={"model": "empty"}), 409, "manifest_unreadable")
+    assert "ollama cp" in answer["error"]
+    # What it advises works.
+    copy = {"source": name, "destination": "empty"}
+    assert plain.ollama("POST", "/api/copy", json=copy).ok
+    assert plain.delete(DELETE, json={"model": "empty"}).ok
+    assert prune(plain, older_than_s=0)["files"] == 1
+    assert blobs(plain) == blobs_of(registry, name)
 
 
 @pytest.mark.parametrize("fields", [{"older_than_s": -1}, {"older_than_s": "x"}, {"dry_run": 7}])
@@ -539,12 +553,12 @@ def test_what_fails_on_permissions_says_so(foreign, registry):
     assert Listener(service, name).end()["code"] == "store_not_writable"
     answer = error(service.delete(DELETE, json={"model": name}), 502, "store_not_writable")
     assert "chown" in answer["error"]
-    make_old(service)
     shutil.rmtree(service.models / "manifests/registry.ollama.ai", ignore_errors=True)
     (manifest,) = service.models.glob("manifests/localhost*/ns/foreign/latest")
     manifest.unlink()
     before = blobs(service)
-    answer = error(service.post(PRUNE), 502, "store_not_writable")
+    body = {"older_than_s": 0}
+    answer = error(service.post(PRUNE, json=body), 502, "store_not_writable")
     assert "chown" in answer["error"]
     assert before and blobs(service) == before
 
@@ -564,6 +578,57 @@ def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp
     assert "permission denied" in service.log()
     os.chown(models, 0, 0)
     service.wait_healthy(30)
+
+
+# A store that is mounted read-only
+
+
+@pytest.fixture
+def read_only(make_service, small_disk, registry):
+    """A service whose store, with a model, is mounted read-only; and that model's name."""
+    first = make_service(OLLAMA_MODELS=small_disk / "models")
+    name = publish(registry, "ns/read:latest", 1)
+    pull(first, name)
+    first.stop()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    return make_service(OLLAMA_MODELS=small_disk / "models"), name
+
+
+def test_a_read_only_store_serves_and_refuses_what_would_change_it(read_only, registry):
+    service, name = read_only
+    told = health(service)
+    assert (told["status"], told["models"], warnings(service)) == ("healthy", [name], {})
+    assert wait_for(lambda: stats(service)["disk"], 10, "the disk")["read_only"] is True
+    before = blobs(service)
+    publish(registry, "ns/read:latest", 2)
+    for answer in (
+        service.post(PULL, json={"model": name, "insecure": True}),
+        service.delete(DELETE, json={"model": name}),
+        service.post(PRUNE, json={"older_than_s": 0}),
+    ):
+        told = error(answer, 409, "store_read_only")
+        assert "read-only" in told["error"] and "chown" not in told["error"]
+    assert prune(service, dry_run=True, older_than_s=0)["files"] == 0
+    assert blobs(service) == before
+    clear(service)
+
+
+# Blobs on a disk of their own
+
+
+def test_the_disk_is_the_one_that_the_blobs_lie_on(make_service, small_disk, tmp_path, registry):
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "blobs").symlink_to(small_disk)
+    constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
+    service = make_service(OLLAMA_MODELS=models, constants=constants)
+    disk = wait_for(lambda: stats(service)["disk"], 10, "the disk")
+    assert disk["total_bytes"] == shutil.disk_usage(small_disk).total
+    assert disk["blobs_path"] == str(small_disk)
+    name = registry.add_random("ns/large:latest", 70)
+    registry.rate = 20e6
+    last = Listener(service, name).end()
+    assert last["code"] == "disk_full" and str(small_disk) in last["error"]
 
 
 # A small disk

@@ -29,10 +29,8 @@ def test_a_model_store_that_cannot_be_read_is_unhealthy(make_service, gguf):
     manifests.rename(service.models / "away")
     manifests.write_text("not a directory")
     told = health(service, 503)
-    assert (told["code"], told["recommended_action"]) == (
-        "model_store_unreadable",
-        "restart_service",
-    )
+    assert (told["code"], told["recommended_action"]) == ("model_store_unreadable", "wait")
+    assert str(manifests) in told["reason"] and "remove what is in the way" in told["reason"]
     for path in (CLEAR, RESET):
         heal(service, path)
     manifests.unlink()

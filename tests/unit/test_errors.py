@@ -187,7 +187,7 @@ FILES = [
     (f"write {BLOBS}-partial-0: disk quota exceeded", "disk_full", "enlarge"),
     (f"write {BLOBS}-partial: file too large", "disk_full", "enlarge"),
     (f"open {BLOBS}-partial: permission denied", "store_not_writable", "chown"),
-    (f"open {BLOBS}-partial-0: read-only file system", "store_not_writable", "chown"),
+    (f"open {BLOBS}-partial-0: read-only file system", "store_read_only", "mounted read-only"),
     (
         "mkdir /models/blobs: permission denied: ensure path elements are traversable",
         "store_not_writable",

@@ -23,6 +23,8 @@ FLOORS = {
     "llm_service.runner_state": 2,
     "llm_service.store": 2,
     "llm_service.progress": 2,
+    "llm_service.manifests": 1,
+    "llm_service.files": 0,
     "llm_service.processes": 1,
     "llm_service.sockets": 1,
     "llm_service.sharing": 1,

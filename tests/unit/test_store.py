@@ -12,9 +12,23 @@ import pytest
 
 from app import STATUS
 from helpers.models import add_model, blob_path, manifest_path
+from llm_service.errors import ServiceError
+from llm_service.files import bytes_freed
 from llm_service.processes import OpenFiles
 from llm_service.store import PURGE_S, Store
-from ollama_client import ServiceError, name_key
+from ollama_client import name_key
+
+DIGEST, OTHER = "ab12" * 16, "cd34" * 16
+PLACES = [
+    "registry.ollama.ai/library/gemma/latest",
+    "registry.ollama.ai/user/gemma/tag",
+    "hf.co/Org/Repo-GGUF/Q4_K_M",
+    "localhost:5000/ns/model/1b",
+    "example.com/a/b/c/d/e/latest",
+    "too/short",
+    "loose",
+    ".hidden/ns/model/latest",
+]
 
 
 @pytest.fixture
@@ -59,12 +73,7 @@ def test_a_store_never_looks_as_it_did_before_a_change(models, weights):
     def note_signature():
         # Just changed: the next change might not show.
         assert Store(models).signature() is None
-        past = time.time() - 60 - len(seen)
-        for folder, _, files in os.walk(models / "manifests"):
-            for path in (folder, *(os.path.join(folder, file) for file in files)):
-                if os.stat(path).st_mtime > time.time() - 30:
-                    os.utime(path, (past, past))
-        seen.append(Store(models).signature())
+        seen.append(store_of(models).signature())
 
     # No manifests, so nothing to tell a change by.
     assert Store(models).signature() is None
@@ -78,7 +87,7 @@ def test_a_store_never_looks_as_it_did_before_a_change(models, weights):
 
 
 def test_a_change_shows_in_what_is_kept_of_the_store(models, weights):
-    store = Store(models)
+    store = store_of(models)
     times = itertools.count(time.time() - 1000)
     seen = []
 
@@ -105,6 +114,25 @@ def test_a_change_shows_in_what_is_kept_of_the_store(models, weights):
     assert None not in seen and len(set(seen)) == 5
     paths = [path for path, *_ in seen[-1]]
     assert str(manifest) not in paths and str(manifest_path(models, "beside:it")) in paths
+
+
+def test_a_manifest_of_the_future_leaves_the_store_as_certain_as_any(models, weights):
+    add_model(models, "ahead", weights)
+    os.utime(manifest_path(models, "ahead"), (time.time() + 10**6,) * 2)
+    store = store_of(models)
+    before = store.signature()
+    assert before and store.signature() == before
+    os.utime(manifest_path(models, "ahead"), (time.time() + 10**7,) * 2)
+    assert store.signature() not in (before, None)
+
+
+def test_a_config_that_goes_changes_the_signature_too(models, weights):
+    """Ollama lists no model whose config is not there."""
+    add_model(models, "m", weights)
+    before = store_of(models).signature()
+    blob_path(models, f"sha256:{Store(models).models()['m:latest'][1]}").unlink()
+    os.utime(models / "blobs", (time.time() - 9, time.time() - 9))
+    assert store_of(models).signature() not in (before, None)
 
 
 def test_a_store_is_read_while_models_come_and_go(models, weights):
@@ -136,17 +164,20 @@ def test_a_store_is_read_while_models_come_and_go(models, weights):
         b"",
         b"{",
         b"[]",
-        b"null",
         b"7",
         b"\xff",
-        b"{}",
-        b'{"layers":null,"config":{}}',
         b'{"layers":[7],"config":{}}',
-        b'{"layers":[],"config":null}',
-        b'{"layers":[],"config":{"digest":"sha256:../../x"}}',
+        b'{"layers":{}}',
+        b'{"config":[]}',
+        b'{"schemaVersion":"2"}',
+        b'{"layers":[{"size":1.5}]}',
+        b'{"layers":[{"size":1e3}]}',
+        b'{"layers":[{"size":true}]}',
+        b'{"layers":[{"size":9223372036854775808}]}',
+        b'{"layers":[{"size":NaN}]}',
         b'{"layers":[],"config":{"digest":7}}',
         b'{"layers":[{"mediaType":7,"digest":"x"}],"config":{}}',
-        b'{"layers":[{"mediaType":null}],"config":{}}',
+        b"\xef\xbb\xbf{}",
         b"[" * 100_000,
     ],
     ids=lambda manifest: repr(manifest[:40]),
@@ -156,6 +187,47 @@ def test_a_damaged_manifest_hides_no_other_model(models, weights, manifest):
     add_model(models, "broken", weights)
     manifest_path(models, "broken").write_bytes(manifest)
     assert set(Store(models).models()) == {"gemma:latest"}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "null",
+        "{}",
+        '{"layers":null,"config":{}}',
+        '{"layers":[],"config":null}',
+        '{"layers":[null]}',
+        '{"layers":[],"config":{"digest":"sha256:../../x"}}',
+        '{"layers":[{"mediaType":null}],"config":{}}',
+        '{"manifests":[{"digest":"sha256:DIGEST"}]}',
+        '{"layers":[{"digest":"sha256:DIG"}]} and more',
+    ],
+)
+def test_what_ollama_lists_is_a_model_though_it_has_no_files(models, weights, manifest):
+    add_model(models, "gemma", weights)
+    write_manifest(models, PLACES[1], manifest.replace("DIGEST", DIGEST))
+    assert Store(models).models()["user/gemma:tag"] == []
+
+
+@pytest.mark.parametrize(
+    "text, digests",
+    [
+        ('{"LAYERS":[{"Digest":"sha256:<upper>"}]}', [OTHER.upper()]),
+        (
+            '{"layers":[{"digest":"sha256-<b>"}],"config":{"digest":"sha256:<a>"}}',
+            [OTHER, DIGEST],
+        ),
+        ('{"layers":[{"digest":"SHA256:<a>"}]}', []),
+        ('{"layers":[{"digest":"sha256:<a>0"}]}', []),
+        ('{"config":{"digest":"sha256:<a>"},"config":null} and more', [DIGEST]),
+        ('{"layers":[{"digest":"sha256\\u003a<a>"}]}', [DIGEST]),
+    ],
+)
+def test_a_manifest_is_read_as_go_reads_it(models, text, digests):
+    for word, digest in (("<a>", DIGEST), ("<b>", OTHER), ("<upper>", OTHER.upper())):
+        text = text.replace(word, digest)
+    write_manifest(models, PLACES[0], text)
+    assert Store(models).models()["gemma:latest"] == digests
 
 
 def test_a_blob_that_is_missing_takes_no_bytes(models, weights):
@@ -190,15 +262,21 @@ def test_a_purge_leaves_the_parts_that_a_live_pull_has_open(models):
 
 # What a prune removes, rule by rule
 
-DIGEST, OTHER = "ab12" * 16, "cd34" * 16
+
+AHEAD_S = 7200  # a store's clock is, as nobody can set when a file was last changed
 
 
-def write_blob(models, name, age_s=7200.0):
-    """Write a file of 8 KiB into blobs/, last modified so long ago; return its path."""
-    path = models / "blobs" / name
+def store_of(models):
+    """Return the store as it will be in two hours."""
+    return Store(models, wall=lambda: time.time() + AHEAD_S)
+
+
+def write_blob(models, name, age_s=7200.0, folder="blobs"):
+    """Write a file of 8 KiB, last modified so long ago by the store's clock; return its path."""
+    path = models / folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"x" * 8192)
-    os.utime(path, (time.time() - age_s,) * 2)
+    os.utime(path, (time.time() + AHEAD_S - age_s,) * 2)
     return path
 
 
@@ -220,7 +298,7 @@ def blobs_in(models):
 
 def prune(models, age_s=3600, held=(), written=(), of_server=(), **options):
     files = OpenFiles(set(held), set(written), set(of_server))
-    return Store(models).prune(age_s, files, **options)
+    return store_of(models).prune(age_s, files, **options)
 
 
 def refused(models, **options):
@@ -293,40 +371,41 @@ def test_a_prune_removes_what_is_old_enough(models, age_s, goes):
     assert prune(models) == ((8192, 1) if goes else (0, 0))
 
 
-def test_without_an_age_only_what_is_of_the_future_stays(models):
-    write_blob(models, f"sha256-{DIGEST}", 0)
-    write_blob(models, f"sha256-{OTHER}", -60)
+def test_a_time_in_the_future_is_young_and_protects_from_no_prune_without_an_age(models):
+    write_blob(models, f"sha256-{DIGEST}", -9999)
+    assert prune(models, 1) == (0, 0)
     assert prune(models, 0) == (8192, 1)
-    assert blobs_in(models) == {f"sha256-{OTHER}"}
+
+
+def test_what_was_copied_here_with_its_old_time_is_young(models):
+    """As tar and rsync do: the inode has changed just now."""
+    os.utime(write_blob(models, f"sha256-{DIGEST}"), (0, 0))
+    assert Store(models).prune(60, OpenFiles(set(), set(), set())) == (0, 0)
+    assert Store(models).disk()["unused_bytes"] == 0
+    assert prune(models) == (8192, 1)
 
 
 def test_the_bytes_of_a_file_count_where_its_last_link_goes(models):
     path = write_blob(models, f"sha256-{DIGEST}")
     os.link(path, models / "kept.gguf")
     os.link(path, models / "blobs" / f"sha256-{OTHER}")
-    assert Store(models).disk()["unused_bytes"] == 0
+    assert store_of(models).disk()["unused_bytes"] == 0
+    (models / "kept.gguf").unlink()
+    assert store_of(models).disk()["unused_bytes"] == 8192
+    os.link(path, models / "kept.gguf")
     assert prune(models) == (0, 2)
     assert (models / "kept.gguf").stat().st_nlink == 1
+    os.link(models / "kept.gguf", path)
+    (models / "kept.gguf").rename(models / "blobs" / f"sha256-{OTHER}")
+    assert prune(models) == (8192, 2)
 
 
 def test_the_bytes_of_a_part_are_those_on_the_disk(models):
     path = write_blob(models, f"sha256-{DIGEST}-partial")
     os.truncate(path, 1 << 30)
     os.utime(path, (0, 0))
-    assert Store(models).disk()["unused_bytes"] == 8192
+    assert store_of(models).disk()["unused_bytes"] == 8192
     assert prune(models) == (8192, 1)
-
-
-PLACES = [
-    "registry.ollama.ai/library/gemma/latest",
-    "registry.ollama.ai/user/gemma/tag",
-    "hf.co/Org/Repo-GGUF/Q4_K_M",
-    "localhost:5000/ns/model/1b",
-    "example.com/a/b/c/d/e/latest",
-    "too/short",
-    "loose",
-    ".hidden/ns/model/latest",
-]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -378,6 +457,41 @@ def test_a_manifest_that_cannot_be_read_refuses_a_prune(models, place, text):
     assert disk["unused_bytes"] is None and disk["free_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        ".DS_Store",
+        "registry.ollama.ai/.DS_Store",
+        "registry.ollama.ai/library/gemma/latest~",
+        "registry.ollama.ai/library/gemma/.latest.swp",
+        "registry.ollama.ai/library/gemma/#latest#",
+        "registry.ollama.ai/my.namespace/gemma/latest",
+        "registry.ollama.ai/library/gemma/latest/README",
+        "notes.txt",
+    ],
+)
+@pytest.mark.parametrize("text", [b"", b"\0\1Bud1", b'{"config":'])
+def test_what_is_no_models_manifest_is_no_reason_to_refuse(models, place, text):
+    write_manifest(models, place, text)
+    write_manifest(models, PLACES[2], manifest_of(f"sha256:{OTHER}"))
+    for digest in (DIGEST, OTHER):
+        write_blob(models, f"sha256-{digest}")
+    assert prune(models) == (8192, 1)
+    assert blobs_in(models) == {f"sha256-{OTHER}"}
+
+
+def test_a_folder_a_lock_and_a_pipe_among_the_manifests(models):
+    beside = write_manifest(models, PLACES[0], manifest_of(f"sha256:{OTHER}")).parent
+    (beside / "folder").mkdir()
+    (beside / ".#latest").symlink_to("user@host.1234:99")  # an editor's lock leads nowhere
+    os.mkfifo(beside / "#pipe")
+    write_blob(models, f"sha256-{DIGEST}")
+    assert prune(models) == (8192, 1)
+    os.mkfifo(beside / "tag")  # in the place of a model: nobody waits for its writer
+    write_blob(models, f"sha256-{DIGEST}")
+    assert refused(models) == "manifest_unreadable"
+
+
 def test_the_manifest_that_cannot_be_read_is_named(models):
     write_manifest(models, PLACES[3], b"{")
     with pytest.raises(ServiceError, match=PLACES[3]):
@@ -395,8 +509,8 @@ def test_manifests_that_are_not_reached_refuse_a_prune(models):
     link.symlink_to("nowhere")
     assert refused(models) == "manifest_unreadable"
     link.unlink()
-    link.symlink_to(gone)  # without an end
-    assert refused(models) == "manifest_unreadable"
+    link.symlink_to(gone)  # without an end, and all of it can be read
+    assert prune(models) == (8192, 1)
 
 
 @pytest.fixture
@@ -441,7 +555,7 @@ def test_a_store_is_found_by_its_links(models, tmp_path):
     write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
     for digest in (DIGEST, OTHER):
         write_blob(models, f"sha256-{digest}")
-    assert Store(tmp_path / "link").disk()["unused_bytes"] == 8192
+    assert store_of(tmp_path / "link").disk()["unused_bytes"] == 8192
     assert prune(tmp_path / "link", held=[f"sha256-{OTHER}"]) == (0, 0)
     assert prune(tmp_path / "link") == (8192, 1)
     assert blobs_in(models) == {f"sha256-{DIGEST}"}
@@ -499,18 +613,163 @@ def test_limited_to_some_digests_a_prune_leaves_the_others(models):
 
 def test_an_empty_store_has_nothing_to_prune(models, tmp_path):
     assert prune(models) == prune(tmp_path / "nowhere") == (0, 0)
-    assert Store(models).disk()["unused_bytes"] == 0
+    assert store_of(models).disk()["unused_bytes"] == 0
 
 
 def test_unused_and_partial_bytes(models):
     write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
     write_blob(models, f"sha256-{DIGEST}")
-    assert Store(models).disk()["unused_bytes"] == 0
+    assert store_of(models).disk()["unused_bytes"] == 0
     write_blob(models, f"sha256-{OTHER}")
     write_blob(models, f"sha256-{OTHER}-partial")
     write_blob(models, f"sha256-{'1' * 64}", 60)  # young: a create may need it
-    disk = Store(models).disk()
+    disk = store_of(models).disk()
     assert (disk["unused_bytes"], disk["partial_bytes"]) == (16384, 8192)
+
+
+# What belongs to a blob
+
+
+def metadata_in(models):
+    return {path.name for path in (models / "metadata").iterdir()}
+
+
+def test_what_ollama_has_read_in_a_blob_goes_with_it(models):
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{OTHER}"))
+    for digest in (DIGEST, OTHER):
+        write_blob(models, f"sha256-{digest}")
+        write_blob(models, f"sha256-{digest}.json", 0, folder="metadata")
+    write_blob(models, f"sha256-{'1' * 64}.json", 0, folder="metadata")  # its blob has gone
+    write_blob(models, ".gguf-metadata-123.tmp", folder="metadata")
+    stay = {f"sha256-{OTHER}.json", ".gguf-metadata-9.tmp", "notes.json", f"sha256-{'2' * 64}.txt"}
+    for name in stay:
+        write_blob(models, name, 60, folder="metadata")
+    held = [f"sha256-{DIGEST}"]
+    assert prune(models, held=held, only={DIGEST}) == (0, 0)
+    assert store_of(models).disk()["unused_bytes"] == 4 * 8192
+    assert prune(models) == (4 * 8192, 4)
+    assert metadata_in(models) == stay
+
+
+def test_a_blob_that_is_removed_to_be_repaired_leaves_nothing_read_in_it(models):
+    write_blob(models, f"sha256-{DIGEST}")
+    for digest in (DIGEST, OTHER):
+        write_blob(models, f"sha256-{digest}.json", folder="metadata")
+    store = Store(models)
+    store.remove_blob(DIGEST)
+    store.remove_blob(DIGEST)
+    assert blobs_in(models) == set()
+    assert metadata_in(models) == {f"sha256-{OTHER}.json"}
+
+
+def test_an_old_versions_blobs_are_unused_at_once_until_they_are_used_again(models):
+    path = write_blob(models, f"sha256-{DIGEST}", 0)
+    store = store_of(models)
+    assert store.disk()["unused_bytes"] == 0
+    store.note_replaced([DIGEST, OTHER])
+    assert store.disk()["unused_bytes"] == 8192
+    os.utime(path)  # as a create does that uses it
+    os.utime(path, (time.time() + AHEAD_S,) * 2)
+    assert store.disk()["unused_bytes"] == 0
+
+
+def test_models_take_what_du_says(models, weights):
+    for name in ("one", "two"):
+        add_model(models, name, weights)
+    write_blob(models, f"sha256-{DIGEST}-partial")
+    blobs = [path for path in (models / "blobs").iterdir() if path.name.find("partial") < 0]
+    one, other = (path.stat().st_blocks * 512 for path in blobs)
+    disk = Store(models).disk()
+    assert (disk["models_bytes"], disk["read_only"]) == (one + other, False)
+
+
+def test_what_comes_free_with_a_model_is_what_no_link_keeps(models, weights):
+    add_model(models, "m", weights)
+    manifest = manifest_path(models, "m")
+    digest, config = Store(models).models()["m:latest"]
+    blob = blob_path(models, f"sha256:{digest}")
+    files = Store(models).files_of("M")
+    assert {file.name for file in files} == {"latest", f"sha256-{config}", blob.name}
+    small = 512 * sum(
+        path.stat().st_blocks for path in (manifest, blob_path(models, f"sha256:{config}"))
+    )
+    assert bytes_freed(files) == small  # `weights` is a link to it
+    weights.unlink()
+    assert bytes_freed(Store(models).files_of("m")) == small + blob.stat().st_blocks * 512
+    blob.rename(models / "elsewhere")
+    blob.symlink_to(models / "elsewhere")
+    assert bytes_freed(Store(models).files_of("m")) == small + blob.lstat().st_blocks * 512
+
+
+# What Ollama would delete
+
+
+@pytest.mark.parametrize(
+    "places, name, code",
+    [
+        (["library/m/latest"], "m", None),
+        (["library/m/latest"], "M:Latest", None),
+        (["library/m/latest", "library/m/local"], "m", None),
+        (["library/m/latest", "library/m/local"], "m:local", "model_not_addressable"),
+        (["library/m/latest"], "m:local", "model_not_addressable"),
+        (["library/m/local"], "m:local", "model_not_addressable"),
+        (["library/m/8b"], "m:8b:local", None),
+        (["library/m/8b-cloud"], "m:8b:cloud", None),
+        (["library/m/cloud"], "m:cloud", None),
+        (["library/m/latest", "library/M/latest"], "m", "model_not_addressable"),
+        ([], "m", None),
+        ([], "m:local", None),
+    ],
+)
+def test_no_other_model_is_deleted_than_the_one_named(models, places, name, code):
+    for place in places:
+        write_manifest(models, f"registry.ollama.ai/{place}", "{}")
+    check = Store(models).manifests.check_deletable
+    if code:
+        with pytest.raises(ServiceError) as caught:
+            check(name)
+        assert caught.value.code == code
+    else:
+        check(name)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"layers":{}}'])
+def test_a_model_whose_manifest_ollama_refuses_cannot_be_deleted(models, text):
+    write_manifest(models, PLACES[0], text)
+    with pytest.raises(ServiceError, match="ollama cp") as caught:
+        Store(models).manifests.check_deletable("gemma")
+    assert caught.value.code == "manifest_unreadable"
+
+
+@pytest.mark.parametrize(
+    "text, refuses",
+    [
+        (manifest_of(f"sha256-{DIGEST}"), True),
+        (manifest_of(f"sha256:{DIGEST}")[:-3], True),
+        (manifest_of(f"sha256:{DIGEST}"), False),
+        (manifest_of(f"sha256:{OTHER}"), False),
+        (json.dumps({"layers": [{"from": f"/models/blobs/sha256-{DIGEST}"}]}), False),
+    ],
+)
+def test_what_another_model_needs_is_not_deleted(models, text, refuses):
+    write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
+    write_manifest(models, PLACES[1], text)
+    write_manifest(models, f"{PLACES[0]}~", manifest_of(f"sha256-{DIGEST}"))
+    check = Store(models).manifests.check_deletable
+    if refuses:
+        with pytest.raises(ServiceError, match=PLACES[1]):
+            check("gemma")
+    else:
+        check("gemma")
+
+
+def test_a_model_that_ollama_takes_for_another_one_is_told_as_such(models):
+    write_manifest(models, "registry.ollama.ai/library/m/local", "{}")
+    store = Store(models)
+    assert set(store.models()) == {"m:local"}
+    with pytest.raises(ServiceError, match="m:latest") as caught:
+        store.require("m:local")
+    assert caught.value.code == "model_not_found"
 
 
 def test_a_model_without_a_config_is_a_model(models):

@@ -1,0 +1,226 @@
+"""The manifests of a model store, read as Ollama reads them.
+
+Names in brackets are Ollama's own functions (0.34.4) whose rule a line follows.
+"""
+
+import collections
+import contextlib
+import glob
+import json
+import os
+import pathlib
+import re
+import stat
+import typing
+
+from llm_service.errors import ServiceError, clean
+from llm_service.files import Ages, below, stamp
+from ollama_client import DIGEST, MANIFEST_PLACE, Json, name_key, place_key, plain_key
+
+MANIFEST_LIMIT_BYTES = 1 << 24
+_WEIGHTS = "application/vnd.ollama.image.model"
+_BLOB_DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")  # [manifest.ValidateDigest]
+
+
+class Manifest(typing.NamedTuple):
+    """A file where Ollama looks for a model's manifest, or another one beside these."""
+
+    path: str
+    layers: list[str] | None  # digests, those of the weights first; None: Ollama refuses it
+    named: set[str]  # every digest that its text names, in lower case
+    whole: bool  # whether that are all
+
+    @property
+    def place(self) -> str:
+        """Return ``host/namespace/model/tag``."""
+        return "/".join(self.path.split("/")[-4:])
+
+
+class Manifests:
+    """What lies under ``manifests/`` of a store."""
+
+    def __init__(self, store: pathlib.Path, ages: Ages):
+        self._store, self._ages = store, ages
+        self._root = f"{store}/manifests"
+        self._signature: tuple[tuple, ...] = ()
+        self._read: tuple[tuple | None, dict[str, list[Manifest]]] = (None, {})
+
+    def there(self) -> dict[str, list[Manifest]]:
+        """Map keys to the files where Ollama looks; several differ in upper and lower case."""
+        signature = self.signature()
+        known, manifests = self._read
+        if signature is None or signature != known:
+            manifests = self._read_manifests()
+            self._read = signature, manifests
+        return manifests
+
+    def check_deletable(self, model: str) -> None:
+        """Raise ServiceError where Ollama would delete another one, or what another one needs."""
+        key, plain = name_key(model), plain_key(model)
+        there = self.there()
+        if plain and plain != key and (plain in there or key in there):
+            raise ServiceError(
+                "model_not_addressable",
+                f"Ollama takes the end of {model} for where to run, and would delete {key}: "
+                f"nothing was deleted. Name {key}, or remove the file of {plain} under "
+                f"{self._root}.",
+            )
+        found = there.get(key)
+        if not found:
+            return
+        if len(found) > 1:
+            places = " and ".join(each.place for each in found)
+            raise ServiceError(
+                "model_not_addressable",
+                f"Ollama cannot tell {places} apart: remove one of these files first.",
+            )
+        if found[0].layers is None:
+            raise self.unreadable(found[0].path, "Ollama refuses it")
+        for other in _hurt_by_deleting(found[0], sum(there.values(), [])):
+            raise ServiceError(
+                "model_not_addressable",
+                f"With {model} Ollama would remove what {other.place} needs: that manifest it "
+                "cannot read, or its digests are written in another way. Mend or remove it first.",
+            )
+
+    def signature(self) -> tuple | None:
+        """Return what changes whenever a model does; None where that is not certain."""
+        self._ages.note_clock()
+        known = self._signature
+        try:
+            # What is known is looked at first: that takes a call for each, a walk many.
+            if not known or known != tuple(stamp(path) for path, *_ in known):
+                entries = [entry.path for entry in below(self._root)]
+                known = tuple(map(stamp, [f"{self._store}/blobs", self._root, *entries]))
+        except OSError:
+            known = ()
+        if any(self._ages.just_now(changed_ns) for _, changed_ns, *_ in known):
+            known = ()  # one more change might not show
+        self._signature = known
+        return known or None
+
+    def named(self) -> set[str]:
+        """Return every digest that any manifest file names, whatever its place and form."""
+        found: set[str] = set()
+        path = self._root
+        try:
+            for entry in below(path) if os.path.lexists(path) else ():
+                path = entry.path
+                if not entry.is_dir():
+                    found |= self._named_by(path)
+        except OSError as e:
+            raise self.unreadable(path, e) from e
+        return found
+
+    def _named_by(self, path: str) -> set[str]:
+        """Return what one file names; raise where a model's manifest cannot be read."""
+        place = os.path.relpath(path, self._root)
+        if not os.path.exists(path):  # a link to a disk that is not mounted may be a folder
+            place += "/x" * (3 - place.count("/"))
+        models = MANIFEST_PLACE.fullmatch(place)
+        try:
+            manifest = read_manifest(path)
+        except OSError:
+            if models and os.path.lexists(path):
+                raise
+            return set()
+        if models and not manifest.whole:
+            raise self.unreadable(path, "it is no JSON")
+        return manifest.named
+
+    def unreadable(self, path: str, reason: object) -> ServiceError:
+        name = os.path.relpath(path, self._root)
+        return ServiceError(
+            "manifest_unreadable",
+            f"The manifest of {clean(name)} cannot be read, so what that model needs is unknown: "
+            "pull it again, or copy another model over it (ollama cp) and delete it; if it is "
+            f"none, remove the file {clean(path)} ({clean(reason)}).",
+        )
+
+    def _read_manifests(self) -> dict[str, list[Manifest]]:
+        found = collections.defaultdict(list)
+        for path in glob.iglob("*/*/*/*", root_dir=self._root):  # [manifest.Manifests]
+            file = f"{self._root}/{path}"
+            if MANIFEST_PLACE.fullmatch(path) and not os.path.isdir(file):
+                try:
+                    manifest = read_manifest(file)
+                except OSError:
+                    manifest = Manifest(file, None, set(), False)
+                found[place_key(*path.split("/"))].append(manifest)
+        return dict(found)
+
+
+def read_manifest(path: str) -> Manifest:
+    """Read a file as Ollama does, and for every digest in it. Raises OSError."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MANIFEST_LIMIT_BYTES:
+        return Manifest(path, None, set(), False)
+    raw = pathlib.Path(path).read_bytes()
+    found = [raw.decode("latin-1")]
+    layers = text = None
+    with contextlib.suppress(ValueError, RecursionError):
+        layers = _layers(raw.decode(errors="replace"))
+        found += layers
+    with contextlib.suppress(ValueError, RecursionError):
+        text = json.dumps(json.loads(raw))  # it may be in any encoding, with any escapes
+        found.append(text)
+    named = set(DIGEST.findall(" ".join(found).lower()))
+    return Manifest(path, layers, named, layers is not None or text is not None)
+
+
+def _layers(text: str) -> list[str]:
+    """Return the digests that Ollama reads in a manifest; raise ValueError where it refuses it.
+
+    [manifest.ParseNamedManifest]: Go takes keys in any case, reads null as nothing, and looks at
+    nothing behind the first value.
+    """
+    manifest, _ = _GO_JSON.raw_decode(text.lstrip(" \t\r\n"))
+    manifest = _fields(manifest, schemaversion=int, mediatype=str, config=dict, layers=list)
+    kinds = {"mediatype": str, "digest": str, "size": int, "from": str, "name": str}
+    listed = [*manifest.get("layers", []), manifest.get("config")]
+    layers = [_fields(layer, **kinds) for layer in listed]
+    layers.sort(key=lambda layer: layer.get("mediatype") != _WEIGHTS)
+    digests = [layer.get("digest", "") for layer in layers]
+    return [digest for digest in digests if _BLOB_DIGEST.fullmatch(digest)]
+
+
+def _fields(value: typing.Any, **kinds: type) -> Json:
+    """Return an object whose fields are of these types, as Go's decoder wants them."""
+    fields = {} if value is None else value
+    if not isinstance(fields, dict):
+        raise ValueError("it is no object")
+    for name, kind in kinds.items():
+        field: typing.Any = fields.get(name)
+        if field is not None and type(field) is not kind:
+            raise ValueError(f"{name} is of another type")
+        if isinstance(field, int) and abs(field) >= 1 << 63:
+            raise ValueError(f"{name} is too large")
+    return fields
+
+
+def _go_object(pairs: list[tuple[str, typing.Any]]) -> Json:
+    return {key.casefold(): value for key, value in pairs if value is not None}
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+_GO_JSON = json.JSONDecoder(object_pairs_hook=_go_object, parse_constant=_no_constant)
+
+
+def _hurt_by_deleting(model: Manifest, there: list[Manifest]) -> list[Manifest]:
+    """Return whose blobs Ollama would remove with a model: it compares how digests are written.
+
+    [Manifest.RemoveLayers]
+    """
+    others = [each for each in there if each.path != model.path]
+    in_use = set(sum((each.layers or [] for each in others), []))
+    going = {digest[7:].lower() for digest in set(model.layers or []) - in_use}
+    return [each for each in others if going & _needs(each)]
+
+
+def _needs(manifest: Manifest) -> set[str]:
+    if manifest.layers is None:
+        return manifest.named
+    return {digest[7:].lower() for digest in manifest.layers}
