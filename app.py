@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import types
@@ -26,11 +27,13 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from llm_service.downloads import Download, Downloads
 from llm_service.healing import Healing
 from llm_service.health import Health
+from llm_service.history import History
 from llm_service.metrics import Figures
 from llm_service.models import Models
 from llm_service.processes import Processes
 from llm_service.sharing import SharedRun, began_since
 from llm_service.store import PRUNE_AGE_S, Store
+from llm_service.trying import Trial, Trials
 from llm_service.watch import Watch
 from ollama_client import Json, Ollama, ServiceError, check_name, dial_url, trimmed
 
@@ -142,6 +145,8 @@ watch = Watch(ollama, store, processes, downloads, stuck_s=STUCK_S)
 healing = Healing(watch, downloads, default_model=MODEL, self_heal=SELF_HEAL)
 health_report = Health(watch, healing, gpu_layers=GPU_LAYERS)
 figures = Figures(watch, healing, downloads)
+history = History(figures.stats)
+trials = Trials(ollama)
 catalogue = Models(watch, healing, downloads)
 checks = SharedRun(began_since)
 streams = threading.BoundedSemaphore(STREAMS)
@@ -180,6 +185,7 @@ STATUS = {
     "encoding_not_supported": 415,
     "too_many_pulls": 429,
     "too_many_streams": 429,
+    "try_under_way": 429,
     "bug": 500,
     "gpu_lost": 503,
     "model_store_unreadable": 503,
@@ -405,6 +411,14 @@ def arguments(model: bool, **defaults: bool | int) -> types.SimpleNamespace:
     return found
 
 
+def prompt_given() -> str:
+    """Return the body's prompt."""
+    prompt = body_object().get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ServiceError("bad_field", '"prompt" must be a text.')
+    return prompt
+
+
 def read_flag(name: str, value: object) -> bool:
     """Return a flag; a form field sends it as a word."""
     if isinstance(value, str):
@@ -496,10 +510,16 @@ def stats():
     return figures.stats()
 
 
+@app.get("/api/history")
+def last_hour():
+    """Tell the figures of the last hour, or those since the `next` of an earlier answer."""
+    return history.answer(int(arguments(model=False, since=0).since))
+
+
 @app.get("/api/models")
 def models():
     """List the models on disk."""
-    return Response(catalogue.list(), mimetype="application/json")
+    return unless_known(Response(catalogue.list(), mimetype="application/json"))
 
 
 @app.get("/api/models/loaded")
@@ -534,7 +554,7 @@ def pull():
 def pulls():
     """List the downloads under way and the last ended ones."""
     listed = downloads.list()
-    return {"pulls": listed, "count": len(listed)}
+    return unless_known(app.json.response({"pulls": listed, "count": len(listed)}))
 
 
 @app.delete("/api/models/pull")
@@ -562,24 +582,43 @@ def delete():
     return {"status": "success", "message": message, "freed_bytes": freed}
 
 
+@app.post("/api/models/try")
+def try_model():
+    """Ask a model one prompt, for a person who wants to see whether it works."""
+    asked = arguments(model=True)
+    return stream_trial(trials.start(asked.model, prompt_given()))
+
+
+@app.get("/api/models/recommendations")
+def recommendations():
+    """List the models that Ollama recommends to begin with."""
+    return {"models": ollama.recommendations()}
+
+
 @app.post("/api/cache/clear")
 def cache_clear():
     """Get the memory of the loaded models back."""
     asked = arguments(model=False, force=True)
-    return healing.clear(asked.model, asked.force)
+    report = healing.clear(asked.model, asked.force)
+    history.mark("cleared", model=asked.model, freed_mb=report["memory"]["freed_mb"])
+    return report
 
 
 @app.post("/api/session/reset")
 def session_reset():
     """Clear, restart Ollama where it needs it, and load the model that is due."""
     asked = arguments(model=False, restart=False)
-    return healing.reset(asked.model, asked.restart)
+    report = healing.reset(asked.model, asked.restart)
+    history.mark("reset", model=report["model"], freed_mb=report["memory"]["freed_mb"])
+    return report
 
 
 @app.post("/api/gpu/recover")
 def gpu_recover():
     """Clear what is idle, answered as the service that this one replaces does."""
-    return healing.recover()
+    report = healing.recover()
+    history.mark("cleared", model=None, freed_mb=report["freed_mb"])
+    return report
 
 
 # ---------------------------------------------------------------------------------------
@@ -592,6 +631,7 @@ def service_info() -> Json:
     return {
         "service": "llm-service",
         "version": VERSION,
+        "hostname": socket.gethostname(),
         "ollama_url": ollama.url,
         "ollama_version": watch.server_state.known_version(),
         "default_model": MODEL,
@@ -602,6 +642,13 @@ def service_info() -> Json:
     }
 
 
+def unless_known(response: Response) -> Response:
+    """Spare who asks again and again what has not changed, by its ETag."""
+    response.add_etag()
+    response.make_conditional(request)
+    return response
+
+
 def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
     """Answer with a download's lines as they come; an early error has its own status."""
     leave = take_stream(download)
@@ -610,13 +657,30 @@ def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
     except ServiceError:
         leave()
         raise
-    response = Response(
+    response = ndjson(lines)
+    response.call_on_close(leave)
+    return response
+
+
+def stream_trial(trial: Trial) -> Response:
+    """Answer with the lines of an answer as they come; an early error has its own status."""
+    try:
+        lines = trial.lines(FIRST_NEWS_S)
+    except ServiceError:
+        trial.close()
+        raise
+    response = ndjson(lines)
+    response.call_on_close(trial.close)
+    return response
+
+
+def ndjson(lines: typing.Iterable[Json]) -> Response:
+    """Answer with a line of JSON each, which no proxy shall hold back."""
+    return Response(
         (json.dumps(line) + "\n" for line in lines),
         mimetype="application/x-ndjson",
         headers={"X-Accel-Buffering": "no"},
     )
-    response.call_on_close(leave)
-    return response
 
 
 def whole_answer(download: Download) -> Json:

@@ -30,8 +30,10 @@ from app import (
     app,
     downloads,
     healing,
+    history,
     log,
     of_ollama,
+    trials,
     watch,
 )
 from ollama_client import listen_address
@@ -139,6 +141,7 @@ def post_worker_init(worker):
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     watch.start(healing.after_look)
+    history.start()
 
 
 def tell_keep_alive(answer: typing.Callable) -> typing.Callable:
@@ -187,8 +190,9 @@ class ServiceWorker(ThreadWorker):
     """gunicorn's threaded worker, with JSON errors and closings that lose no answer."""
 
     def handle_exit(self, sig, frame):
-        """End the downloads, and so the streams, at SIGTERM."""
-        threading.Thread(target=downloads.close, daemon=True).start()
+        """End what streams at SIGTERM."""
+        for streaming in (downloads, trials):
+            threading.Thread(target=streaming.close, daemon=True).start()
         super().handle_exit(sig, frame)
 
     def handle(self, conn):

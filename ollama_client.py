@@ -180,6 +180,20 @@ class Ollama:
         """Return the loaded models: name, size, size_vram, context_length, expires_at."""
         return self._models("/api/ps", timeout_s)
 
+    def recommendations(self, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Return what Ollama recommends to run here: name, description, vram_bytes."""
+        path = "/api/experimental/model-recommendations"
+        found = self._json("GET", path, timeout_s=timeout_s).get("recommendations")
+        local = [each for each in found or [] if each.get("vram_bytes")]  # others are in the cloud
+        return [
+            {
+                "name": each.get("model"),
+                "description": each.get("description"),
+                "vram_bytes": each["vram_bytes"],
+            }
+            for each in local
+        ]
+
     def load(self, model: str) -> None:
         """Load a model, however long it takes; by ``/api/embed`` one that cannot generate."""
         try:

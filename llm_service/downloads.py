@@ -121,6 +121,7 @@ class Download:
                 **self._figures(),
                 "listeners": self._listeners,
                 "detached": self._detached,
+                "insecure": self._insecure,
                 "error": self.error and str(self.error),
                 "code": self.error and self.error.code,
                 "started_at": timestamp(self._started_at),

@@ -21,6 +21,7 @@ GETS = [
     "/api/models/pull",
     "/api/stats",
     "/api/info",
+    "/api/history",
 ]
 WITH_MODEL = [
     ("POST", "/api/models/pull"),
