@@ -1,86 +1,209 @@
-"use strict";
+// The last hour, as the service keeps it: curves, what happened, and a table.
 
-// What was polled in the last ten minutes and what happened then. It outlives a reload of the tab.
-const [SPAN_MS, GAP_MS] = [600_000, 20_000];  // no line is drawn over a gap of which nothing is known
-const TOGETHER_MS = 10_000;  // events so near to each other share a mark
-const past = JSON.parse(sessionStorage.getItem("past")) || { samples: [], marks: [], count: 0, last: {} };
-const percent = (value) => `${Math.round(value)} %`;
-const megabytes = (value) => size(value * 2 ** 20);
-const known = (key) => past.samples.filter((sample) => Number.isFinite(sample[key]?.[0]));
-const place = ({ at }, now) => `${(100 - 100 * (now - at) / SPAN_MS).toFixed(2)}%`;
-const CHARTS = [  // a sample's key, the label, how a value reads, what stands before the top of the scale
-  { key: "load", label: "GPU load", words: percent }, { key: "vram", label: "GPU memory", words: megabytes, of: " of " },
-  { key: "cpu", label: "CPU load", words: percent }, { key: "ram", label: "System memory", words: megabytes, of: " of " },
-  { key: "tokens", label: "Tokens per second", words: (value) => value.toFixed(1) },
+import { $, element, figureRow, rows, svg, textRow } from "./dom.js";
+import { clock, megabytes, percent } from "./format.js";
+import { latest, refresh } from "./known.js";
+
+const SPAN_S = 3600;
+const KEPT = 360;
+const GAP_S = 25; // no line is drawn over a gap of which nothing is known
+const ROW_S = 300; // of the table
+const ASK_S = 9;
+
+const past = { series: [], samples: [], marks: [], next: null };
+let askedAt = -Infinity;
+let pointed = null; // the moment under the pointer
+
+// The charts: which series go into one, how a value reads, what the scale ends at.
+const CHARTS = [
+  { key: "load", label: "GPU load", ends: /^gpu\d+_percent$/, words: percent, least: 100 },
+  { key: "vram", label: "GPU memory", ends: /^gpu\d+_memory_mb$/, words: megabytes, least: 1 },
+  { key: "cpu", label: "CPU load", ends: /^cpu_percent$/, words: percent, least: 100 },
+  { key: "ram", label: "System memory", ends: /^memory_mb$/, words: megabytes, least: 1 },
+  {
+    key: "tokens",
+    label: "Tokens per second",
+    ends: /^tokens_per_second$/,
+    words: (value) => value.toFixed(1),
+    least: 10,
+  },
+  {
+    key: "waiting",
+    label: "Callers waiting",
+    ends: /^waiting$/,
+    words: (value) => String(value),
+    least: 4,
+  },
 ];
 
-function mark(at, words) {
-  const near = past.marks.find((each) => Math.abs(each.at - at) < TOGETHER_MS);
-  if (!near) past.marks.push({ at, words, key: ++past.count });
-  else if (!near.words.includes(words)) near.words += ` ${words}`;
+// Asks for what is new since the last sample, every 10 s.
+export async function refreshHistory() {
+  const now = performance.now() / 1000;
+  if (now - askedAt < ASK_S) return;
+  const path = past.next ? `api/history?since=${past.next}` : "api/history";
+  const { value, failure } = await refresh("history", path);
+  if (failure) return;
+  askedAt = now;
+  take(value);
 }
 
-// The service counts what happened; a mark stands where a count has grown.
-function noteEvents(now, { healed, ollama, clears, resets }) {
-  const { last } = past;
-  past.last = { healing: healed.last?.at, pid: ollama.pid || last.pid, clears, resets, at: now };
-  const away = now - last.at > GAP_MS ? " while this page was away" : "";
-  if (healed.last && healed.last.at !== last.healing) {
-    const { at, what, why, freed_mb: freed } = healed.last;
-    mark(Date.parse(at), `Healed ${what} (${why.replace(/, counters.*/, "")}): ${freed} MB came free.`);
+// `complete` are all samples that the service has, else those since the last time.
+function take({ series, samples, marks, complete, next }) {
+  const all = complete ? samples : [...past.samples, ...samples];
+  Object.assign(past, { series, marks, next, samples: all.slice(-KEPT) });
+}
+
+const columns = ({ ends }) =>
+  past.series
+    .map((name, index) => [name, index + 1])
+    .filter(([name, index]) => ends.test(name) && isKnown(index));
+const isKnown = (index) => past.samples.some((sample) => sample[index] != null);
+
+export function showHistory() {
+  if (!latest("history")) return;
+  const charts = CHARTS.map((chart) => ({ ...chart, columns: columns(chart) }));
+  rows(
+    $("charts"),
+    charts.filter((chart) => chart.columns.length),
+    chartRow,
+  );
+  showAxis();
+  const marks = past.marks.map((mark) => ({ ...mark, key: `${mark.at} ${mark.kind}` }));
+  rows($("marks"), marks, () => textRow(markWords));
+  if ($("values").open) showTable();
+}
+
+const number = (mark) =>
+  past.marks.length - past.marks.findIndex(({ at, kind }) => at === mark.at && kind === mark.kind);
+
+function markWords(mark) {
+  const { at, kind, what, state, freed_mb: freed, ok } = mark;
+  const came = freed ? `: ${megabytes(freed)} came free` : "";
+  const words = {
+    healed: `${ok === false ? "Healing failed" : "Healed"}: ${what ?? "a model"}${state ? ` (${state})` : ""}${came}.`,
+    cleared: `Memory cleared${came}.`,
+    reset: `Session reset${came}.`,
+    restarted: "Ollama restarted.",
+  };
+  return `${number(mark)} · ${clock(at)} ${words[kind] ?? kind}`;
+}
+
+const newest = () => past.samples.at(-1)?.[0] ?? Date.parse(latest("history").timestamp) / 1000;
+const place = (at) => 100 - (100 * (newest() - at)) / SPAN_S;
+
+// A value that is not known leaves a gap, as a time without a sample does.
+function pathOf(index, top) {
+  let last = null;
+  let path = "";
+  for (const sample of past.samples) {
+    if (sample[index] == null) continue;
+    const point = `${(6 * place(sample[0])).toFixed(1)} ${(100 - (100 * sample[index]) / top).toFixed(1)}`;
+    path += last !== null && sample[0] - last < GAP_S ? `L${point}` : `M${point}h0`;
+    last = sample[0];
   }
-  if (past.last.pid !== last.pid && (last.pid || ollama.restarts)) mark(now - 1000 * ollama.uptime_seconds, "Ollama restarted.");
-  if (resets > last.resets) mark(now, `Session reset${away}.`);
-  else if (clears > last.clears) mark(now, `Memory cleared${away}.`);
+  return path;
 }
 
-// With a GPU its figures, without one the system's: each a value and the top of its scale.
-function noteSample(at, { gpu, gpu_utilization: load, gpu_memory: vram, cpu_percent: cpu, memory, runners }) {
-  const tokens = runners.reduce((sum, { state, tokens_per_second: speed }) => sum + (state === "busy" ? speed : 0), 0);
-  const own = gpu === "none" ? { cpu: [cpu, 100], ram: [memory.used_mb, memory.total_mb] }
-    : { load: [parseInt(load), 100], vram: vram.match(/\d+/g)?.map(Number) };
-  past.samples.push({ at, tokens: [tokens, 10], ...own });
-}
-
-function svg(tag, attributes, ...content) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  Object.entries(attributes).forEach(([name, value]) => made.setAttribute(name, value));
-  made.append(...content);
-  return made;
-}
-
-function curve(points, key, now, top) {
-  const path = points.map(({ at, [key]: [value] }, index) => {
-    const end = `${(600 - (now - at) / 1000).toFixed(1)} ${(100 - 100 * value / top).toFixed(1)}`;
-    return index && at - points[index - 1].at < GAP_MS ? `L${end}` : `M${end}h0`;
-  });
-  return svg("svg", { viewBox: "0 -3 600 106", preserveAspectRatio: "none" }, svg("path", { class: "curve", d: path.join("") }));
-}
-
-// One series: its line, a mark for each event, and the top of its scale.
-function chartRow({ key, label, words, of }) {
+function chartRow({ label, words, least }) {
   const chart = svg("svg", { class: "chart", role: "img" });
-  return figureRow(label, chart, ({ now }) => {
-    const points = known(key);
-    const [values, last] = [points.map((sample) => sample[key][0]), points.at(-1)];
-    const top = Math.max(last[key][1], ...values);
-    const figure = last.at < now ? "not known now" : words(values.at(-1)) + (of ? of + words(top) : "");
-    const lines = past.marks.map((each) => svg("line", { class: "mark", x1: place(each, now), x2: place(each, now), y2: "100%" }));
-    chart.replaceChildren(curve(points, key, now, top), ...lines, svg("text", { x: 2, y: 12 }, words(top)));
-    chart.ariaLabel = `${label}: ${figure}, in the last ten minutes at most ${words(Math.max(...values))}`;
+  chart.addEventListener("pointermove", (event) => point(chart, event));
+  chart.addEventListener("pointerleave", () => point(chart, null));
+  return figureRow(label, chart, ({ columns: shown }) => {
+    const values = shown.flatMap(([, index]) => past.samples.map((sample) => sample[index]));
+    const most = Math.max(...values.filter((value) => value != null));
+    const top = Math.max(least, most);
+    const lines = shown.map(([, index], order) => curve(index, top, order));
+    const ends = past.marks.map(({ at }) => markLine(place(Date.parse(at) / 1000)));
+    const parts = [curves(lines), ...ends, svg("text", { x: 2, y: 12 }, words(top))];
+    if (pointed !== null) parts.push(cursorLine(place(pointed)));
+    chart.replaceChildren(...parts);
+    const figure = figureAt(shown, words);
+    chart.ariaLabel = `${label}: ${figure}, in the last hour at most ${words(most)}`;
     return figure;
   });
 }
 
-function showHistory(stats) {
-  const now = Date.parse(stats.timestamp);
-  noteEvents(now, stats);
-  noteSample(now, stats);
-  for (const list of ["samples", "marks"]) past[list] = past[list].filter(({ at }) => at <= now && now - at < SPAN_MS);
-  past.marks.sort((a, b) => b.at - a.at);
-  sessionStorage.setItem("past", JSON.stringify(past));
-  rows($("charts"), CHARTS.filter(({ key }) => known(key).length).map((each) => ({ ...each, now })), chartRow);
-  const numbers = past.marks.map((each) => svg("text", { class: "mark", x: place(each, now), y: 12, "text-anchor": "middle" }, each.key));
-  $("axis").replaceChildren(...numbers, svg("text", { y: 28 }, "10 min ago"), svg("text", { x: "100%", y: 28, "text-anchor": "end" }, "now"));
-  rows($("marks"), past.marks, () => textRow((each) => `${each.key} · ${clock(each.at)} ${each.words}`));
+const curves = (lines) =>
+  svg("svg", { viewBox: "0 -3 600 106", preserveAspectRatio: "none" }, ...lines);
+const curve = (index, top, order) =>
+  svg("path", { class: `curve curve${order % 4}`, d: pathOf(index, top) });
+const markLine = (x) =>
+  svg("line", { class: "mark", x1: `${x.toFixed(2)}%`, x2: `${x.toFixed(2)}%`, y2: "100%" });
+const cursorLine = (x) =>
+  svg("line", { class: "cursor", x1: `${x.toFixed(2)}%`, x2: `${x.toFixed(2)}%`, y2: "100%" });
+
+// The value of each series now, or under the pointer.
+function figureAt(shown, words) {
+  const sample = pointed === null ? past.samples.at(-1) : nearest(pointed);
+  const figures = shown.map(([name, index]) => {
+    const value = sample?.[index] == null ? "not known" : words(sample[index]);
+    const gpu = /^gpu(\d+)_/.exec(name);
+    return gpu && shown.length > 1 ? `${gpu[1]}: ${value}` : value;
+  });
+  return (pointed === null ? "" : `${clock(1000 * sample[0])} `) + figures.join(", ");
 }
+
+function nearest(moment) {
+  const distance = ([at]) => Math.abs(at - moment);
+  return past.samples.reduce((best, sample) => (distance(sample) < distance(best) ? sample : best));
+}
+
+function point(chart, event) {
+  if (!past.samples.length) return;
+  const { left, width } = chart.getBoundingClientRect();
+  pointed = event ? nearest(newest() - SPAN_S * (1 - (event.clientX - left) / width))[0] : null;
+  showHistory();
+}
+
+function showAxis() {
+  const texts = past.marks.map((mark) =>
+    svg(
+      "text",
+      {
+        class: "mark",
+        x: `${place(Date.parse(mark.at) / 1000).toFixed(2)}%`,
+        y: 12,
+        "text-anchor": "middle",
+      },
+      number(mark),
+    ),
+  );
+  const ends = [
+    svg("text", { y: 28 }, "1 h ago"),
+    svg("text", { x: "100%", y: 28, "text-anchor": "end" }, "now"),
+  ];
+  $("axis").replaceChildren(...texts, ...ends);
+}
+
+// Each row is five minutes: the mean of what is known of them.
+function showTable() {
+  const shown = CHARTS.flatMap((chart) =>
+    columns(chart).map(([name, index]) => ({ ...chart, name, index })),
+  );
+  const title = ({ label, name }) =>
+    label + (/^gpu(\d+)_/.test(name) ? ` ${/\d+/.exec(name)[0]}` : "");
+  const head = element("tr", {}, element("th", { scope: "col" }, "From"));
+  head.append(...shown.map((each) => element("th", { scope: "col" }, title(each))));
+  const spans = new Map();
+  for (const sample of past.samples) {
+    const start = Math.floor(sample[0] / ROW_S) * ROW_S;
+    spans.set(start, [...(spans.get(start) ?? []), sample]);
+  }
+  const lines = [...spans].reverse().map(([start, samples]) => tableRow(start, samples, shown));
+  const caption = element("caption", {}, "Means of five minutes each, the newest first");
+  $("values")
+    .querySelector("table")
+    .replaceChildren(caption, head, ...lines);
+}
+
+function tableRow(start, samples, shown) {
+  const row = element("tr", {}, element("th", { scope: "row" }, clock(1000 * start).slice(0, 5)));
+  for (const { index, words } of shown) {
+    const values = samples.map((sample) => sample[index]).filter((value) => value != null);
+    const sum = values.reduce((total, value) => total + value, 0);
+    row.append(element("td", {}, values.length ? words(sum / values.length) : "–"));
+  }
+  return row;
+}
+
+$("values").addEventListener("toggle", showHistory);

@@ -18,11 +18,20 @@ python=${paths[0]:?the set-up failed: see above}
 export LLM_TEST_OLLAMA=${paths[1]:-}
 bin=$(dirname "$python")
 
+lint_page() { # its scripts, where Node is there
+    local biome=(npx --yes @biomejs/biome@2.6.8)
+    if type -P npx >/dev/null && "${biome[@]}" --version >/dev/null 2>&1; then
+        "${biome[@]}" ci --colors=off --log-level=warn static
+    else
+        say 'no Biome (npx @biomejs/biome): the scripts of the page are not checked'
+    fi
+}
 lint() {
     local scripts
     mapfile -t scripts < <(grep -rlI --exclude-dir=.git '^#!.*sh$' .)
     "$bin/ruff" check -q . && "$bin/ruff" format -q --check . && "$bin/mypy" --no-error-summary &&
-        "$bin/shellcheck" -e SC2317,SC2329 "${scripts[@]}" # of functions called by a trap or by name
+        "$bin/shellcheck" -e SC2317,SC2329 "${scripts[@]}" && # of functions called by a trap or by name
+        lint_page
 }
 if [[ ${LINT:-} != off ]]; then
     lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }

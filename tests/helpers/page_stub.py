@@ -4,6 +4,9 @@ The GPU's figures were recorded on an NVIDIA H100 (by nvidia-smi, once a second)
 products kept busy; the machine of the tests has no GPU.
 """
 
+import collections
+import contextlib
+import hashlib
 import http.server
 import json
 import threading
@@ -73,10 +76,41 @@ def gpu_stats(load, used_mb, celsius, watts, gpus=1):
     }
     return {
         "gpu": "ok",
-        "gpus": [{"index": index, **one} for index in range(gpus)],
+        "gpus": [{"index": index, "uuid": f"GPU-{index}", **one} for index in range(gpus)],
         "gpu_utilization": f"{load}%",
         "gpu_memory": f"{used_mb * gpus}MB / {H100_TOTAL_MB * gpus}MB",
         "gpu_temperature": f"{celsius}°C",
+    }
+
+
+def history(series, samples, marks=(), now=None, interval_s=10):
+    """Return the answer of /api/history; each sample is what the series were, one in 10 s."""
+    now = int(now or time.time())
+    first = now - interval_s * (len(samples) - 1)
+    return {
+        "interval_s": interval_s,
+        "span_s": 3600,
+        "complete": True,
+        "next": now,
+        "series": list(series),
+        "samples": [[first + interval_s * n, *sample] for n, sample in enumerate(samples)],
+        "marks": list(marks),
+    }
+
+
+def pull(model, state="running", **fields):
+    """Return an entry of GET /api/models/pull."""
+    return {
+        "model": model,
+        "state": state,
+        "status": "pulling a5fd3b62230a" if state == "running" else state,
+        "percent": 41.3,
+        "completed_bytes": 2_000_000_000,
+        "total_bytes": 4_900_000_000,
+        "bytes_per_second": 52_000_000,
+        "eta_seconds": 56,
+        "started_at": "2026-11-28T10:00:00+00:00",
+        **fields,
     }
 
 
@@ -89,6 +123,7 @@ def model(name, size=4_920_753_328, share=None):
         "digest": f"digest of {name}",
         "details": {"quantization_level": "Q4_K_M", "context_length": 131072},
         "loaded": loaded,
+        "loaded_as": name if loaded else None,
         "size_loaded": size if loaded else None,
         "size_vram": round(size * share) if loaded else None,
         "context_length": 8192 if loaded else None,
@@ -113,11 +148,14 @@ def runner(name, state, seconds=0, speed=0.0, pid=4242):
 class PageStub:
     """Plays the service: change `.stats`, `.health`, `.models`, `.pulls` to change its answers.
 
-    With `.models` None it cannot list them.
+    With `.models` None it cannot list them. `.answers[(method, path)]` is the answer to an act,
+    with `http_status` for its status; a list is a stream of lines.
 
-    .url      of the page
-    .rounds   how often the page has polled
+    .url      of the page; .prefix  a path in front of all its addresses, such as "/llm"
+    .polled   how often each path was asked for
     .sent     what else was asked for: [(method, path, body)]
+    .hung     an Event: while it is set, nothing but the page's own files is answered
+    .bytes    of all answers
     """
 
     def __init__(self):
@@ -132,6 +170,7 @@ class PageStub:
             "disk": {
                 "total_bytes": 270_553_174_016,
                 "free_bytes": 76_346_208_256,
+                "models_bytes": 4_920_753_328,
                 "partial_bytes": 0,
                 "unused_bytes": 0,
             },
@@ -142,7 +181,21 @@ class PageStub:
             "resets": 0,
         }
         self.health = {"status": "healthy", "gpu": "none", "recommended_action": "none"}
-        self.models, self.pulls, self.sent, self.rounds = [], [], [], 0
+        self.info = {
+            "service": "llm-service",
+            "version": "1.2.0",
+            "hostname": "node1",
+            "ollama_url": "http://127.0.0.1:11434",
+            "ollama_version": "0.34.4",
+            "default_model": "llama3.1:8b",
+            "context_length": 8192,
+        }
+        self.history = history([], [])
+        self.recommended = []
+        self.updates = []
+        self.models, self.pulls, self.sent, self.polled = [], [], [], collections.Counter()
+        self.answers, self.prefix, self.bytes = {}, "", 0
+        self.hung, self.slow_lines_s = threading.Event(), 0
         self.clock = time.time  # of `timestamp`
         stub = self
 
@@ -162,40 +215,77 @@ class PageStub:
     def answer(self, request):
         length = int(request.headers.get("Content-Length") or 0)
         body = request.rfile.read(length)
-        path = "/static/index.html" if request.path == "/" else request.path
-        status, kind = 200, "application/json"
-        if path.startswith("/static/"):
-            file = ROOT / path[1:]
-            kind, data = KINDS[file.suffix], file.read_bytes()
+        path = request.path.partition("?")[0].removeprefix(self.prefix)
+        if not request.path.startswith(f"{self.prefix}/"):
+            self._send(request, 404, b"<p>Not here.</p>", "text/html")
+        elif path == "/" or path.startswith("/static/"):
+            file = ROOT / ("static/index.html" if path == "/" else path[1:])
+            self._send(request, 200, file.read_bytes(), KINDS[file.suffix])
         else:
-            answer = self._json(request.command, path, body)
-            status = 503 if answer.get("status") == "unhealthy" or "error" in answer else 200
-            data = json.dumps(answer).encode()
-        request.send_response(status)
-        request.send_header("Content-Type", f"{kind}; charset=utf-8")
-        request.send_header("Content-Security-Policy", CSP)
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        request.wfile.write(data)
+            self._answer_call(request, path, json.loads(body) if body else None)
+
+    def _answer_call(self, request, path, body):
+        while self.hung.is_set():
+            time.sleep(0.05)
+        answer = self._json(request.command, path, body)
+        if isinstance(answer, list):
+            self._stream(request, answer)
+            return
+        bad = answer.get("status") == "unhealthy" or "error" in answer
+        status = answer.pop("http_status", 503 if bad else 200)
+        self._send(request, status, json.dumps(answer).encode(), "application/json")
+
+    def _send(self, request, status, data, kind):
+        tag = f'"{hashlib.sha1(data).hexdigest()}"'
+        if request.headers.get("If-None-Match") == tag:
+            status, data = 304, b""
+        with contextlib.suppress(ConnectionError):  # the page has given up waiting
+            request.send_response(status)
+            request.send_header("Content-Type", f"{kind}; charset=utf-8")
+            request.send_header("Content-Security-Policy", CSP)
+            request.send_header("Cache-Control", "no-store")
+            request.send_header("ETag", tag)
+            if status != 304:
+                request.send_header("Content-Length", str(len(data)))
+            request.end_headers()
+            request.wfile.write(data)
+            self.bytes += len(data)
+
+    def _stream(self, request, lines):
+        with contextlib.suppress(ConnectionError):
+            request.send_response(200)
+            request.send_header("Content-Type", "application/x-ndjson")
+            request.end_headers()
+            for line in lines:
+                request.wfile.write(json.dumps(line).encode() + b"\n")
+                time.sleep(self.slow_lines_s)
+            return
+        self.sent.append(("LEFT", request.path, None))
 
     def _json(self, method, path, body):
         if method != "GET":
-            self.sent.append((method, path, json.loads(body) if body else None))
-            return {"status": "success", "message": "Done."}
-        if path == "/api/stats":
-            self.rounds += 1
-            return {
-                **self.stats,
-                "timestamp": datetime.fromtimestamp(self.clock(), UTC).isoformat(),
-            }
+            self.sent.append((method, path, body))
+            done = {"status": "success", "message": "Done."}
+            answer = self.answers.get((method, path), done)
+            return answer if isinstance(answer, list) else dict(answer)
+        self.polled[path] += 1
+        if (method, path) in self.answers:
+            return dict(self.answers[method, path])
         if path == "/api/models" and self.models is None:
             return {"error": "Ollama did not answer in time.", "code": "ollama_timeout"}
+        now = datetime.fromtimestamp(self.clock(), UTC).isoformat()
         return {
-            "/health": self.health,
+            "/health": dict(self.health),
+            "/api/info": dict(self.info),
+            "/api/stats": {**self.stats, "timestamp": now},
+            "/api/history": {**self.history, "timestamp": now},
             "/api/models": {"models": self.models},
             "/api/models/pull": {"pulls": self.pulls},
+            "/api/models/recommendations": {"models": self.recommended},
+            "/api/models/updates": {"models": self.updates},
         }[path]
 
     def close(self):
+        self.hung.clear()
         self._server.shutdown()
         self._server.server_close()

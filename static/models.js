@@ -1,0 +1,280 @@
+// The models on the disk and the runners that hold them in memory.
+
+import { call, stream } from "./calls.js";
+import { $, ask, element, rows, show, write } from "./dom.js";
+import { clock, count, megabytes, size } from "./format.js";
+import { latest } from "./known.js";
+import { action, say, sayError } from "./messages.js";
+import { startPull } from "./pulls.js";
+import { tryModel } from "./try.js";
+
+const MANY = 10; // from so many models on there is a filter
+const RANKS = { stuck: 0, silent: 0, ghost: 0, orphan: 0 };
+const COLOURS = {
+  busy: "work",
+  unwatched: "work",
+  loading: "work",
+  idle: "good",
+  stuck: "bad",
+  silent: "bad",
+  ghost: "bad",
+  orphan: "warn",
+};
+const UPDATES_S = 40;
+const LOAD_S = 15;
+const CLEAR_S = 10;
+const DELETE_S = 30;
+
+let updates = new Map(); // what the registries said of each model
+
+const lower = (name) => name?.toLowerCase();
+
+// Troubled ones first, then what is in memory, then the rest, each by name: a steady order.
+const rank = ({ runner, own }) => RANKS[runner?.state] ?? (runner || own ? 1 : 2);
+const byRank = (a, b) => rank(a) - rank(b) || a.name.localeCompare(b.name, "en", { numeric: true });
+
+export function showModels() {
+  const models = latest("models")?.models;
+  if (!models) return;
+  const runners = latest("stats")?.runners ?? [];
+  const named = new Map(runners.map((runner) => [lower(runner.model), runner]));
+  const shown = models.map((model) => {
+    const own = model.loaded && lower(model.loaded_as ?? model.name) === lower(model.name);
+    return { ...model, key: model.name, own, runner: named.get(lower(model.name)) };
+  });
+  const matched = new Set(shown.map(({ runner }) => runner));
+  const others = runners.filter((runner) => !matched.has(runner));
+  const unnamed = others.map((runner) => ({
+    key: runner.pid,
+    name: `${runner.model || "unknown model"}, process ${runner.pid}`,
+    runner,
+  }));
+  showList([...shown, ...unnamed].sort(byRank), models.length);
+}
+
+function showList(all, total) {
+  const wanted = lower($("filter").value.trim());
+  const found = all.filter(
+    ({ name, runner }) => lower(name).includes(wanted) || runner?.state in RANKS,
+  );
+  rows($("models"), found, modelRow);
+  show($("filter-label"), total >= MANY || wanted !== "");
+  const counted = count(total, "model");
+  write($("model-count"), wanted ? `${found.length} of ${counted}` : total ? counted : "");
+  show($("no-models"), total === 0);
+  show($("list-actions"), total > 0);
+}
+
+function modelRow({ name, size: bytes }) {
+  const parts = ["name", "state", "figures", "update"].map((className) =>
+    element("p", { className }),
+  );
+  const [title, state, figures, news] = parts;
+  title.textContent = name;
+  const row = element("li", {}, element("div", { className: "about" }, ...parts));
+  const buttons = bytes == null ? null : modelButtons(name); // a runner may be without a model
+  if (buttons) row.append(buttons.actions);
+  row.update = (model) => {
+    row.model = model;
+    write(
+      state,
+      stateWords(model, row),
+      `state ${COLOURS[model.runner?.state] || (model.own ? "good" : "off")}`,
+    );
+    write(figures, figureWords(model));
+    showUpdate(model, news, buttons);
+    if (buttons) showButtons(model, buttons);
+  };
+  return row;
+}
+
+function modelButtons(name) {
+  const load = action("Load", name, () => loadModel(name));
+  const unload = action("Unload", name, () => unloadModel(name));
+  const attempt = action("Try", name, () => tryModel(name));
+  const check = action("Check files", name, () => checkFiles(name));
+  const update = action("Update", name, () => updateModel(name));
+  const remove = action("Delete", name, () => deleteModel(name), "danger");
+  const more = element("div", { className: "actions" }, check, update, remove);
+  const summary = element("summary", { ariaLabel: `More for ${name}` }, "More");
+  const rest = element("details", { className: "more" }, summary, more);
+  const actions = element("div", { className: "actions" }, load, unload, attempt, rest);
+  return { actions, load, unload, update };
+}
+
+function showButtons(model, { load, unload, update }) {
+  const there = model.own || Boolean(model.runner);
+  if (load.contains(document.activeElement) && there) {
+    show(unload, true);
+    unload.focus({ preventScroll: true });
+  }
+  show(unload, there);
+  show(load, !there && !model.loaded);
+  const { state, download_bytes: bytes } = updates.get(model.name) ?? {};
+  write(update, state === "newer" ? `Update, fetches ${size(bytes)}` : "Update");
+}
+
+function stateWords({ runner, own, loaded, loaded_as: as, name }, row) {
+  const load = latest("health")?.load;
+  const loading = load?.state === "loading" && lower(load.model) === lower(name);
+  if (!runner && loading) return "loading";
+  if (!runner && own) return "loaded";
+  if (!runner) return loaded && as ? `in memory as ${as}, which has the same files` : "not loaded";
+  // The moment is kept, so that it does not flicker by a second.
+  const phase = `${runner.pid} ${runner.state}`;
+  if (row.phase !== phase) {
+    const now = Date.parse(latest("stats").timestamp);
+    Object.assign(row, { phase, since: clock(now - 1000 * runner.seconds) });
+  }
+  const words = {
+    busy: `busy, ${runner.tokens_per_second?.toFixed(1)} tokens/s`,
+    unwatched: "busy; its progress cannot be seen",
+    idle: "loaded, idle",
+    loading: "loading",
+  };
+  return words[runner.state] ?? `${runner.state} since ${row.since}`;
+}
+
+function figureWords(model) {
+  const { size: bytes, details = {}, own, runner } = model;
+  const facts = [
+    bytes && `${size(bytes)} on the disk`,
+    details.parameter_size,
+    details.quantization_level,
+  ];
+  const most = model.trained_context ?? details.context_length;
+  if (own && model.context_length) {
+    const of = most ? ` of ${most.toLocaleString("en")}` : "";
+    facts.push(`context ${model.context_length.toLocaleString("en")}${of}`);
+  } else if (most) {
+    facts.push(`context up to ${most.toLocaleString("en")}`);
+  }
+  facts.push(...memoryFacts(model, own, runner));
+  return facts.filter(Boolean).join(" · ");
+}
+
+// On the GPU it is what Ollama says, in the system's memory what the process holds.
+function memoryFacts({ size_loaded: all, size_vram: vram, expires_at: expires }, own, runner) {
+  const facts = [];
+  if (own && vram) {
+    facts.push(`${size(vram)} on the GPU (${Math.floor((100 * vram) / all)}\u00a0%)`);
+  }
+  if (runner?.memory_mb) facts.push(`${megabytes(runner.memory_mb)} of system memory`);
+  else if (own && all > vram) facts.push(`${size(all - vram)} of system memory`);
+  if (!own || !expires) return facts;
+  const until = new Date(expires);
+  const now = Date.parse(latest("stats")?.timestamp) || Date.now();
+  const ends = until <= now ? "unloads after its answer" : `stays until ${clock(until)}`;
+  return [...facts, until.getFullYear() > 2100 ? "stays loaded" : ends];
+}
+
+function showUpdate({ name }, node) {
+  const { state, reason, download_bytes: bytes } = updates.get(name) ?? {};
+  const words = {
+    current: "is the registry's newest",
+    newer: `the registry has a newer one: ${size(bytes)} to fetch`,
+    unknown: `whether there is a newer one is not known: ${reason}`,
+  };
+  write(node, words[state] ?? "", state === "newer" ? "update work" : "update figures");
+}
+
+// What the buttons do
+
+async function loadModel(model) {
+  const answer = await call("POST", "api/models/load", { model }, LOAD_S);
+  if (!answer.ok) return sayError(`${model} was not loaded`, answer);
+  say(answer.model_state === "loaded" ? `${model} is loaded.` : `${model} is being loaded.`);
+}
+
+async function unloadModel(model) {
+  const question = `Unload ${model}? An answer under way is ended.`;
+  if (!(await ask(question, "Unload"))) return;
+  const answer = await call("POST", "api/cache/clear", { model }, CLEAR_S);
+  if (!answer.ok) return sayError(`${model} was not unloaded`, answer);
+  say(`${model} is unloaded: ${megabytes(answer.memory?.freed_mb)} of memory came free.`);
+}
+
+async function deleteModel(model) {
+  const entry = latest("models").models.find(({ name }) => name === model);
+  const frees = entry?.frees_bytes ?? entry?.size;
+  const verb = frees == null ? "Delete" : `Delete, frees ${size(frees)}`;
+  if (!(await ask(`Delete ${model} from the disk?`, verb, true))) return;
+  let answer = await call("DELETE", "api/models/delete", { model }, DELETE_S);
+  if (answer.code === "model_busy") {
+    const question = `${model} is in the middle of an answer.`;
+    if (!(await ask(question, "End the answer and delete", true))) return;
+    answer = await call("DELETE", "api/models/delete", { model, force: true }, DELETE_S);
+  }
+  if (!answer.ok) return sayError(`${model} was not deleted`, answer);
+  say(`${model} is deleted: ${size(answer.freed_bytes)} of disk space came free.`);
+}
+
+async function checkFiles(model) {
+  const controller = new AbortController();
+  const stop = element("button", { type: "button" }, "Stop");
+  stop.onclick = () => controller.abort();
+  const progress = element("progress", { max: 100, ariaLabel: `Check of ${model}` });
+  say(`The files of ${model} are being read …`, "work", progress, stop);
+  let last = {};
+  const answer = await stream("api/models/verify", { model }, controller, (line) => {
+    last = line;
+    if (line.percent != null) progress.value = line.percent;
+  });
+  const failed = !answer.ok ? answer : last.status !== "success" ? last : null;
+  if (failed) return sayError(`The files of ${model} were not checked`, failed);
+  tellCheck(model, last.models[0]);
+}
+
+function tellCheck(model, { ok, damaged, missing }) {
+  if (ok) return say(`The files of ${model} are whole.`);
+  const parts = [damaged.length && `${count(damaged.length, "file")} damaged`];
+  parts.push(missing.length && `${count(missing.length, "file")} missing`);
+  const repair = action("Repair", model, () => repairModel(model));
+  say(`${model}: ${parts.filter(Boolean).join(", ")}.`, "bad", repair);
+}
+
+async function repairModel(model) {
+  const question = `Download the damaged files of ${model} again? Where the registry has a newer version, that replaces it.`;
+  if (await ask(question, "Repair")) await startPull(model, { verify: true });
+}
+
+// Asks the registry first, and never replaces what was made here without a warning.
+async function updateModel(model) {
+  const known = await askRegistries(model);
+  if (known?.state === "current") return say(`${model} is the registry's newest.`);
+  const entry = latest("models").models.find(({ name }) => name === model);
+  const bytes = known?.state === "newer" ? size(known.download_bytes) : null;
+  let [question, verb] = [`Download the newer version of ${model}?`, `Update, fetches ${bytes}`];
+  if (entry?.made_here || known?.made_here) {
+    question = `${model} was made on this machine. An update replaces it by the registry's model of that name.`;
+    verb = bytes ? `Replace it, fetches ${bytes}` : "Replace it";
+  } else if (!bytes) {
+    return say(
+      `${model} was not updated: ${known?.reason ?? "the registry does not tell"}.`,
+      "warn",
+    );
+  }
+  if (!(await ask(question, verb, Boolean(entry?.made_here || known?.made_here)))) return;
+  await startPull(model);
+  updates.delete(model);
+}
+
+async function askRegistries(model) {
+  say("The registries are being asked …", "work");
+  const answer = await call("GET", "api/models/updates", null, UPDATES_S);
+  if (!answer.ok) return void sayError("Updates", answer);
+  updates = new Map(answer.models.map((each) => [each.name, each]));
+  return updates.get(model);
+}
+
+async function lookForUpdates() {
+  await askRegistries();
+  const states = [...updates.values()];
+  const newer = states.filter(({ state }) => state === "newer").length;
+  const unknown = states.filter(({ state }) => state === "unknown").length;
+  const doubt = unknown ? ` Of ${count(unknown, "model")} it is not known.` : "";
+  if (states.length) say(`${newer ? count(newer, "model") : "No model"} can be updated.${doubt}`);
+}
+
+$("list-actions").append(action("Look for updates", null, lookForUpdates));
+$("filter").addEventListener("input", showModels);

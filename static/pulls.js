@@ -1,0 +1,225 @@
+// Downloads: those under way, the ended ones with what can be done, and models to begin with.
+
+import { call } from "./calls.js";
+import { $, ask, element, rows, show, write } from "./dom.js";
+import { size, span } from "./format.js";
+import { latest, refresh } from "./known.js";
+import { action, noteError, say, sayError } from "./messages.js";
+import { errorDetail, errorWords } from "./words.js";
+
+const DISMISSED = "llm-service dismissed";
+const START_S = 15;
+const CANCEL_S = 10;
+
+const running = new Set(); // those seen under way, whose end is told
+
+const lower = (name) => name.toLowerCase();
+const dismissed = () => new Set(JSON.parse(localStorage.getItem(DISMISSED) || "[]"));
+const keyOf = ({ model, ended_at: at, started_at: since }) =>
+  `${lower(model)} ${at ?? since ?? ""}`;
+
+// Starts a download that goes on by itself; tells whether it was accepted.
+export async function startPull(model, options = {}) {
+  const body = { model, ...options, detach: true };
+  const answer = await call("POST", "api/models/pull", body, START_S);
+  if (answer.ok) {
+    running.add(lower(model));
+    say(`The download of ${model} is under way.`);
+  } else {
+    sayError(`The download of ${model} was not started`, answer);
+  }
+  return answer;
+}
+
+export function showPulls() {
+  const pulls = latest("pulls")?.pulls;
+  if (!pulls) return;
+  const first = (pull, index) =>
+    pulls.findIndex(({ model }) => lower(model) === lower(pull.model)) === index;
+  const newest = pulls.filter(first).map((pull) => ({ ...pull, key: pull.model }));
+  const away = dismissed();
+  const under = newest.filter(({ state }) => state === "running");
+  const ended = newest.filter((pull) => pull.state !== "running" && !away.has(keyOf(pull)));
+  tellEnds(newest);
+  rows($("pulls"), under, runningRow);
+  rows($("ended-pulls"), ended, endedRow);
+  const failed = ended.filter(({ state }) => state === "error").length;
+  const words = `Ended downloads: ${ended.length}${failed ? `, ${failed} failed` : ""}`;
+  write($("ended-count"), words);
+  show($("ended"), ended.length > 0);
+}
+
+function tellEnds(pulls) {
+  for (const pull of pulls) {
+    const { model, state } = pull;
+    if (state === "running") running.add(lower(model));
+    else if (running.delete(lower(model))) tellEnd(pull);
+  }
+}
+
+function tellEnd({ model, state, total_bytes: total, ...pull }) {
+  if (state === "success") return say(`${model} is downloaded, ${size(total)}.`);
+  if (state === "cancelled") return;
+  sayError(`The download of ${model} failed`, pull);
+  $("ended").open = true;
+}
+
+function runningRow({ model }) {
+  const bar = element("progress", { max: 100, ariaLabel: `Download of ${model}` });
+  const figures = element("p", { className: "figures" });
+  const cancel = action("Cancel", `the download of ${model}`, () => cancelPull(model));
+  const title = element("p", { className: "about name" }, model);
+  const row = element("li", {}, title, cancel, bar, figures);
+  row.update = (pull) => {
+    bar.value = pull.percent;
+    const [done, total] = [size(pull.completed_bytes), size(pull.total_bytes)];
+    const facts = [
+      pull.status,
+      `${(Math.floor(10 * pull.percent) / 10).toFixed(1)}\u00a0%`,
+      `${done} of ${total}`,
+    ];
+    if (pull.bytes_per_second) facts.push(`${size(pull.bytes_per_second)}/s`);
+    if (pull.eta_seconds != null) facts.push(`${span(pull.eta_seconds)} left`);
+    write(figures, facts.filter(Boolean).join(" · "));
+  };
+  return row;
+}
+
+function endedRow({ model }) {
+  const words = element("p");
+  const said = element("p", { className: "figures" });
+  const detail = element("details", {}, element("summary", {}, "What was said"), said);
+  const title = element("p", { className: "name" }, model);
+  const about = element("div", { className: "about" }, title, words, detail);
+  const actions = element("div", { className: "actions" });
+  const row = element("li", {}, about, actions);
+  let buttons = "";
+  row.update = (pull) => {
+    const good = pull.state === "success";
+    const level = { success: "figures", cancelled: "warn" }[pull.state] ?? "error";
+    write(words, good ? `downloaded, ${size(pull.total_bytes)}` : errorWords(pull), level);
+    write(said, pull.state === "error" ? errorDetail(pull) : "");
+    show(detail, said.textContent !== "");
+    const wanted = `${pull.state} ${pull.code}`;
+    if (wanted !== buttons) actions.replaceChildren(...endedButtons(pull));
+    buttons = wanted;
+  };
+  return row;
+}
+
+const RESUMED = ["cancelled", "pull_interrupted", "shutting_down"];
+const HOPELESS = ["bad_model_name", "registry_insecure", "parts_damaged"];
+
+function endedButtons(pull) {
+  const { model, state, code, insecure = false } = pull;
+  const what = `the download of ${model}`;
+  const buttons = [];
+  if (state !== "success") {
+    const verb = RESUMED.includes(code ?? state) ? "Resume" : "Retry";
+    if (!HOPELESS.includes(code))
+      buttons.push(action(verb, what, () => startPull(model, { insecure })));
+    if (code === "registry_insecure" && insecure) {
+      buttons.push(action("Download with TLS", model, () => startPull(model)));
+    } else if (code === "registry_insecure") {
+      buttons.push(action("Download without TLS", model, () => pullWithoutTls(model)));
+    }
+    buttons.push(action("Remove parts", `of ${model}`, () => removeParts(model)));
+  }
+  buttons.push(action("Dismiss", what, () => dismiss(pull)));
+  return buttons;
+}
+
+async function cancelPull(model) {
+  const answer = await call("DELETE", "api/models/pull", { model }, CANCEL_S);
+  if (!answer.ok) return sayError(`The download of ${model} was not cancelled`, answer);
+  $("ended").open = true;
+  say(`The download of ${model} is cancelled. What is there is kept.`);
+}
+
+async function pullWithoutTls(model) {
+  const question = `Download ${model} without TLS? Whoever is on the way can read and change it.`;
+  if (await ask(question, "Download without TLS", true)) await startPull(model, { insecure: true });
+}
+
+async function removeParts(model) {
+  const question = `Remove what is kept of the download of ${model}? The next one begins anew.`;
+  if (!(await ask(question, "Remove parts", true))) return;
+  const answer = await call("DELETE", "api/models/pull", { model, purge: true }, CANCEL_S);
+  if (!answer.ok) return sayError(`The parts of ${model} were not removed`, answer);
+  say(`The parts of ${model} are removed: ${size(answer.freed_bytes)} came free.`);
+}
+
+function dismiss(pull) {
+  const kept = [...dismissed(), keyOf(pull)].slice(-50);
+  localStorage.setItem(DISMISSED, JSON.stringify(kept));
+  showPulls();
+}
+
+$("pull-form").onsubmit = async (event) => {
+  event.preventDefault();
+  const model = $("pull-name").value.trim();
+  try {
+    const answer = await startPull(model);
+    write($("pull-error"), answer.ok ? "" : errorWords(answer));
+    if (answer.ok) $("pull-name").value = "";
+  } catch (error) {
+    noteError(`The download of ${model}`, error);
+  }
+  document.dispatchEvent(new Event("poll"));
+};
+
+// Models to begin with: by Ollama's own list, which has a memory for each; and small ones.
+
+const SMALL = [
+  { name: "llama3.2:1b", description: "Small and quick, also on a CPU", size_bytes: 1.3e9 },
+  { name: "llama3.1:8b", description: "An all-rounder", size_bytes: 4.9e9 },
+];
+const ROOM = 1.2; // a loaded model takes so many times its files, with a context of 8,192
+
+let asked = false;
+
+// Asks for the list once: where there is no model, or where it is opened.
+export async function suggest() {
+  if (asked) return;
+  asked = true;
+  await refresh("recommended", "api/models/recommendations");
+  const theirs = latest("recommended")?.models ?? [];
+  const all = [...SMALL, ...theirs.filter(({ name }) => !SMALL.some((each) => each.name === name))];
+  const memory = memoryFor();
+  write($("rests-on"), memory.words);
+  rows(
+    $("suggestions"),
+    all.map((each) => ({ ...each, key: each.name, memory })),
+    suggestionRow,
+  );
+}
+
+// The largest GPU, or without one the system's memory: as measured.
+function memoryFor() {
+  const { gpus = [], memory } = latest("stats") ?? {};
+  const known = gpus.filter(({ memory_total_mb: total }) => total != null);
+  known.sort((a, b) => b.memory_total_mb - a.memory_total_mb);
+  const mb = known[0]?.memory_total_mb ?? memory?.total_mb;
+  const bytes = mb == null ? null : mb * 2 ** 20;
+  const place = known.length ? "the largest GPU" : "this machine (no GPU tells its memory)";
+  const words = `“Fits” compares what the model needs with the memory of ${place} as measured: ${size(bytes)}.`;
+  return { bytes, words };
+}
+
+function suggestionRow({ name, description, size_bytes: bytes, vram_bytes: vram, memory }) {
+  const needs = vram ?? bytes * ROOM;
+  const facts = [
+    description,
+    bytes && `${size(bytes)} to fetch`,
+    `needs about ${size(needs)} of memory`,
+  ];
+  if (memory.bytes) facts.push(needs <= memory.bytes ? "fits" : "does not fit");
+  const about = element("div", { className: "about" }, element("p", { className: "name" }, name));
+  about.append(element("p", { className: "figures" }, facts.filter(Boolean).join(" · ")));
+  const button = action("Download", name, () => startPull(name));
+  const row = element("li", {}, about, button);
+  row.update = () => {};
+  return row;
+}
+
+$("suggested").addEventListener("toggle", suggest);

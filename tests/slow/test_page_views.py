@@ -1,0 +1,834 @@
+"""What the page shows and does, against a stand-in that plays answers back."""
+
+import re
+import time
+from datetime import UTC, datetime
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from helpers.page import wait_for
+from helpers.page_stub import H100, gpu_stats, history, model, pull, runner
+
+LLAMA = "llama3.1:8b"
+
+
+def iso(seconds_ago):
+    return datetime.fromtimestamp(time.time() - seconds_ago, UTC).isoformat()
+
+
+# What it says of itself and of the service
+
+
+def test_a_service_that_hangs_is_told_and_its_figures_fade(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    stub_page.poll()
+    assert stub_page.text("state") == "The service works."
+    assert stub_page.browser.title.startswith("✓") and not stub_page.old("stats")
+    stub.hung.set()
+    stub_page.wait_text("state", "The service does not answer since", 20)
+    assert "bad" in stub_page.element("state").get_attribute("class")
+    assert stub_page.browser.title.startswith("✕")
+    assert "icon-bad" in stub_page.element("icon").get_attribute("href")
+    for source in ("stats", "models", "pulls", "history"):
+        wait_for(lambda of=source: "old" in stub_page.old(of), 20, f"the age of the {source}")
+    assert LLAMA in stub_page.text("models")
+    stub.hung.clear()
+    stub_page.wait_text("state", "The service works.")
+    wait_for(lambda: not stub_page.old("stats"), 10, "fresh figures")
+
+
+def test_a_look_that_is_old_is_told_though_the_service_answers(stub, stub_page):
+    stub.stats["looked_at"] = iso(45)
+    stub_page.poll()
+    wait_for(lambda: re.search(r"4[5-9] s old", stub_page.old("stats")), 5, "the look's age")
+
+
+def test_a_fault_of_the_page_is_no_fault_of_the_service(stub, stub_page):
+    good, stub.stats["gpus"] = stub.stats["gpus"], None
+    stub_page.poll()
+    assert "This page has a fault of its own (TypeError" in stub_page.text("state")
+    assert "not reachable" not in stub_page.text("state")
+    stub.stats["gpus"] = good
+    stub_page.poll()
+    assert stub_page.text("state") == "The service works."
+
+
+def test_an_answer_that_is_no_json_is_told_as_that(stub, stub_page):
+    stub.prefix = "/elsewhere"  # a proxy's 404 with a page of its own
+    stub_page.poll()
+    assert "no proper answer" in stub_page.text("state")
+    assert "status 404 was no JSON" in stub_page.text("state")
+
+
+def test_what_hangs_does_not_hide_what_is_known(stub, stub_page):
+    stub.models = [model(LLAMA, share=1)]
+    stub_page.poll()
+    stub.models = None
+    stub.health = {"status": "unhealthy", "reason": "Ollama runs but does not answer."}
+    stub.health |= {"recommended_action": "reset_session", "code": "ollama_hung"}
+    stub_page.poll()
+    assert stub_page.text("state").endswith("does not answer. Reset the session.")
+    assert LLAMA in stub_page.text("models")
+    assert stub_page.element("advice").text == "Reset session"
+
+
+def test_a_part_that_does_not_answer_is_told_though_the_service_is_healthy(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    stub_page.poll()
+    stub.models = None
+    stub_page.poll()
+    assert "not all of it answers" in stub_page.text("state")
+    assert "warn" in stub_page.element("state").get_attribute("class")
+
+
+@pytest.mark.parametrize(
+    "state, code, words",
+    [
+        ("stuck", "runner_stuck", "The runner of llama3.1:8b is stuck"),
+        ("silent", "runner_silent", "The runner of llama3.1:8b does not answer"),
+        ("ghost", "runner_ghost", "The runner of llama3.1:8b is dead"),
+    ],
+)
+def test_a_fault_is_told_calmly_by_its_code(stub, stub_page, state, code, words):
+    stub.models = [model(LLAMA, share=1)]
+    stub.health = {"status": "unhealthy", "code": code, "recommended_action": "wait"}
+    said = set()
+    for seconds in (130, 132, 134):
+        stub.stats["runners"] = [runner(LLAMA, state, seconds)]
+        stub.health["reason"] = f"For {seconds} s, counters (1, 2, {seconds})."
+        stub_page.poll(2)
+        said.add((stub_page.text("state"), stub_page.state(LLAMA)[0]))
+    assert len(said) == 1
+    assert said.pop()[0].startswith(words)
+
+
+def test_the_head_names_the_machine_its_gpus_and_versions(stub, stub_page):
+    stub.stats |= gpu_stats(*H100[10], gpus=2)
+    stub_page.poll()
+    about = "node1 · 2 × NVIDIA H100 80GB HBM3 · version 1.2.0 · Ollama 0.34.4"
+    assert stub_page.text("about") == about
+    assert stub_page.browser.title == "✓ node1 – LLM Service"
+
+
+def test_who_waits_is_told(stub, stub_page):
+    stub.stats["callers"] = {"connections": 4, "waiting": 3, "longest_wait_s": 75}
+    stub_page.poll()
+    assert stub_page.text("waiting") == "3 callers wait for an answer."
+    stub.stats["callers"]["waiting"] = 0
+    stub_page.poll()
+    assert stub_page.text("waiting") == ""
+
+
+def test_lines_to_copy_name_ollamas_address_and_a_model_that_is_there(stub, stub_page):
+    stub.models = [model("gemma3:270m"), model(LLAMA, share=1)]
+    stub_page.poll()
+    use = stub_page.text("use")
+    assert "http://127.0.0.1:11434" in use
+    assert "curl http://127.0.0.1:11434/api/generate -d" in use
+    assert '"prompt": {{ JSON.stringify($json.text) }}' in use and f'"model": "{LLAMA}"' in use
+
+
+def test_it_works_under_a_path_prefix(stub, stub_page):
+    stub.prefix = "/some/llm"
+    stub.models = [model(LLAMA)]
+    stub_page.browser.get(f"{stub.url}/some/llm/")
+    stub_page.wait_text("state", "The service works.")
+    stub_page.wait_row("models", LLAMA, "not loaded")
+    stub_page.press("models", LLAMA, "Load")
+    stub_page.wait_text("messages", "is being loaded")
+    assert stub.sent == [("POST", "/api/models/load", {"model": LLAMA})]
+    assert stub_page.complaints() == []
+
+
+# The token
+
+
+def test_the_token_is_not_asked_for_again_after_escape(stub, stub_page):
+    wanted = {"error": "Send the token.", "code": "token_wanted", "http_status": 401}
+    paths = ("/api/stats", "/api/models", "/api/models/pull", "/api/history", "/api/info")
+    stub.answers |= {("GET", path): wanted for path in paths}
+    asked = lambda: stub_page.element("token").get_attribute("open")  # noqa: E731
+    stub_page.open_anew()
+    wait_for(asked, 10, "the question")
+    stub_page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    stub_page.wait_text("state", "Without its token (LLM_API_TOKEN)")
+    stub_page.next_rounds()
+    assert not asked()
+    stub_page.wait_text("advice", "Enter the token")
+    stub_page.element("advice").find_element(By.TAG_NAME, "button").click()
+    wait_for(asked, 10, "the question again")
+    stub.answers.clear()
+    stub_page.element("token-input").send_keys("secret", Keys.ENTER)
+    stub_page.wait_text("state", "The service works.")
+    assert stub_page.text("advice") == ""
+
+
+# Models and their runners
+
+
+@pytest.mark.parametrize(
+    "state, words, colour",
+    [
+        ("loading", "loading", "work"),
+        ("idle", "loaded, idle", "good"),
+        ("busy", "busy, 31.2 tokens/s", "work"),
+        ("unwatched", "busy; its progress cannot be seen", "work"),
+        ("stuck", "stuck since", "bad"),
+        ("silent", "silent since", "bad"),
+        ("ghost", "ghost since", "bad"),
+        ("orphan", "orphan since", "warn"),
+    ],
+)
+def test_each_state_has_its_word_and_colour(stub, stub_page, state, words, colour):
+    stub.models = [model(LLAMA, share=0.615)]
+    stub.stats["runners"] = [runner(LLAMA, state, 12, 31.2)]
+    stub_page.poll()
+    said, classes = stub_page.state(LLAMA)
+    assert said.startswith(words) and colour in classes.split()
+    row = stub_page.row_text("models", LLAMA)
+    assert "3.0 GB on the GPU (61 %)" in row and "stays loaded" in row
+
+
+def test_a_runner_whose_model_is_gone_shows_too(stub, stub_page):
+    stub.stats["runners"] = [runner(None, "orphan", 12, pid=77)]
+    stub_page.poll()
+    assert "unknown model, process 77" in stub_page.row_text("models", "77")
+    assert stub_page.row("models", "77").find_elements(By.TAG_NAME, "button") == []
+
+
+def test_a_copy_of_a_loaded_model_is_not_shown_as_loaded(stub, stub_page):
+    copy = {**model("copy:latest", share=1), "loaded_as": LLAMA}
+    stub.models = [model(LLAMA, share=1), copy]
+    stub.stats["runners"] = [runner(LLAMA, "idle")]
+    stub_page.poll()
+    words, classes = stub_page.state("copy:latest")
+    assert words == f"in memory as {LLAMA}, which has the same files"
+    assert "off" in classes
+    assert stub_page.buttons("models", "copy:latest") == ["Try"]
+    assert "Unload" in stub_page.buttons("models", LLAMA)
+    assert "GPU" not in stub_page.row_text("models", "copy:latest")
+
+
+def test_a_models_memory_is_shown_where_it_lies(stub, stub_page):
+    stub.models = [model(LLAMA, size=5_000_000_000, share=0.8), model("b", share=0)]
+    stub.stats["runners"] = [runner(LLAMA, "idle"), runner("b", "idle", pid=7)]
+    stub_page.poll()
+    row = stub_page.row_text("models", LLAMA)
+    assert "4.0 GB on the GPU (80 %)" in row and "537 MB of system memory" in row
+    assert "on the GPU" not in stub_page.row_text("models", "b")
+
+
+def test_the_context_of_a_model_before_and_after_its_load_are_not_mixed_up(stub, stub_page):
+    stub.models = [model(LLAMA), model("b", share=1)]
+    stub_page.poll()
+    assert "context up to 131,072" in stub_page.row_text("models", LLAMA)
+    assert "context 8,192 of 131,072" in stub_page.row_text("models", "b")
+
+
+def test_stuck_ones_come_first_then_what_is_in_memory_then_the_rest_by_name(stub, stub_page):
+    stub.models = [model(name) for name in ("m10", "m9", "a")]
+    stub.models += [model("z", share=1), model("y", share=1), model("x", share=1)]
+    runners = [runner("z", "idle", pid=1), runner("x", "stuck", 9, pid=3)]
+    for state in ("idle", "busy"):  # which moves nothing
+        stub.stats["runners"] = [*runners, runner("y", state, pid=2)]
+        stub_page.poll()
+        order = [row.get_attribute("data-key") for row in stub_page.rows_of("models")]
+        assert order == ["x", "y", "z", "a", "m9", "m10"]
+
+
+def test_from_ten_models_on_there_is_a_filter_that_hides_no_fault(stub, stub_page):
+    stub.models = [model(f"model-{n}") for n in range(9)]
+    stub_page.poll()
+    assert not stub_page.element("filter").is_displayed()
+    stub.models += [model("llava"), model("hung", share=1)]
+    stub.stats["runners"] = [runner("hung", "stuck", 9)]
+    stub_page.poll()
+    stub_page.element("filter").send_keys("LLAVA")
+    wait_for(lambda: len(stub_page.rows_of("models")) == 2, 5, "the filter")
+    assert stub_page.row("models", "llava") and stub_page.row("models", "hung")
+    assert stub_page.text("model-count") == "2 of 11 models"
+    stub_page.poll()
+    assert len(stub_page.rows_of("models")) == 2
+
+
+def test_load_asks_nothing_and_says_what_came_of_it(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    loading = {"status": "accepted", "model": LLAMA, "model_state": "loading"}
+    stub.answers["POST", "/api/models/load"] = {**loading, "http_status": 202}
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Load")
+    stub_page.wait_text("messages", f"{LLAMA} is being loaded.")
+    assert stub.sent == [("POST", "/api/models/load", {"model": LLAMA})]
+
+
+def test_verbs_stand_on_the_buttons_of_a_question(stub, stub_page):
+    stub.models = [{**model(LLAMA, share=1), "frees_bytes": 4_700_000_000}]
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Delete")
+    wait_for(lambda: stub_page.text("ask-yes") == "Delete, frees 4.7 GB", 5, "the verb")
+    stub_page.answer("ask-no")
+    stub_page.press("models", LLAMA, "Unload")
+    wait_for(lambda: stub_page.text("ask-yes") == "Unload", 5, "the verb")
+    stub_page.answer("ask-no")
+    assert stub.sent == []
+
+
+# Checking files, and updates
+
+
+def test_check_files_reads_and_changes_nothing(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    done = {"name": LLAMA, "ok": True, "damaged": [], "missing": []}
+    lines = [{"status": "verifying", "percent": 40.0}, {"status": "success", "models": [done]}]
+    stub.answers["POST", "/api/models/verify"] = lines
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Check files")
+    stub_page.wait_text("messages", f"The files of {LLAMA} are whole.")
+    assert stub.sent == [("POST", "/api/models/verify", {"model": LLAMA})]
+
+
+def test_damaged_files_are_told_and_repaired_only_when_asked_for(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    bad = {"name": LLAMA, "ok": False, "damaged": ["sha256-1"], "missing": ["a", "b"]}
+    stub.answers["POST", "/api/models/verify"] = [{"status": "success", "models": [bad]}]
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Check files")
+    stub_page.wait_text("messages", f"{LLAMA}: 1 file damaged, 2 files missing.")
+    stub.sent.clear()
+    stub_page.element("messages").find_element(By.CSS_SELECTOR, "[aria-label^=Repair]").click()
+    stub_page.answer("ask-yes")
+    body = {"model": LLAMA, "verify": True, "detach": True}
+    wait_for(lambda: stub.sent == [("POST", "/api/models/pull", body)], 5, "the repair")
+
+
+def test_an_update_says_what_it_fetches(stub, stub_page):
+    stub.models = [model(LLAMA), model("b"), model("c")]
+    newer = {"name": LLAMA, "state": "newer", "download_bytes": 1_200_000_000}
+    current = {"name": "b", "state": "current", "download_bytes": 0}
+    unknown = {"name": "c", "state": "unknown", "reason": "the registry does not know it"}
+    stub.updates = [newer, current, unknown]
+    stub_page.poll()
+    stub_page.element("list-actions").find_element(By.TAG_NAME, "button").click()
+    stub_page.wait_text("messages", "1 model can be updated. Of 1 model it is not known.")
+    stub_page.wait_row("models", LLAMA, "the registry has a newer one: 1.2 GB to fetch")
+    stub_page.wait_row("models", "b", "is the registry's newest")
+    stub_page.wait_row("models", "c", "the registry does not know it")
+    stub_page.press("models", LLAMA, "Update, fetches 1.2 GB")
+    stub_page.answer("ask-yes")
+    body = {"model": LLAMA, "detach": True}
+    wait_for(lambda: stub.sent == [("POST", "/api/models/pull", body)], 5, "the download")
+    stub_page.press("models", "c", "Update")
+    stub_page.wait_text("messages", "c was not updated: the registry does not know it.")
+    assert len(stub.sent) == 1
+
+
+def test_a_model_made_here_is_not_replaced_without_a_warning(stub, stub_page):
+    stub.models = [{**model(LLAMA), "made_here": True}]
+    stub.updates = [{"name": LLAMA, "state": "newer", "download_bytes": 4_900_000_000}]
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Update")
+    stub_page.wait_text("ask-text", f"{LLAMA} was made on this machine.")
+    assert stub_page.text("ask-yes") == "Replace it, fetches 4.9 GB"
+    stub_page.answer("ask-no")
+    assert stub.sent == []
+
+
+# Downloads
+
+
+def test_ended_downloads_are_folded_and_each_has_what_can_be_done(stub, stub_page):
+    stub.pulls = [
+        pull("a", "cancelled", code="cancelled", error="Cancelled by request."),
+        pull("b", "error", code="registry_unreachable", error="dial tcp: no such host."),
+        pull("c", "error", code="parts_damaged", error="remove x-partial-0: no such file."),
+        pull("d", "success", percent=100),
+    ]
+    stub_page.poll()
+    assert stub_page.text("ended-count") == "Ended downloads: 4, 2 failed"
+    assert not stub_page.element("ended").get_attribute("open")
+    stub_page.click("ended-count")
+    buttons = {name: stub_page.buttons("ended-pulls", name) for name in "abcd"}
+    assert buttons["a"] == ["Resume", "Remove parts", "Dismiss"]
+    assert buttons["b"] == ["Retry", "Remove parts", "Dismiss"]
+    assert buttons["c"] == ["Remove parts", "Dismiss"]
+    assert buttons["d"] == ["Dismiss"]
+    assert "The registry does not answer. Check" in stub_page.row_text("ended-pulls", "b")
+    assert "dial tcp" not in stub_page.row_text("ended-pulls", "b")  # it is in a fold
+
+
+def test_a_download_is_resumed_its_parts_removed_and_its_row_dismissed(stub, stub_page):
+    stub.pulls = [pull("a", "cancelled", code="cancelled"), pull("b", "cancelled")]
+    stub_page.poll()
+    stub_page.click("ended-count")
+    stub_page.press("ended-pulls", "a", "Resume")
+    body = {"model": "a", "insecure": False, "detach": True}
+    wait_for(lambda: stub.sent == [("POST", "/api/models/pull", body)], 5, "the download")
+    stub.answers["DELETE", "/api/models/pull"] = {"status": "success", "freed_bytes": 7_000_000}
+    stub_page.press("ended-pulls", "b", "Remove parts")
+    stub_page.answer("ask-yes")
+    stub_page.wait_text("messages", "The parts of b are removed: 7.0 MB came free.")
+    assert stub.sent[-1] == ("DELETE", "/api/models/pull", {"model": "b", "purge": True})
+    stub_page.press("ended-pulls", "a", "Dismiss")
+    stub_page.wait_no_row("ended-pulls", "a")
+    stub_page.open()
+    stub_page.wait_text("ended-count", "Ended downloads: 1")
+
+
+def test_a_registry_without_tls_is_used_only_after_a_warning(stub, stub_page):
+    stub.pulls = [pull("localhost:5000/a", "error", code="registry_insecure", error="http: no.")]
+    stub_page.poll()
+    stub_page.click("ended-count")
+    row = stub_page.row_text("ended-pulls", "localhost:5000/a")
+    assert "This registry has no TLS" in row and "insecure" not in row
+    stub_page.press("ended-pulls", "localhost:5000/a", "Download without TLS")
+    stub_page.wait_text("ask-text", "can read and change it")
+    stub_page.answer("ask-yes")
+    body = {"model": "localhost:5000/a", "insecure": True, "detach": True}
+    wait_for(lambda: stub.sent == [("POST", "/api/models/pull", body)], 5, "the download")
+
+
+def test_the_end_of_a_download_is_announced(stub, stub_page):
+    for state, words in (
+        ("success", "a is downloaded, 4.9 GB."),
+        ("error", "The download of a failed: The disk is full."),
+    ):
+        stub.pulls = [pull("a")]
+        stub_page.poll()
+        stub.pulls = [pull("a", state, code="disk_full", error="no space left", ended_at=state)]
+        stub_page.poll()
+        stub_page.wait_text("messages", words)
+    assert stub_page.element("ended").get_attribute("open")
+
+
+def test_a_percentage_is_never_rounded_up_to_the_end(stub, stub_page):
+    stub.pulls = [pull("a", percent=99.97)]
+    stub_page.poll()
+    assert "99.9 %" in stub_page.row_text("pulls", "a")
+
+
+def test_models_to_begin_with_say_whether_they_fit_and_by_what(stub, stub_page):
+    stub.recommended = [
+        {"name": "small", "description": "Small", "vram_bytes": 12_000_000_000},
+        {"name": "large", "description": "Large", "vram_bytes": 100_000_000_000},
+    ]
+    stub.stats |= gpu_stats(*H100[10], gpus=2)
+    stub_page.open_anew()
+    stub_page.wait_row("suggestions", "small", "needs about 12 GB of memory · fits")
+    stub_page.wait_row("suggestions", "large", "does not fit")
+    stub_page.wait_text("rests-on", "the memory of the largest GPU as measured: 86 GB")
+    stub_page.press("suggestions", "small", "Download")
+    body = {"model": "small", "detach": True}
+    wait_for(lambda: stub.sent == [("POST", "/api/models/pull", body)], 5, "the download")
+
+
+# The machine
+
+
+def test_each_gpu_has_figures_of_its_own(stub, stub_page):
+    stub.stats |= gpu_stats(*H100[10], gpus=4)
+    stub.stats["gpus"][1]["memory_used_mb"] = 81_000
+    stub.stats["gpus"][2]["temperature_c"] = None
+    stub_page.poll()
+    full = stub_page.row_text("gpus", "GPU-1")
+    assert full.startswith("GPU 1 · NVIDIA H100 80GB HBM3") and "85 GB of 86 GB" in full
+    assert "19 GB of 86 GB" in stub_page.row_text("gpus", "GPU-0")
+    assert "°C" not in stub_page.row_text("gpus", "GPU-2")
+    meters = {key: stub_page.meter("gpus", key, "memory") for key in ("GPU-0", "GPU-1")}
+    assert meters["GPU-1"]["value"] > meters["GPU-1"]["high"]
+    assert meters["GPU-0"]["value"] < meters["GPU-0"]["low"]
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ("none", "No GPU: models run on the CPU."),
+        ("unified", "The GPU shares the system's memory."),
+        ("lost", "The GPU is lost"),
+        ("driver_mismatch", "The GPU's driver was updated under it"),
+        ("no_permission", "The GPU may not be read"),
+        ("unresponsive", "The GPU's driver does not answer"),
+    ],
+)
+def test_what_there_is_of_gpus_is_said_in_words(stub, stub_page, state, words):
+    stub.stats["gpu"] = state
+    stub.health["gpu"] = state
+    stub_page.poll()
+    assert words in stub_page.text("gpu-state")
+    calm = state in ("none", "unified", "no_permission")
+    assert (words in stub_page.text("state")) != calm
+
+
+def test_a_disk_that_is_almost_full_is_not_green(stub, stub_page):
+    stub_page.poll()
+    meter = stub_page.meter("meters", "disk")
+    assert meter["value"] < meter["low"]
+    warning = {"code": "disk_low", "message": "The disk is almost full: delete a model."}
+    stub.health["warnings"] = [warning]
+    stub_page.poll()
+    meter = stub_page.meter("meters", "disk low")
+    assert meter["value"] > meter["high"]
+    assert "almost full" in stub_page.row_text("meters", "disk low")
+
+
+def test_one_unit_everywhere(stub, stub_page):
+    stub.models = [model(LLAMA, share=1)]
+    stub.stats |= gpu_stats(*H100[10])
+    stub.stats["runners"] = [runner(LLAMA, "idle")]
+    stub.pulls = [pull("a")]
+    cleared = {"status": "success", "unloaded_models": ["a"], "killed": []}
+    cleared |= {"memory": {"freed_mb": 5120}, "message": "Cache cleared: 5120 MB came free."}
+    stub.answers["POST", "/api/cache/clear"] = cleared
+    stub_page.poll()
+    stub_page.click("clear")
+    stub_page.answer("ask-yes")
+    stub_page.wait_text("messages", "1 model unloaded, 5.4 GB came free")
+    seen = stub_page.run("return document.body.innerText")
+    assert "GB" in seen and not re.search(r"\b([KMGT]iB|[kKT]B|bytes)\b", seen)
+
+
+# The last hour
+
+
+def test_the_last_hour_is_drawn_as_the_service_has_it(stub, stub_page):
+    samples = [[load, used, load] for load, used, *_ in H100]
+    stub.history = history(["cpu_percent", "gpu0_memory_mb", "gpu0_percent"], samples)
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.charts() == ["load", "vram", "cpu"], 10, "the charts")
+    (points,) = stub_page.curve("load")
+    assert [100 - y for _, y in points] == [load for load, *_ in H100]
+    assert points[-1][0] == 600 and points[0][0] == pytest.approx(600 - 35 / 6 * 10, abs=1)
+    assert "\n0 MB" in stub_page.row_text("charts", "vram")
+
+
+def test_a_gap_is_no_line_and_a_value_that_is_not_known_is_no_zero(stub, stub_page):
+    stub.history = history(["cpu_percent"], [[5]] * 10 + [[None]] * 10 + [[7]] * 10)
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.charts() == ["cpu"], 10, "the chart")
+    assert [len(line) for line in stub_page.curve("cpu")] == [10, 10]
+    stub.history["samples"][-1][1] = None
+    stub_page.open_anew()
+    stub_page.wait_row("charts", "cpu", "not known")
+
+
+def test_what_happened_stands_in_words_and_in_the_charts(stub, stub_page):
+    healed = {
+        "what": LLAMA,
+        "why": "stuck: for 20 s, counters (1, 2)",
+        "state": "stuck",
+        "freed_mb": 512,
+        "ok": True,
+    }
+    stub.history = history(["cpu_percent"], [[1]] * 300)
+    stub.history["marks"] = [
+        {"at": iso(900), "kind": "healed", **healed},
+        {"at": iso(1800), "kind": "reset", "freed_mb": None},
+        {"at": iso(2000), "kind": "restarted"},
+    ]
+    stub_page.open_anew()
+    stub_page.wait_text("marks", f"Healed: {LLAMA} (stuck): 537 MB came free.")
+    assert re.search(r"2 · \d\d:\d\d:\d\d Session reset\.", stub_page.text("marks"))
+    assert re.search(r"1 · \d\d:\d\d:\d\d Ollama restarted\.", stub_page.text("marks"))
+    lines = stub_page.row("charts", "cpu").find_elements(By.CSS_SELECTOR, "line.mark")
+    places = [float(line.get_attribute("x1").rstrip("%")) for line in lines]
+    assert places[:2] == [pytest.approx(75, abs=1), pytest.approx(50, abs=1)]
+
+
+def test_a_healing_that_failed_is_not_told_as_one(stub, stub_page):
+    stub.history = history(["cpu_percent"], [[1]] * 10)
+    mark = {"at": iso(50), "kind": "healed", "what": "Ollama", "freed_mb": 0, "ok": False}
+    stub.history["marks"] = [mark]
+    stub_page.open_anew()
+    stub_page.wait_text("marks", "Healing failed: Ollama.")
+
+
+def test_values_show_under_the_pointer_and_in_a_table(stub, stub_page):
+    stub.history = history(["cpu_percent"], [[n % 100] for n in range(360)])
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.charts() == ["cpu"], 10, "the chart")
+    move = """const chart = document.querySelector("#charts .chart");
+        const { left, width } = chart.getBoundingClientRect();
+        chart.dispatchEvent(new PointerEvent("pointermove", { clientX: left + width / 2 }))"""
+    stub_page.run(move)
+    value = wait_for(
+        lambda: re.search(r"\d\d:\d\d:\d\d (\d+) %", stub_page.row_text("charts", "cpu")),
+        5,
+        "the value under the pointer",
+    )
+    assert int(value[1]) == pytest.approx(80, abs=2)  # half an hour ago
+    stub_page.element("values").find_element(By.TAG_NAME, "summary").click()
+    rows = stub_page.element("values").find_elements(By.CSS_SELECTOR, "tr")
+    assert rows[0].text == "From CPU load" and len(rows) in (13, 14)
+    assert re.fullmatch(r"\d\d:\d\d \d+ %", rows[2].text)
+
+
+# Messages, focus, scroll
+
+
+def test_a_message_moves_nothing_and_can_be_dismissed(stub, stub_page):
+    stub.models = [model(f"m{n}") for n in range(30)]
+    stub_page.resize(390, 800)
+    stub_page.poll()
+    stub_page.run("scrollTo(0, 1200)")
+    before = stub_page.run("return [scrollY, document.querySelector('h2').offsetTop]")
+    stub_page.run("document.getElementById('clear').click()")
+    stub_page.answer("ask-yes")
+    stub_page.wait_text("messages", "The memory is cleared")
+    after = stub_page.run("return [scrollY, document.querySelector('h2').offsetTop]")
+    assert after == before
+    stub_page.element("messages").find_element(By.TAG_NAME, "button").click()
+    wait_for(lambda: not stub_page.element("messages").is_displayed(), 5, "the end of it")
+    assert stub_page.run("return scrollY") == before[0]
+
+
+def test_cancel_keeps_the_focus_on_the_page_also_on_a_phone(stub, stub_page):
+    stub.models = [model(f"m{n}") for n in range(12)]
+    stub.pulls = [pull("a")]
+    stub_page.resize(390, 800)
+    stub_page.poll()
+    cancel = stub_page.row("pulls", "a").find_element(By.TAG_NAME, "button")
+    cancel.send_keys(Keys.ENTER)
+    wait_for(lambda: stub.sent, 5, "the request")
+    stub.pulls = [pull("a", "cancelled", code="cancelled")]
+    stub_page.poll()
+    assert stub_page.focused() == "h-models"
+    assert stub_page.run("return scrollY") < 400
+
+
+def test_the_focus_goes_from_load_to_unload_when_they_change_places(stub, stub_page):
+    stub.models = [model("a")]
+    stub_page.poll()
+    stub_page.focus("a", "Load")
+    stub.models = [model("a", share=1)]
+    stub_page.poll()
+    assert stub_page.focused() == "Unload a"
+
+
+def test_the_focus_stays_when_rows_change_places(stub, stub_page):
+    stub.models = [model(name) for name in ("a", "b", "c")]
+    stub_page.poll()
+    stub_page.focus("c", "Try")
+    stub.models = [model("a"), model("b"), model("c", share=1)]
+    stub.stats["runners"] = [runner("c", "stuck", 3)]
+    stub_page.poll()
+    assert [row.get_attribute("data-key") for row in stub_page.rows_of("models")][0] == "c"
+    assert stub_page.focused() == "Try c"
+
+
+def test_the_focus_finds_a_place_when_its_own_row_goes(stub, stub_page):
+    stub.models = [model(name) for name in ("a", "b", "c")]
+    stub_page.poll()
+    stub_page.focus("b", "Delete")
+    stub.models = [model(name) for name in ("new", "b", "c")]
+    stub_page.poll()
+    assert stub_page.focused() == "Delete b"
+    stub.models = [model("c")]
+    stub_page.poll()
+    assert stub_page.focused() == "h-models"
+
+
+def test_a_question_is_asked_and_answered_by_keys_alone(stub, stub_page):
+    stub.models = [model("a", share=1)]
+    stub_page.poll()
+    for label, path in (("Unload", "/api/cache/clear"), ("Delete", "/api/models/delete")):
+        stub_page.focus("a", label).send_keys(Keys.ENTER)
+        wait_for(lambda: stub_page.focused() == "ask-no", 5, "the question")
+        stub_page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+        wait_for(lambda what=label: stub_page.focused() == f"{what} a", 5, "the focus is back")
+        assert stub.sent == []
+        stub_page.browser.switch_to.active_element.send_keys(Keys.ENTER)
+        wait_for(lambda: stub_page.focused() == "ask-no", 5, "the question")
+        stub_page.element("ask-yes").send_keys(Keys.ENTER)
+        wait_for(lambda: stub.sent, 5, "the request")
+        assert stub.sent.pop()[1:] == (path, {"model": "a"})
+        wait_for(lambda what=label: stub_page.focused() == f"{what} a", 5, "the focus is back")
+
+
+def test_whatever_is_there_has_a_role_and_a_name(stub, stub_page):
+    stub.models = [model("a", share=1)]
+    stub.stats |= gpu_stats(*H100[10])
+    stub.history = history(["gpu0_percent"], [[38]] * 5)
+    stub.pulls = [pull("b")]
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.charts() == ["load"], 10, "the chart")
+    tree = stub_page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in tree
+        if not node["ignored"]
+    ]
+    need_names = ("button", "image", "meter", "progressbar", "ProgressIndicator", "textbox", "log")
+    assert not [role for role, name in named if role in need_names and not name]
+    assert ("image", "GPU load: 38\u00a0%, in the last hour at most 38\u00a0%") in named
+    assert ("button", "Unload a") in named and ("textbox", "Download a model") in named
+    assert ("log", "What happened in the last hour") in named
+    assert {role for role, _ in named} >= {"status", "region", "heading", "list", "listitem"}
+
+
+# Sizes, colours, movement
+
+
+BOXES = """return [...document.querySelectorAll("h1, h2, li, .meter, .meter *, button, svg, p")]
+    .filter((each) => each.checkVisibility() && !each.closest(".chart > *"))
+    .map((each) => [each.tagName, each.textContent.slice(0, 20).replace(/[0-9.]+/g, "#"),
+      ...["x", "y", "height"].map((side) => each.getBoundingClientRect()[side])].join(" "))"""
+
+
+def test_nothing_moves_and_a_selection_stays_while_figures_change(stub, stub_page):
+    stub.models = [model(name, share=1) for name in (LLAMA, "gemma3:270m")]
+    boxes = []
+    for n, figures in enumerate(H100[3:12]):
+        stub.stats |= gpu_stats(*figures)
+        stub.stats["runners"] = [runner(LLAMA, "busy", n, 9.9 + 11 * n)]
+        stub.stats["disk"]["free_bytes"] += 10_000_000_000 * (-1) ** n
+        stub_page.poll(5)
+        if n == 0:
+            stub_page.run("""getSelection().selectAllChildren(
+                document.querySelectorAll('#models .name')[1])""")
+        boxes.append(stub_page.run(BOXES))
+    assert [set(each) ^ set(boxes[0]) for each in boxes] == [set()] * len(boxes)
+    assert stub_page.run("return getSelection().toString()").strip() == LLAMA
+
+
+SHIFTS = """const done = arguments[0];
+    let sum = 0;
+    new PerformanceObserver((list) => { for (const { value } of list.getEntries()) sum += value; })
+        .observe({ type: "layout-shift", buffered: true });
+    setTimeout(() => done(sum), 1500)"""
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_what_comes_shifts_nothing(stub, stub_page, width):
+    stub.models = [model(f"m{n}", share=1 if n < 2 else None) for n in range(12)]
+    stub.stats |= gpu_stats(*H100[10], gpus=2)
+    stub.history = history(["cpu_percent", "tokens_per_second"], [[1, 2]] * 100)
+    stub.health["warnings"] = [{"code": "x", "message": "A warning, which takes a line."}]
+    stub_page.resize(width)
+    stub_page.open_anew()
+    assert stub_page.browser.execute_async_script(SHIFTS) < 0.05
+
+
+NAMES = ("gemma3:270m", "hf.co/bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M", "llama3.1:8b")
+# The lines in which a name is set, found by the height at which each of its letters stands.
+LINES = """const lines = [], text = arguments[0].firstChild, range = document.createRange();
+    for (let at = 0, last = null; at < text.length; at++) {
+      range.setStart(text, at); range.setEnd(text, at + 1);
+      const { top } = range.getBoundingClientRect();
+      if (top !== last) lines.push("");
+      lines[lines.length - 1] += text.data[at]; last = top; }
+    return lines;"""
+
+
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "no_gpu"])
+@pytest.mark.parametrize("width", [390, 1440, 2560])
+def test_it_fits_and_names_wrap_between_words(stub, stub_page, width, gpu):
+    stub.models = [model(name, share=1) for name in NAMES]
+    stub.stats["runners"] = [runner(name, "busy", 5, 131.5, pid=len(name)) for name in NAMES]
+    stub.stats |= gpu_stats(*H100[10]) if gpu else {}
+    stub_page.resize(width)
+    stub_page.poll()
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert stub_page.run(wide) <= 0
+    for name in NAMES:
+        lines = stub_page.run(
+            LINES, stub_page.row("models", name).find_element(By.CLASS_NAME, "name")
+        )
+        assert "".join(lines) == name
+        assert all(line[-1] in "/-" for line in lines[:-1]), lines
+        assert len(lines) == 1 or width == 390 and len(name) > 20
+    used = stub_page.run("return document.querySelector('main').getBoundingClientRect().width")
+    assert used >= min(width, 2400) - 2 * 16 - 15  # the margins, a scroll bar
+
+
+def test_on_a_phone_models_come_first_with_the_download_field_on_top(stub, stub_page):
+    stub.models = [model(f"m{n}") for n in range(35)]
+    stub_page.resize(390)
+    stub_page.poll()
+    tops = [
+        stub_page.run("return arguments[0].getBoundingClientRect().top", stub_page.element(id))
+        for id in ("pull-name", "models", "h-machine", "h-history")
+    ]
+    assert tops == sorted(tops) and tops[0] < 400
+
+
+# The contrast of each text with what lies behind it, by WCAG's formula: those below 4.5.
+CONTRAST = """const light = (colour) => { const [r, g, b] = colour.match(/[0-9.]+/g).map((part) =>
+      (part /= 255) <= .03928 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4);
+      return .2126 * r + .7152 * g + .0722 * b; };
+    const behind = (each) => { for (; each; each = each.parentElement) {
+      const colour = getComputedStyle(each).backgroundColor;
+      if (!/, 0\\)$/.test(colour)) return colour; } return "rgb(255, 255, 255)"; };
+    return [...document.querySelectorAll("body *")].filter((each) => each.checkVisibility() &&
+      [...each.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) &&
+      each.ariaDisabled !== "true").map((each) => {
+        const style = getComputedStyle(each);
+        const own = each.closest("svg") ? style.fill : style.color;
+        const [a, b] = [own, behind(each)].map(light).sort((x, y) => y - x);
+        return [each.tagName, each.textContent, (a + .05) / (b + .05)]; });"""
+# The same of borders and placeholders of what can be used: those below 3, below 4.5.
+EDGES = (
+    CONTRAST[: CONTRAST.index("return [...document")]
+    + """
+    const ratio = (one, other) => { const [a, b] = [one, other].map(light).sort((x, y) => y - x);
+      return (a + .05) / (b + .05); };
+    return [...document.querySelectorAll("button, input, textarea")]
+      .filter((each) => each.checkVisibility() && each.ariaDisabled !== "true")
+      .flatMap((each) => { const style = getComputedStyle(each);
+        const clear = /, 0\\)$/.test(style.backgroundColor);
+        const own = clear ? style.borderColor : style.backgroundColor;
+        const edge = [each.id || each.textContent, ratio(own, behind(each.parentElement)), 3];
+        const words = getComputedStyle(each, "::placeholder").color;
+        const inner = [each.id, ratio(words, behind(each)), 4.5];
+        return each.placeholder ? [edge, inner] : [edge]; });"""
+)
+
+
+def show_states(stub, stub_page, scheme):
+    states = ("busy", "idle", "loading", "stuck", "orphan")
+    stub.models = [model(state, share=1) for state in states] + [model("not loaded")]
+    stub.stats["runners"] = [runner(state, state, 5, 9, pid=len(state)) for state in states]
+    stub.stats |= gpu_stats(*H100[10], gpus=2)
+    stub.history = history(["gpu0_percent"], [[1]] * 5, [{"at": iso(20), "kind": "reset"}])
+    stub.health |= {"warnings": [{"code": "disk_low", "message": "The disk is almost full."}]}
+    stub.pulls = [pull("a"), pull("b", "error", code="disk_full", error="no space left")]
+    stub_page.prefer(scheme)
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.charts() == ["load"], 10, "the chart")
+    stub_page.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fresh", "old"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read(stub, stub_page, scheme, old):
+    show_states(stub, stub_page, scheme)
+    if old:
+        mark = "document.querySelectorAll('[data-source]').forEach((e) => e.classList.add('old'))"
+        stub_page.run(mark)
+    seen = stub_page.run(CONTRAST)
+    assert len(seen) > 40
+    assert [each for each in seen if each[2] < 4.5] == []
+    ground = stub_page.run("return getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(243, 245, 248)", "dark": "rgb(18, 21, 26)"}[scheme]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_borders_and_placeholders_can_be_seen(stub, stub_page, scheme):
+    show_states(stub, stub_page, scheme)
+    seen = stub_page.run(EDGES)
+    assert len(seen) > 20
+    assert [each for each in seen if each[1] < each[2]] == []
+
+
+# Polling
+
+
+def test_what_has_not_changed_is_not_sent_again(stub, stub_page):
+    stub.models = [model(f"m{n}") for n in range(35)]
+    stub_page.poll()
+    before, rounds = stub.bytes, stub.polled["/api/models"]
+    stub_page.next_rounds(5)
+    polls = stub.polled["/api/models"] - rounds
+    assert polls >= 5
+    # Six rounds of an idle tab in 30 s, of whose 65 kB a sample each 10 s takes little
+    assert 6 * (stub.bytes - before) / polls < 60_000
