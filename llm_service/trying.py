@@ -126,10 +126,17 @@ class Generation:
             self._socket = self._connection.sock
             self._socket.settimeout(None)  # a load may take long; whoever waits closes
             if self._closed:
-                return
+                raise ConnectionAbortedError
             self._connection.request("POST", "/api/generate", json.dumps(body))
-            yield from map(read_line, self._connection.getresponse())
+            done = False
+            for line in map(read_line, self._connection.getresponse()):
+                yield line
+                done = line.get("done") is True
+            if not done:
+                raise ConnectionAbortedError
         except (OSError, http.client.HTTPException, AttributeError) as e:
+            if self._closed:  # and somebody still listens
+                raise ServiceError("shutting_down", "The service is stopping: try later.") from e
             words = "The connection to Ollama broke: try again."
             raise ServiceError("ollama_unreachable", words) from e
         finally:
