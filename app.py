@@ -11,11 +11,14 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
+import select
 import socket
 import sys
 import threading
+import time
 import types
 import typing
 import urllib.parse
@@ -127,7 +130,8 @@ STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's re
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
-FIRST_NEWS_S = 10  # then a pull starts to stream without knowing how it stands
+FIRST_NEWS_S = 10.5  # then a pull streams without knowing how it stands; a TLS handshake has 10
+HALF_CLOSED_S = 1.2  # then a client that sends nothing more shows whether it still reads
 HEALTH_S = 3
 
 # ---------------------------------------------------------------------------------------
@@ -464,6 +468,38 @@ def body_bytes() -> bytes:
     return data
 
 
+class Client:
+    """Who sent the request under way, as far as the connection tells."""
+
+    def __init__(self) -> None:
+        self._socket = request.environ.get("gunicorn.socket")
+        self._speaks_1_1 = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        self._closed_at: float | None = None
+
+    def has_left(self) -> bool:
+        """Tell whether nobody reads the answer any more, before a byte of it is written.
+
+        Who has closed one direction may still read. An interim answer shows it: every client of
+        HTTP/1.1 skips it, and where nobody reads, the connection breaks.
+        """
+        if not self._socket:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        events = poll.poll(0)
+        if not events:
+            return False
+        if events[0][1] & (select.POLLERR | select.POLLHUP) or not self._speaks_1_1:
+            return True
+        now = time.monotonic()
+        self._closed_at = self._closed_at or now
+        if now - self._closed_at >= HALF_CLOSED_S:
+            self._closed_at = math.inf  # once
+            with contextlib.suppress(OSError):
+                self._socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return False
+
+
 def bad_json() -> ServiceError:
     words = 'The body must be a JSON object such as {"model": "llama3.1:8b"}.'
     return ServiceError("bad_json", words)
@@ -653,7 +689,7 @@ def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
     """Answer with a download's lines as they come; an early error has its own status."""
     leave = take_stream(download)
     try:
-        download.wait_for_news(FIRST_NEWS_S)
+        download.wait_for_news(FIRST_NEWS_S, Client().has_left)
     except ServiceError:
         leave()
         raise
@@ -686,7 +722,7 @@ def ndjson(lines: typing.Iterable[Json]) -> Response:
 def whole_answer(download: Download) -> Json:
     """Answer with the download's end, with the status that fits."""
     leave = take_stream(download)
-    download.thread.join()
+    download.wait_for_end(Client().has_left)
     leave()
     if download.error:
         raise download.error

@@ -10,7 +10,17 @@ import threading
 import time
 import typing
 
-from llm_service.errors import clean, file_errors
+from llm_service.errors import (
+    CHECK_NETWORK,
+    NO_MANIFEST,
+    PURGE,
+    Interrupted,
+    ServiceError,
+    TimedOut,
+    Unreachable,
+    clean,
+    file_errors,
+)
 from llm_service.processes import Processes
 from llm_service.progress import PROGRESS_S, Progress
 from llm_service.store import PURGE_S, Store
@@ -18,13 +28,14 @@ from ollama_client import (
     DIGEST,
     Json,
     Ollama,
-    ServiceError,
     Stream,
     name_key,
     timestamp,
 )
 
 STALL_S = 25  # at 30 s Ollama starts a silent part anew and drops its bytes; a reconnect keeps them
+FIRST_LAYER_S = 33  # at 30 s Ollama gives up a connection that does not come about, and says why
+NO_BYTE_S = 75  # then a download that has never had a byte reconnects no more
 MAX_RECONNECTS = 10
 RECONNECT_MAX_S = 8
 LINE_S = 0.25  # at the latest, to listeners; two writes show that one has left
@@ -62,6 +73,8 @@ class Download:
         self._stop: ServiceError | None = None
         self._had_news = False  # more than the manifest was seen
         self._warning = ""  # of a success: what of the old version stays
+        self._answered = False  # by Ollama, before now
+        self._unverified: set[str] = set()  # what was there as the last connection began
         self._line: Json = {"status": "starting"}
         self._said: collections.deque[Json] = collections.deque(maxlen=64)
         self._said_count = 0
@@ -94,15 +107,34 @@ class Download:
             self._stop = self._stop or error
             self._changed.notify_all()
 
-    def wait_for_news(self, timeout_s: float) -> None:
-        """Wait until a layer was seen; raise the error of a download that ended before."""
+    def wait_for_news(
+        self, timeout_s: float, has_left: typing.Callable[[], bool] = lambda: False
+    ) -> None:
+        """Wait until a layer was seen; raise the error of a download that ended before.
+
+        It takes longer where Ollama waits for a connection, which it soon gives up.
+        """
+        began = time.monotonic()
+        while not self._is_known(LINE_S):
+            waited_s = time.monotonic() - began
+            connects = waited_s < FIRST_LAYER_S and self._tools.connects()
+            if has_left() or (waited_s >= timeout_s and not connects):
+                return
+        if self.error and not self._had_news:
+            raise self.error
+
+    def wait_for_end(self, has_left: typing.Callable[[], bool]) -> None:
+        """Wait for the end, or until the listener has left."""
+        while self.thread.is_alive() and not has_left():
+            self.thread.join(LINE_S)
+
+    def _is_known(self, wait_s: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._had_news or self.ended_at, timeout_s)
-            if self.error and not self._had_news:
-                raise self.error
+            return self._changed.wait_for(lambda: self._had_news or bool(self.ended_at), wait_s)
 
     def reconnect(self) -> None:
-        """Break the connection to Ollama; the download makes a new one."""
+        """Break the connection to Ollama, which is about to end; the download makes a new one."""
+        self._answered = True
         if self._stream:
             self._stream.close()
 
@@ -204,11 +236,22 @@ class Download:
             if e.code != "model_not_found" or not self.verify or not old:
                 raise
             unknown = e
-        if self._is_check_wanted():
-            self._check_files(unknown)
+        if self._store.names_nothing(self.model):
+            self._refuse_manifest()
+        there = self._digests_there()
+        doubtful = [digest for digest in there if digest in self._unverified]
+        checked = there if self._is_check_wanted() else doubtful
+        if checked:
+            self._check_files(checked, unknown)
         new = self._digests_there()
         self._count_files(new, completed=True)  # Ollama shows no line of a layer that comes at once
         self._warning = self._tools.remove_replaced(self.model, set(old).difference(new))
+
+    def _refuse_manifest(self) -> None:
+        """Undo a success with a manifest that names no file: a portal may have answered."""
+        with contextlib.suppress(ServiceError):
+            self._tools.ollama.delete(self.model)
+        raise ServiceError("registry_error", f"The manifest names no file: {NO_MANIFEST}.")
 
     def _is_check_wanted(self) -> bool:
         with self._changed:
@@ -227,36 +270,56 @@ class Download:
     def _pull(self) -> None:
         """Pull until success, over as many connections as it takes."""
         failures = most = 0
+        began = time.monotonic()
         while True:
             try:
                 return self._follow_connection()
             except ServiceError as e:
+                if self._drops_damaged_parts(e):
+                    continue
                 if not self._goes_on_after(e):
                     raise
                 reason = e
             completed = self._progress.completed_bytes()
             failures = 1 if completed > most else failures + 1
             most = max(most, completed)
-            if failures > MAX_RECONNECTS:
-                raise ServiceError(
+            is_late = not self._progress.received and time.monotonic() - began > NO_BYTE_S
+            if failures > MAX_RECONNECTS or is_late:
+                raise type(reason)(
                     reason.code,
-                    f"Gave up after {MAX_RECONNECTS} reconnects without a new byte; the "
-                    f"next pull goes on from here. The last reason: {reason}",
+                    f"Gave up, as no byte came (reconnects: {failures - 1}); the next pull goes on "
+                    f"from here. The last reason: {reason} If it stays so: {PURGE}.",
                 )
-            log.warning("pull %s: reconnecting: %s", self.model, reason)
-            status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
-            self._note({"status": status, "reason": str(reason)})
-            with self._changed:
-                pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
-                self._changed.wait_for(lambda: self._stop, pause_s)
+            self._reconnect_after(reason, failures)
+
+    def _reconnect_after(self, reason: ServiceError, failures: int) -> None:
+        log.warning("pull %s: reconnecting: %s", self.model, reason)
+        status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
+        self._note({"status": status, "reason": str(reason)})
+        with self._changed:
+            pause_s = min(RECONNECT_MAX_S, 0.5 * 2 ** (failures - 1))
+            self._changed.wait_for(lambda: self._stop, pause_s)
+
+    def _drops_damaged_parts(self, error: ServiceError) -> bool:
+        """Remove parts that Ollama cannot go on from, if that was the error."""
+        if error.code != "parts_damaged" or not self._tools.drop_damaged_parts(self):
+            return False
+        log.warning("pull %s: removed damaged parts: %s", self.model, error)
+        self._note({"status": "removed damaged parts", "reason": str(error)})
+        return True
 
     def _goes_on_after(self, error: ServiceError) -> bool:
-        passing = ("ollama_unreachable", "ollama_timeout", "registry_unreachable")
+        """Tell whether an error may pass: of Ollama's end, or of a registry that had answered."""
+        if error.code == "ollama_unreachable":
+            return self._answered
         begun = bool(self._progress.layers)
-        return error.code == "pull_interrupted" or (begun and error.code in passing)
+        return isinstance(error, (Interrupted, TimedOut)) or (
+            begun and isinstance(error, Unreachable)
+        )
 
     def _follow_connection(self) -> None:
         """Note the lines of one connection; return with Ollama's success."""
+        self._unverified = self._store.unverified()
         self._progress.moved_at = time.monotonic()
         stream = self._stream = self._tools.ollama.pull(self.model, self._insecure)
         lines: queue.SimpleQueue[Json | Exception] = queue.SimpleQueue()
@@ -269,6 +332,7 @@ class Download:
                     line = lines.get(timeout=PROGRESS_S)
                     if isinstance(line, Exception):
                         raise line
+                    self._answered = True
                     if line["status"] == "success":
                         return
                     self._check_disk(line)  # what does not fit is refused before it is news
@@ -282,11 +346,20 @@ class Download:
             raise self._stop
 
     def _check_stall(self) -> None:
-        fetching = self._line["status"].startswith(
-            ("starting", "pulling", "reconnecting", "removed")  # else Ollama may verify
-        )
-        if fetching and time.monotonic() - self._progress.moved_at > STALL_S:
-            raise ServiceError("pull_interrupted", f"No byte came for {STALL_S} s.")
+        """Raise where nothing comes any more. Ollama is silent while it verifies."""
+        silent_s = time.monotonic() - self._progress.moved_at
+        status = self._line["status"]
+        if status.startswith(("starting", "reconnecting", "removed")) and silent_s > STALL_S:
+            raise TimedOut("ollama_timeout", f"Ollama has said nothing for {STALL_S} s.")
+        if not status.startswith("pulling"):
+            return
+        if not self._progress.layers and silent_s > FIRST_LAYER_S:
+            raise Unreachable(
+                "registry_unreachable",
+                f"The registry has not answered for {FIRST_LAYER_S} s: {CHECK_NETWORK}.",
+            )
+        if self._progress.layers and silent_s > STALL_S:
+            raise Interrupted("pull_interrupted", f"No byte came for {STALL_S} s.")
 
     def _check_disk(self, line: Json) -> None:
         free = self._store.free_bytes()
@@ -301,12 +374,11 @@ class Download:
 
     # Checking what is there
 
-    def _check_files(self, unknown: ServiceError | None) -> None:
-        """Read the model's files; remove those whose content has another digest, and pull again.
+    def _check_files(self, digests: list[str], unknown: ServiceError | None) -> None:
+        """Read these files; remove those whose content has another digest, and pull again.
 
         Of a model that is ``unknown`` to the registry nothing is removed.
         """
-        digests = self._digests_there()
         self._progress.part = (50, 100)
         self._count_files(digests, completed=False)
         self._had_news = True
@@ -354,7 +426,7 @@ def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> N
     try:
         for line in stream:
             lines.put(line)
-        raise ServiceError("pull_interrupted", "Ollama ended the pull before it was done.")
+        raise Interrupted("pull_interrupted", "Ollama ended the pull before it was done.")
     except Exception as e:
         lines.put(e)
 
@@ -421,14 +493,30 @@ class Downloads:
         download.thread.join(2)
         if not purge:
             return 0
-        others = [each for each in known if each.state == "running" and each is not download]
-        shared = set().union(*(each.digests() for each in others))  # they may be closed just now
+        digests = download.digests() | self.store.damaged_parts()  # of which no line may tell
         with file_errors():
-            return self.store.purge(
-                download.digests() - shared,
-                lambda: self._processes.open_files().held,
-                PURGE_S - (time.monotonic() - began),
-            )
+            return self._purge(digests, download, PURGE_S - (time.monotonic() - began))
+
+    def drop_damaged_parts(self, download: Download) -> bool:
+        """Remove the parts that Ollama cannot go on from; tell whether there were any."""
+        damaged = self.store.damaged_parts()
+        self._purge(damaged, download, PURGE_S)
+        return bool(damaged - self.store.damaged_parts())
+
+    def _purge(self, digests: set[str], download: Download, limit_s: float) -> int:
+        """Remove these parts, but for those of other downloads: they may be closed just now."""
+        with self._lock:
+            others = [each for each in self._running.values() if each is not download]
+        shared = set().union(*(each.digests() for each in others))
+        return self.store.purge(
+            digests - shared,
+            lambda: self._processes.open_files().held,
+            limit_s,
+        )
+
+    def connects(self) -> bool:
+        """Tell whether Ollama waits for a connection to another machine."""
+        return self._processes.connecting()
 
     def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""

@@ -154,7 +154,7 @@ REGISTRY: list[Place] = [
         [
             ("too many open files", "ollama_error", "POST /api/session/reset"),
             ("lookup ", "registry_unreachable", CHECK_DNS),
-            ("^max retries", "pull_interrupted", GOES_ON),
+            ("^max retries|context canceled", "pull_interrupted", GOES_ON),
             ("malformed|reset by peer|EOF", "registry_unreachable", CLOSED),
             ("", "registry_unreachable", CHECK_NETWORK),
         ],

@@ -16,6 +16,7 @@ import psutil
 from ollama_client import DIGEST, ServiceError
 
 MB = 1024 * 1024
+DNS_PORT = 53
 PF_EXITING = 4  # a process has this flag of Linux' before its files are closed
 
 
@@ -68,6 +69,14 @@ class Processes:
         At SIGTERM it takes no connection any more, and lives on until its runners have ended.
         """
         return server == self._ended or dying(server) or not alive(server)
+
+    def connecting(self) -> bool:
+        """Tell whether the server waits for a connection or for a name service's answer."""
+        with contextlib.suppress(psutil.Error):
+            server = self.server()
+            sockets = server.net_connections("inet") if server else []
+            return any(map(_is_waiting, sockets))
+        return False
 
     def restarts(self) -> int:
         """Return how often the launcher had started Ollama anew when ``server`` was called."""
@@ -158,6 +167,11 @@ class Processes:
             return self._read[1]
         except (OSError, ValueError):
             return []
+
+
+def _is_waiting(socket: typing.Any) -> bool:
+    asks_a_name = bool(socket.raddr) and socket.raddr.port == DNS_PORT
+    return asks_a_name or socket.status == psutil.CONN_SYN_SENT
 
 
 def alive(process: psutil.Process) -> bool:

@@ -17,7 +17,7 @@ class Progress:
         self.moved_at = now  # when the last byte came
         self.part = (0, 100)  # what goes on now is from here to there of the whole work, in %
         self._percent = 0.0
-        self._received = 0
+        self.received = 0
         self._speed: collections.deque[tuple[float, int]] = collections.deque()
 
     def note(self, line: Json, now: float) -> None:
@@ -37,12 +37,12 @@ class Progress:
         before, _ = self.layers.get(digest, (completed, 0))  # it may be from an earlier pull
         if completed > before or digest not in self.layers:
             self.moved_at = now
-        self._received += max(0, completed - before)
+        self.received += max(0, completed - before)
         self.layers[digest] = [completed, total]
         if len(self.layers) > LAYERS_LIMIT:
             raise ServiceError("bad_answer", "Ollama speaks of more layers than a model has.")
         if not self._speed or now - self._speed[-1][0] >= PROGRESS_S:
-            self._speed.append((now, self._received))
+            self._speed.append((now, self.received))
         while now - self._speed[0][0] > SPEED_WINDOW_S:
             self._speed.popleft()
 
@@ -70,7 +70,7 @@ class Progress:
         speed = 0
         if self._speed and state == "running":
             began, received = self._speed[0]
-            speed = int((self._received - received) / max(now - began, PROGRESS_S))
+            speed = int((self.received - received) / max(now - began, PROGRESS_S))
         return {
             "percent": 100.0 if state == "success" else self._percent,
             "completed_bytes": completed,

@@ -3,6 +3,7 @@
 Names in brackets are Ollama's own functions (0.34.4) whose rule a line follows.
 """
 
+import collections
 import contextlib
 import glob
 import os
@@ -16,11 +17,13 @@ import typing
 from llm_service.errors import ServiceError
 from llm_service.files import Ages, File, bytes_freed, seconds_since_boot, seen_files
 from llm_service.manifests import Manifests
+from llm_service.parts import usable
 from llm_service.processes import OpenFiles
 from ollama_client import Json, name_key, plain_key
 
 PURGE_S = 2  # the most that a purge waits
 PURGE_PAUSE_S = 0.3
+BLOB_NAME_LENGTH = 71  # of sha256-<digest>
 PRUNE_AGE_S = 3600  # an `ollama create` uploads long before it writes the manifest
 # The names that Ollama gives to files in blobs/: a digest, a part, an upload under way; and
 # in metadata/: what it has read in a blob, and that while it is written.
@@ -68,6 +71,11 @@ class Store:
                 "model_not_found",
                 f"{words}: GET /api/models lists what is downloaded.",
             )
+
+    def names_nothing(self, model: str) -> bool:
+        """Tell whether there is a manifest of this model, and it names no file."""
+        found = self.manifests.there().get(name_key(model), [])
+        return bool(found) and all(each.layers == [] for each in found)
 
     # Blobs and the disk
 
@@ -174,6 +182,22 @@ class Store:
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
         return list(self._files(f"blobs/sha256-{digest}-partial*"))
+
+    def damaged_parts(self) -> set[str]:
+        """Return the digests of unfinished downloads that Ollama cannot go on from."""
+        found = collections.defaultdict(list)
+        for part in self.parts("*"):
+            found[_digest_of(part.name)].append(part)
+        return {digest for digest, parts in found.items() if not usable(parts)}
+
+    def unverified(self) -> set[str]:
+        """Return the digests of whole files that no model names: of a pull that broke off.
+
+        Ollama checks what one pull has downloaded, at its end; the next one takes what is there.
+        """
+        names = {file.name for file in self._files("blobs/sha256-*")}
+        whole = {_digest_of(name) for name in names if len(name) == BLOB_NAME_LENGTH}
+        return whole.difference(*self.models().values())
 
     def prune(
         self,

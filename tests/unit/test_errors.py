@@ -180,6 +180,7 @@ WAY = [
         "network",
     ),
     ("context canceled", "pull_interrupted", "goes on from here"),
+    (f"{HEAD}context canceled", "pull_interrupted", "goes on from here"),
 ]
 FILES = [
     (f"write {BLOBS}-partial: no space left on device", "disk_full", "enlarge"),

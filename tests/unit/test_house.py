@@ -23,6 +23,7 @@ FLOORS = {
     "llm_service.updates": 3,
     "llm_service.runner_state": 2,
     "llm_service.store": 2,
+    "llm_service.parts": 1,
     "llm_service.progress": 2,
     "llm_service.manifests": 1,
     "llm_service.files": 0,

@@ -1,0 +1,34 @@
+"""The records that Ollama keeps of an unfinished download, one for each part of a file."""
+
+import json
+import pathlib
+import stat
+
+
+def usable(parts: list[pathlib.Path]) -> bool:
+    """Tell whether Ollama can go on from these files of one download: the data and the records.
+
+    After a full disk or a power cut a record may be empty, cut off or missing, and each pull of
+    that model fails.
+    """
+    numbers = set()
+    for part in parts:
+        number = part.name.partition("-partial-")[2]
+        try:
+            if not stat.S_ISREG(part.lstat().st_mode):
+                return False
+            if number:
+                numbers.add(_check(part.read_bytes(), int(number)))
+        except FileNotFoundError:
+            return True  # it changes just now
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+    return numbers == set(range(len(numbers)))
+
+
+def _check(text: bytes, number: int) -> int:
+    """Return the number of a part whose record makes sense; raise ValueError and the like."""
+    record = json.loads(text)
+    if record["N"] != number or not 0 <= record["Completed"] <= record["Size"]:
+        raise ValueError(text)
+    return number
