@@ -202,6 +202,7 @@ STATUS = {
     "runner_silent": 503,
     "runner_stuck": 503,
     "runner_survived": 503,
+    "runner_unknown": 503,
     "shutting_down": 503,
     "ollama_timeout": 504,
     "timeout": 504,

@@ -8,16 +8,28 @@ import typing
 import psutil
 
 import gpu
-from llm_service.processes import Runner, alive, end, is_orphan, memory_mb, unreaped, wait_until
+from llm_service.matching import Held, version
+from llm_service.processes import (
+    Runner,
+    alive,
+    end,
+    is_orphan,
+    may_hold_model,
+    memory_mb,
+    unreaped,
+    wait_until,
+)
 from llm_service.runner_state import is_working
 from llm_service.sharing import in_parallel
-from llm_service.watch import Watch, model_names
-from ollama_client import Json, Ollama, ServiceError, name_key
+from llm_service.watch import Watch
+from ollama_client import Json, ServiceError, name_key
 
 log = logging.getLogger("llm-service")
 CLEAR_ASK_S = 0.4  # for each question of a clear
 CLEAR_RUNNER_S = 0.2  # the same to a runner
 UNLOAD_WAIT_S = 1.5
+NAME_WAIT_S = 1.0  # for a line of /api/ps that tells what a runner is for
+NAME_PAUSE_S = 0.1
 KILL_WAIT_S = 0.9
 VERIFY_WAIT_S = 0.6
 KILL_RESERVE_S = 1.2  # of a clear's time, to end runners and to measure
@@ -57,95 +69,133 @@ class Clearing:
         deadline: float,
         only: Runner | None = None,
     ):
-        """Choose all, a model, or of a model's runners ``only`` one."""
+        """Choose all, a model, or ``only`` one runner, which holds ``model``."""
         self.steps = Steps()
-        self._watch = watch
+        self._watch, self._matching = watch, watch.matching
         self._ollama, self._store = watch.ollama, watch.store
         self._processes = watch.processes
+        self._model = model
         self._force = force
         self._deadline = deadline
-        self._there = self._watch.known_runners()
+        self._there = watch.known_runners()
         self._before = used_mb(self._there)
-        loaded = self._list()
-        # The runners, with their models' names
-        self._mine = model_names(self._there, loaded, self._store.models())
-        self._asked = [each["name"] for each in loaded]  # what Ollama is asked to unload
-        self._listed = keys_of(self._asked)
-        if model:
-            self._choose(model)
-        if only:  # a name that was updated since is another runner's
-            self._asked = self._asked if model and only in self._mine else []
-            self._mine = {only: model}
-        names = list(filter(None, self._mine.values()))
-        names += self._asked
-        self._names = {name_key(name): name for name in names}
-        self._unloading: set[str] = set()  # keys of what Ollama has agreed to unload
+        children = self._processes.unknown_children()
+        self._strangers = list(filter(may_hold_model, children))
+        # To be ended; to be unloaded; what may hold the memory, too, and is not ours to end
+        self._mine: list[Runner] = []
+        self._asked: list[Json] = []
+        self._spared: list[Runner] = []
+        self._choose(only)
+        self._agreed: list[Json] = []  # lines that Ollama has agreed to unload
         self._killed: dict[Runner, str] = {}  # and why
         self._ghosts: list[Runner] = []  # dead ones whose end Ollama waits for
+        self.report: Json = {}
 
-    def run(self) -> Json:
-        """Do it; return the report."""
-        self._unloading = unload(self._ollama, self._asked)
+    def run(self) -> None:
+        """Do it; the report tells how it went."""
+        self._agreed = self._unload()
         if self._asked:
-            names = ", ".join(self._asked)
-            self.steps.note("unload", bool(self._unloading), names, names)
-        if self._unloading:
+            names = ", ".join(line["name"] for line in self._asked)
+            self.steps.note("unload", bool(self._agreed), names, names)
+        if self._agreed:
             until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - KILL_RESERVE_S)
-            gone = wait_until(lambda: not self._left(), until)
+            gone = wait_until(lambda: not living(self._mine + self._spared), until)
             self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
         self._end_runners()
-        return self._report()
+        self.report = self._report()
 
-    def _list(self) -> list[Json]:
+    def serves(self, runners: list[Runner]) -> bool:
+        """Tell whether all of these were there when it began, or are gone."""
+        return not living([runner for runner in runners if runner not in self._there])
+
+    # Choosing
+
+    def _choose(self, only: Runner | None) -> None:
+        error = self._look()
+        if only:
+            self._mine = [only]
+            self._asked = [line for line in [self._held_by(only).line] if line]
+        elif self._model:
+            # While a runner loads, it may be for one or another model of the same weights.
+            until = min(time.monotonic() + NAME_WAIT_S, self._deadline - 2 * KILL_RESERVE_S)
+            while not self._choose_model(self._model) and time.monotonic() < until and not error:
+                time.sleep(NAME_PAUSE_S)
+                error = self._look()
+        else:
+            self._mine = self._there
+            self._asked = self._loaded
+            self._spared = self._strangers
+        self.steps.note("list", not error, f"{len(self._loaded)} loaded", error)
+
+    def _look(self) -> str:
+        """Ask what is loaded, and match it to what was there; return why Ollama does not tell."""
+        error = ""
+        self._loaded: list[Json] = []
         try:
-            loaded = self._ollama.ps(CLEAR_ASK_S)
+            self._loaded = self._ollama.ps(CLEAR_ASK_S)
         except ServiceError as e:
-            self.steps.note("list", False, "", str(e))
-            return []
-        self.steps.note("list", True, f"{len(loaded)} loaded")
-        return loaded
+            error = str(e)
+        self._held = self._matching.match([*self._there, *self._strangers], self._loaded)
+        return error
 
-    def _choose(self, model: str) -> None:
-        """Leave all other models alone. A runner may serve several names of one blob."""
-        key = name_key(model)
-        digests = self._store.models().get(key, [])  # it may have been deleted meanwhile
-        self._asked = [name for name in self._asked if name_key(name) == key]
-        mine = [
-            runner
-            for runner, name in self._mine.items()
-            if runner.digest in digests or (name and name_key(name) == key)
-        ]
-        if mine and not self._asked:
-            self._asked = [model]
-        self._mine = {runner: self._asked[0] for runner in mine}
+    def _choose_model(self, model: str) -> bool:
+        """Leave all other models alone; tell whether each runner is known to hold it or not."""
+        versions = self._matching.versions(model, self._loaded)
+        self._asked = [line for line in self._loaded if version(line) in versions]
+        server = self._processes.server()
+        self._mine = []
+        self._spared = []
+        for runner, held in self._held.items():
+            ours = runner in self._there
+            unused = ours and is_orphan(runner.process, server)  # nobody's answer comes from it
+            if ours and held.is_one_of(versions):
+                self._mine.append(runner)
+            elif held.may_be_one_of(versions):
+                (self._mine if unused else self._spared).append(runner)
+        return not self._spared
 
-    def _left(self) -> list[Runner]:
-        return [runner for runner in self._mine if alive(runner.process)]
+    def _held_by(self, runner: Runner) -> Held:
+        return self._held.get(runner) or Held(None, None, frozenset())
+
+    def _name(self, runner: Runner) -> str | None:
+        """Return the model of a runner; None where nobody knows."""
+        return self._held_by(runner).name or (self._model if runner in self._mine else None)
+
+    # Unloading and ending
+
+    def _unload(self) -> list[Json]:
+        """Ask for all at once; return the lines that Ollama has agreed to unload."""
+
+        def ask(line: Json) -> bool:
+            holders = [each for each, held in self._held.items() if held.line is line]
+            return self._matching.unload(line, next(iter(holders), None))
+
+        agreed = in_parallel(ask, self._asked)
+        return [line for line, yes in zip(self._asked, agreed, strict=True) if yes]
 
     def _end_runners(self) -> None:
         """End by SIGKILL what is left and due."""
-        in_parallel(self._end_if_due, self._left())
+        in_parallel(self._end_if_due, living(self._mine))
         if not self._killed:
             return
         until = min(time.monotonic() + KILL_WAIT_S, self._deadline)
-        wait_until(lambda: not any(alive(each.process) for each in self._killed), until)
+        wait_until(lambda: not living(self._killed), until)
         self.steps.note("end_runners", True, f"{len(self._killed)} ended")
-        # Ollama lists a busy one that was killed until it is asked
-        unload(self._ollama, self._asked)
+        self._unload()  # Ollama lists a busy one that was killed until it is asked
 
     def _end_if_due(self, runner: Runner) -> None:
         """End it; without ``force`` only if it is idle and Ollama, which had it, lets it go.
 
         Ollama takes one after another. On a GPU it waits up to 5 s for the memory of each.
         """
-        name = self._mine[runner]
         reason = self._reason_to_end(runner)
-        agreed = keys_of([name]) & self._listed & self._unloading
+        agreed = self._held_by(runner).line in self._agreed
         if not self._force and (reason != "idle" or not agreed):
             return
         self._killed[runner] = reason
         end(runner.process)
         level = logging.INFO if reason == "idle" else logging.ERROR
+        name = self._name(runner)
         log.log(level, "ending runner %d of %s: %s", runner.process.pid, name, reason)
 
     def _reason_to_end(self, runner: Runner) -> str:
@@ -166,36 +216,35 @@ class Clearing:
             return True
         return slots is None or is_working(slots)
 
+    # Reporting
+
     def _report(self) -> Json:
         wait_until(self._is_let_go, min(time.monotonic() + VERIFY_WAIT_S, self._deadline))
-        left = self._left()
-        held = left + self._ghosts
-        self.steps.note("verify", not held, "gone", "still there")
-        stay = keys_of(map(self._mine.get, held))
-        gone = self._names.keys() - stay
-        unknown = [f"process {each.process.pid}" for each in held if not self._mine[each]]
+        left = living(self._mine)
+        unknown = living(self._spared)
+        stay = left + self._ghosts + unknown
+        self.steps.note("verify", not stay, "gone", "still there")
+        kept = by_key(map(self._name, stay))
+        names = by_key([*map(self._name, self._mine), *(line["name"] for line in self._asked)])
+        nameless = [f"process {each.process.pid}" for each in stay if not self._name(each)]
         return {
-            "unloaded_models": sorted(self._names[key] for key in gone),
+            "unloaded_models": sorted(names[key] for key in names.keys() - kept.keys()),
             "killed": [
-                {"pid": runner.process.pid, "model": self._mine[runner], "reason": reason}
+                {"pid": runner.process.pid, "model": self._name(runner), "reason": reason}
                 for runner, reason in self._killed.items()
             ],
-            "left": sorted(self._names[key] for key in stay) + unknown,
+            "left": sorted(kept.values()) + nameless,
             "new_runners": [
-                {"pid": runner.process.pid, "model": name}
-                for runner, name in self._new_runners().items()
+                {"pid": runner.process.pid, "model": held.name}
+                for runner, held in self._new_runners().items()
             ],
             "memory": self._memory(),
-            "verified": not held,
+            "verified": not stay,
             "survived": bool(left),
+            "unknown_processes": [each.process.pid for each in unknown],
             "managed": True,
             "steps": self.steps,
         }
-
-    def _new_runners(self) -> dict[Runner, str | None]:
-        """Return the runners that other callers have started since, with their models."""
-        new = [runner for runner in self._processes.runners() if runner not in self._there]
-        return model_names(new, [], self._store.models())
 
     def _is_let_go(self) -> bool:
         """Note the ghosts; tell whether there are none, and Ollama lists only what is left.
@@ -209,12 +258,18 @@ class Clearing:
         server = self._processes.server()
         dead = [runner for runner in self._mine if not alive(runner.process)]
         self._ghosts = [runner for runner in dead if unreaped(runner.process, server)]
-        listed: set[str] = set()
         with contextlib.suppress(ServiceError):
-            listed = keys_of(each["name"] for each in self._ollama.ps(CLEAR_ASK_S))
-        listed -= keys_of(self._new_runners().values())
-        listed -= keys_of(map(self._mine.get, self._left()))
-        return not self._ghosts and not listed.intersection(self._names)
+            self._loaded = self._ollama.ps(CLEAR_ASK_S)
+        stay = map(self._held_by, living(self._mine + self._spared))
+        lines = [held.line for held in [*self._new_runners().values(), *stay] if held.line]
+        listed = set(map(version, self._asked)).intersection(map(version, self._loaded))
+        return not self._ghosts and listed <= set(map(version, lines))
+
+    def _new_runners(self) -> dict[Runner, Held]:
+        """Return the runners that other callers have started since."""
+        now = self._processes.runners()
+        held = self._matching.match(now, self._loaded)
+        return {runner: held[runner] for runner in held if runner not in self._there}
 
     def _memory(self) -> Json:
         """Measure what came free."""
@@ -231,9 +286,14 @@ class Clearing:
         }
 
 
-def keys_of(names: typing.Iterable[str | None]) -> set[str]:
-    """Return the keys of those names that are known."""
-    return {name_key(name) for name in names if name}
+def by_key(names: typing.Iterable[str | None]) -> dict[str, str]:
+    """Return those names that are known, by their keys."""
+    return {name_key(name): name for name in names if name}
+
+
+def living(runners: typing.Iterable[Runner]) -> list[Runner]:
+    """Return those that live."""
+    return [runner for runner in runners if alive(runner.process)]
 
 
 def used_mb(runners: list[Runner]) -> tuple[str, int]:
@@ -246,20 +306,6 @@ def used_mb(runners: list[Runner]) -> tuple[str, int]:
     if used is None:
         used = sum(memory_mb(runner.process) for runner in runners)
     return source, used
-
-
-def unload(ollama: Ollama, names: list[str]) -> set[str]:
-    """Ask for all of them at once; return the keys of those that Ollama took."""
-
-    def ask(name: str) -> str | None:
-        try:
-            ollama.unload(name, CLEAR_ASK_S)
-            return name
-        except ServiceError as e:
-            log.warning("unload %s: %s", name, e)
-            return None
-
-    return keys_of(in_parallel(ask, names))
 
 
 def clear_message(report: Json) -> str:
@@ -280,5 +326,11 @@ def clear_failure(report: Json) -> ServiceError:
     if report["survived"]:
         words = "A runner does not end, not even by SIGKILL: reboot the host."
         return ServiceError("runner_survived", words, recommended_action="reboot_host", **report)
+    if report["unknown_processes"]:
+        words = (
+            f"Process {report['unknown_processes'][0]} may hold that memory, and Ollama does not "
+            "say what it is for: if it is not just loading, POST /api/session/reset."
+        )
+        return ServiceError("runner_unknown", words, recommended_action="reset_session", **report)
     words = "Ollama goes on listing a runner that is dead: POST /api/session/reset."
     return ServiceError("runner_ghost", words, recommended_action="reset_session", **report)

@@ -1,7 +1,6 @@
 """What is healed and how often; the lanes of clear, reset and healing; loads."""
 
 import collections
-import contextlib
 import logging
 import threading
 import time
@@ -18,10 +17,11 @@ from llm_service.clearing import (
     used_mb,
 )
 from llm_service.downloads import Downloads
-from llm_service.processes import MB, Runner, alive, wait_until
+from llm_service.matching import ListCleaner
+from llm_service.processes import MB, Runner, wait_until
 from llm_service.runner_state import RunnerState
 from llm_service.sharing import Outcome, SharedRun
-from llm_service.watch import ASK_S, HUNG_LOOKS, STARTING_S, Watch
+from llm_service.watch import HUNG_LOOKS, STARTING_S, Watch
 from ollama_client import Json, ServiceError, name_key, timestamp
 
 log = logging.getLogger("llm-service")
@@ -42,7 +42,7 @@ class Healing:
         self.self_heal = self_heal
         self.healed: Json = {"runners": 0, "ollama": 0, "last": None}
         self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
-        self._unmatched: set[str] = set()  # models without a process at the last look
+        self._cleaner = ListCleaner(watch.matching, self._processes)
         self.load: Json | None = None  # the last background load: model, state, error
         self.clears_done = 0
         self.resets_done = 0
@@ -88,9 +88,10 @@ class Healing:
         """End one runner, and only that one; return the MB that came free."""
         with self._clears.turn(CLEAR_S):
             deadline = time.monotonic() + CLEAR_S
-            report = Clearing(self._watch, model, True, deadline, only=runner).run()
+            clearing = Clearing(self._watch, model, True, deadline, only=runner)
+            clearing.run()
             self._watch.look()
-        return report["memory"]["freed_mb"]
+        return clearing.report["memory"]["freed_mb"]
 
     def restart_server(self) -> int:
         """End a server that hangs or has a ghost; return the MB that came free."""
@@ -105,17 +106,19 @@ class Healing:
     def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
         self._store.require(model)
 
-        def work() -> Json:
+        def work() -> Clearing:
             self.clears_done += 1
-            report = Clearing(self._watch, model, force, deadline).run()
+            clearing = Clearing(self._watch, model, force, deadline)
+            clearing.run()
             if not self._reset_began:  # a reset looks at its end
                 self._watch.look(deadline)
-            return report
+            return clearing
 
         key = (model and name_key(model), force)
-        came = self._reset_began or time.monotonic()  # during a reset its clear will do
+        at = self._reset_began or time.monotonic()  # during a reset its clear will do
+        came = Arrival(at, self._watch.known_runners())
         limit_s = deadline - time.monotonic() + SHARE_S
-        return self._clears.get(work, limit_s, key, came)
+        return self._clears.get(work, limit_s, key, came).report
 
     def _reset(self, model: str | None, restart: bool, came: float) -> Json:
         self._reset_began = came
@@ -227,7 +230,7 @@ class Healing:
 
     def _heal(self) -> None:
         """End what is stuck, silent or a ghost, and only that, and a server that hangs."""
-        self._clean_list()
+        self._cleaner.clean(self._watch.loaded, self._watch.held.values())
         for state in self._watch.faults():
             if state.healed != state.state and self._may_heal(state.model):
                 self._heal_runner(state)
@@ -260,35 +263,22 @@ class Healing:
         }
         self.healed = healed
 
-    def _clean_list(self) -> None:
-        """Have Ollama unload what it lists and what has had no process for two looks.
 
-        Its runner was killed from outside. With a runner whose model is unknown, or as many
-        runners as models, nobody can tell.
-        """
-        living = [state for state in self._watch.states() if alive(state.process)]
-        models = [state.model for state in living]
-        names: set[str] = set()
-        if None not in models and len(models) < len(self._watch.loaded):
-            names = {model["name"] for model in self._watch.loaded}.difference(models)
-        again = names & self._unmatched
-        self._unmatched = names
-        with contextlib.suppress(ServiceError):
-            for name in again and again & self._unloadable(self._watch.loaded):
-                self._ollama.unload(name, ASK_S)
+class Arrival(typing.NamedTuple):
+    """When a caller of a clear came (monotonic), and the runners that were there then."""
 
-    def _unloadable(self, loaded: list[Json]) -> set[str]:
-        """Return the names by which these lines of ``/api/ps`` can be unloaded.
-
-        One that was deleted or updated while it was loaded has no name any more.
-        """
-        there = {model.get("digest") for model in self._watch.server_state.tags(ASK_S)}
-        return {model["name"] for model in loaded if model.get("digest") in there}
+    at: float
+    runners: list[Runner]
 
 
-def clear_suits(outcome: Outcome, key: object, came: float) -> bool:
-    """A clear serves who came before its end and asked for the same, or for less."""
-    return outcome.ended >= came and outcome.key in (key, (None, True))
+def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
+    """A clear serves who came before its end, asked for the same or less, and met no other runner.
+
+    One that was started after the clear's own begin, and before this caller came, is his to see
+    go.
+    """
+    fits = outcome.ended >= came.at and outcome.key in (key, (None, True))
+    return fits and outcome.value is not None and outcome.value.serves(came.runners)
 
 
 def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:

@@ -6,18 +6,23 @@ Names in brackets are Ollama's own functions (0.34.4) whose rule a line follows.
 import collections
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import stat
+import threading
 import typing
 
-from llm_service.errors import ServiceError, clean
+from llm_service.errors import ServiceError, clean, file_errors
 from llm_service.files import Ages, below, stamp
 from ollama_client import DIGEST, MANIFEST_PLACE, Json, name_key, place_key, plain_key
 
 MANIFEST_LIMIT_BYTES = 1 << 24
+LENT = "llm-service/unload"  # a model of which each tag is a name lent for a moment
 _WEIGHTS = "application/vnd.ollama.image.model"
 _BLOB_DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")  # [manifest.ValidateDigest]
 
@@ -29,6 +34,8 @@ class Manifest(typing.NamedTuple):
     layers: list[str] | None  # digests, those of the weights first; None: Ollama refuses it
     named: set[str]  # every digest that its text names, in lower case
     whole: bool  # whether that are all
+    weights: tuple[str, ...] = ()  # digests (hex) of their files, in the order of the manifest
+    ids: tuple[str, ...] = ()  # its own digests (hex): by one of these Ollama lists what it loaded
 
     @property
     def place(self) -> str:
@@ -42,6 +49,8 @@ class Manifests:
     def __init__(self, store: pathlib.Path, ages: Ages):
         self._store, self._ages = store, ages
         self._root = f"{store}/manifests"
+        self._lent = pathlib.Path(self._root, "registry.ollama.ai", LENT)
+        self._lending = threading.Lock()
         self._signature: tuple[tuple, ...] = ()
         self._read: tuple[tuple | None, dict[str, list[Manifest]]] = (None, {})
 
@@ -53,6 +62,27 @@ class Manifests:
             manifests = self._read_manifests()
             self._read = signature, manifests
         return manifests
+
+    @contextlib.contextmanager
+    def lent_name(self, weights: typing.Iterable[str]) -> typing.Iterator[str]:
+        """Give weights a name for a moment: by it Ollama reaches what has lost its own."""
+        tag = secrets.token_hex(8)
+        layers = [{"mediaType": _WEIGHTS, "digest": f"sha256:{digest}"} for digest in weights]
+        with self._lending:
+            try:
+                with file_errors():
+                    self._lent.mkdir(parents=True, exist_ok=True)
+                    manifest = json.dumps({"schemaVersion": 2, "layers": layers})
+                    (self._lent / tag).write_text(manifest)
+                yield f"{LENT}:{tag}"
+            finally:
+                self.take_names_back()
+
+    def take_names_back(self) -> None:
+        """Remove the names that were lent, also those that an end in between has left."""
+        shutil.rmtree(self._lent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there may be none, or one of a user
+            self._lent.parent.rmdir()
 
     def check_deletable(self, model: str) -> None:
         """Raise ServiceError where Ollama would delete another one, or what another one needs."""
@@ -146,8 +176,15 @@ class Manifests:
                     manifest = read_manifest(file)
                 except OSError:
                     manifest = Manifest(file, None, set(), False)
-                found[place_key(*path.split("/"))].append(manifest)
+                key = place_key(*path.split("/"))
+                if not is_lent(key):
+                    found[key].append(manifest)
         return dict(found)
+
+
+def is_lent(name: str) -> bool:
+    """Tell whether a model's name is one that was lent for a moment."""
+    return name_key(name).startswith(f"{LENT}:")
 
 
 def read_manifest(path: str) -> Manifest:
@@ -158,18 +195,24 @@ def read_manifest(path: str) -> Manifest:
     raw = pathlib.Path(path).read_bytes()
     found = [raw.decode("latin-1")]
     layers = text = None
+    weights: tuple[str, ...] = ()
     with contextlib.suppress(ValueError, RecursionError):
-        layers = _layers(raw.decode(errors="replace"))
+        layers, weights = _layers(raw.decode(errors="replace"))
         found += layers
     with contextlib.suppress(ValueError, RecursionError):
         text = json.dumps(json.loads(raw))  # it may be in any encoding, with any escapes
         found.append(text)
     named = set(DIGEST.findall(" ".join(found).lower()))
-    return Manifest(path, layers, named, layers is not None or text is not None)
+    whole = layers is not None or text is not None
+    # Ollama may or may not have read the line's end behind the manifest.
+    ids = dict.fromkeys(hashlib.sha256(text).hexdigest() for text in (raw, raw.rstrip()))
+    return Manifest(path, layers, named, whole, weights, tuple(ids))
 
 
-def _layers(text: str) -> list[str]:
-    """Return the digests that Ollama reads in a manifest; raise ValueError where it refuses it.
+def _layers(text: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the digests that Ollama reads in a manifest, and those of the weights alone (hex).
+
+    Raises ValueError where Ollama refuses it.
 
     [manifest.ParseNamedManifest]: Go takes keys in any case, reads null as nothing, and looks at
     nothing behind the first value.
@@ -180,8 +223,9 @@ def _layers(text: str) -> list[str]:
     listed = [*manifest.get("layers", []), manifest.get("config")]
     layers = [_fields(layer, **kinds) for layer in listed]
     layers.sort(key=lambda layer: layer.get("mediatype") != _WEIGHTS)
-    digests = [layer.get("digest", "") for layer in layers]
-    return [digest for digest in digests if _BLOB_DIGEST.fullmatch(digest)]
+    proper = [layer for layer in layers if _BLOB_DIGEST.fullmatch(layer.get("digest", ""))]
+    weights = [layer["digest"][7:] for layer in proper if layer.get("mediatype") == _WEIGHTS]
+    return [layer["digest"] for layer in proper], tuple(weights)
 
 
 def _fields(value: typing.Any, **kinds: type) -> Json:

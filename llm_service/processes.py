@@ -26,6 +26,7 @@ class Runner(typing.NamedTuple):
     process: psutil.Process
     digest: str | None  # of the weights; None where the command line names another file
     port: str | None
+    model: str = ""  # what the command line names as its model: a path or a name
 
 
 class OpenFiles(typing.NamedTuple):
@@ -107,8 +108,25 @@ class Processes:
                 words = process.cmdline() if alive(process) else []
                 if "--model" in words and ("llama-server" in words[0] or "runner" in words):
                     options = dict(itertools.pairwise(words))
-                    digest = DIGEST.search(options["--model"])
-                    found.append(Runner(process, digest and digest[1], options.get("--port")))
+                    model = options["--model"]
+                    port = options.get("--port")
+                    found.append(Runner(process, _digest_in(model), port, model))
+        return found
+
+    def unknown_children(self) -> list[Runner]:
+        """Return the living children of the server that are not known as runners.
+
+        An Ollama of another version may start its runners with other words. A child of another
+        kind finds GPUs, or quantizes a model that is being created.
+        """
+        server = self.server()
+        known = {runner.process for runner in self.runners()}
+        found = []
+        for process in self.all():
+            with contextlib.suppress(psutil.Error):
+                if process not in known and alive(process) and not is_orphan(process, server):
+                    words = " ".join(process.cmdline())
+                    found.append(Runner(process, _digest_in(words), None, words))
         return found
 
     def open_files(self) -> OpenFiles:
@@ -219,6 +237,18 @@ def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
         return False
 
 
+def may_hold_model(child: Runner) -> bool:
+    """Tell whether a child that is not known as a runner may be one all the same."""
+    program, *words = child.model.split() or [""]
+    if program.endswith("llama-quantize"):
+        return False
+    if child.digest or "runner" in words or ".ollama-split-" in child.model:
+        return True
+    with contextlib.suppress(OSError):
+        return any(map(_digest_in, _mapped_files(child.process.pid)))
+    return False
+
+
 def cpu_clock_s(process: psutil.Process | None) -> float:
     """Return the CPU time of a process; NaN, which no comparison holds for, if it has none.
 
@@ -291,6 +321,12 @@ def _stat(pid: int) -> _Stat | None:
         return None
     words = about.rpartition(b")")[2].split()  # the name before may hold anything
     return _Stat(words[0].decode(), bool(int(words[6]) & PF_EXITING), int(words[19]))
+
+
+def _digest_in(text: str) -> str | None:
+    """Return the digest (hex) in the name of a blob."""
+    found = DIGEST.search(text)
+    return found and found[1]
 
 
 @functools.lru_cache(1)

@@ -10,13 +10,17 @@ from ollama_client import ServiceError
 
 
 class Outcome:
-    """What a piece of work came to, and when it began and ended (monotonic)."""
+    """What a piece of work came to, and when it began and ended (monotonic).
+
+    ``value`` is None where the work failed.
+    """
 
     def __init__(self, key: object, work: typing.Callable[[], typing.Any]):
         self.key, self.began = key, time.monotonic()
-        self._value, self._error = None, None
+        self.value: typing.Any = None
+        self._error: Exception | None = None
         try:
-            self._value = work()
+            self.value = work()
         except Exception as e:
             self._error = e
         self.ended = time.monotonic()
@@ -25,13 +29,13 @@ class Outcome:
         """Return the work's result, or raise its error."""
         if self._error:
             raise self._error
-        return self._value
+        return self.value
 
 
 class SharedRun:
     """Does a piece of work for one caller at a time; others may share the last outcome."""
 
-    def __init__(self, suits: typing.Callable[[Outcome, object, float], bool]):
+    def __init__(self, suits: typing.Callable[[Outcome, object, typing.Any], bool]):
         """``suits(outcome, key, came)`` tells whether it serves a caller who came then."""
         self._suits = suits
         self._lock = threading.Lock()
@@ -42,9 +46,12 @@ class SharedRun:
         work: typing.Callable[[], typing.Any],
         timeout_s: float,
         key: object = None,
-        came: float | None = None,
+        came: typing.Any = None,
     ) -> typing.Any:
-        """Return what suits, or do the work. Raises ServiceError ``timeout``."""
+        """Return what suits, or do the work. Raises ServiceError ``timeout``.
+
+        ``came`` is what ``suits`` wants to know of a caller: the time of the call, unless given.
+        """
         came = time.monotonic() if came is None else came
         with self.turn(timeout_s):
             if self._last is None or not self._suits(self._last, key, came):

@@ -10,6 +10,8 @@ import psutil
 
 import gpu
 from llm_service.downloads import Downloads
+from llm_service.manifests import is_lent
+from llm_service.matching import Held, Matching
 from llm_service.processes import (
     Processes,
     Runner,
@@ -24,7 +26,7 @@ from llm_service.processes import (
 from llm_service.runner_state import WORKING_SHARE, Look, RunnerState
 from llm_service.sharing import in_parallel
 from llm_service.store import Store
-from ollama_client import ANSWER_S, Json, Ollama, ServiceError, name_key
+from ollama_client import ANSWER_S, Json, Ollama, ServiceError
 
 log = logging.getLogger("llm-service")
 ASK_S = 0.6  # two such questions and a list stay within the 3 s of /health
@@ -105,12 +107,11 @@ class ServerState:
     def tags(self, timeout_s: float) -> list[Json]:
         """Return the models on disk, asked for anew unless the store is certainly as it was."""
         signature = self._store.signature()
-        if not signature:
-            return self._ollama.tags(timeout_s)
         known, models = self._tags
-        if signature != known:
+        if not signature or signature != known:
             models = self._ollama.tags(timeout_s)
-            self._tags = signature, models
+            models = [model for model in models if not is_lent(model["name"])]
+            self._tags = signature or (), models
         return models
 
     def answers(self, timeout_s: float = ASK_VERSION_S) -> bool:
@@ -135,6 +136,8 @@ class Watch:
         self.ollama, self.store, self.processes = ollama, store, processes
         self._downloads, self._stuck_s = downloads, stuck_s
         self.server_state = ServerState(ollama, store, processes)
+        self.matching = Matching(ollama, store.manifests)
+        self.held: dict[Runner, Held] = {}  # what each runner holds, as of the last look
         self.loaded: list[Json] = []  # /api/ps at the last look that got it
         self.looked_at = time.time()
         self.up = 0  # 1 where the last look found nothing wrong
@@ -152,6 +155,7 @@ class Watch:
 
     def start(self, after_look: typing.Callable[[], None]) -> None:
         """Begin to watch; ``after_look`` is called after each look, in the watch's thread."""
+        self.store.manifests.take_names_back()
         self._own = [psutil.Process(), psutil.Process().parent()]
         self.measure()
         run = threading.Thread(target=self._run, args=(after_look,), name="watch", daemon=True)
@@ -164,7 +168,8 @@ class Watch:
 
     def is_stuck(self, runner: Runner) -> bool:
         """Tell whether a runner was stuck at the last look."""
-        return runner in self._states and self._states[runner].state == "stuck"
+        state = self._states.get(runner)  # once: another thread replaces them
+        return state is not None and state.state == "stuck"
 
     def known_runners(self) -> list[Runner]:
         """Return the runners that live, and those seen earlier whose end Ollama waits for."""
@@ -220,12 +225,11 @@ class Watch:
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
         now = time.monotonic()
-        known = self.known_runners()
-        names = model_names(known, self.loaded, self.store.models()) if known else {}
         states = {}
-        for runner, name in names.items():
+        self.held = self.matching.match(self.known_runners(), self.loaded)
+        for runner, held in self.held.items():
             state = self._states.get(runner) or RunnerState(runner, now, self._stuck_s)
-            state.model = name or state.model
+            state.model = held.name or state.model
             states[runner] = state
         self._states = states
 
@@ -326,21 +330,3 @@ def bytes_of(model: Json, key: str) -> int:
     """Return a figure of a line of ``/api/ps``; 0 where it is none."""
     figure = model.get(key)
     return figure if isinstance(figure, int) else 0
-
-
-def model_names(
-    runners: list[Runner], loaded: list[Json], models: dict[str, list[str]]
-) -> dict[Runner, str | None]:
-    """Map runners to their models' names: by the blob, else as the only one that is left."""
-    listed = {name_key(model["name"]): model["name"] for model in loaded}
-    by_digest: dict[str | None, str] = {}
-    for key, digests in models.items():
-        for digest in digests[:1]:  # one in the cloud has none
-            if key in listed or digest not in by_digest:  # of several, the one that Ollama shows
-                by_digest[digest] = listed.get(key, key)
-    found = {runner: by_digest.get(runner.digest) for runner in runners}
-    others = [runner for runner, name in found.items() if name is None]
-    left = set(listed.values()).difference(found.values())
-    if len(others) == 1 and len(left) == 1:
-        found[others[0]] = left.pop()
-    return found

@@ -17,6 +17,7 @@ from helpers.answers import (
 )
 from helpers.causes import Waiting, hung_runner
 from helpers.processes import is_gone, suspend
+from helpers.waiting import wait_for
 
 
 def killed_pids(report):
@@ -107,4 +108,35 @@ def test_a_clear_of_all_after_one_of_a_model_under_way_clears_all_in_time(trio, 
     report = clear(trio)
     assert report["verified"] is True
     assert is_gone(busy.runner)
+    clearing.result()
+
+
+def clear_under_way(service, others, **fields):
+    """Begin a clear that waits for a hung m1, and load m2 meanwhile; return both."""
+    for _ in range(5):  # on a busy machine a load may take longer than a clear
+        clear(service)
+        hung_runner(service, "m1:latest")
+        before = stats(service)["clears"]
+        clearing = others.submit(clear, service, **fields)
+        wait_for(lambda before=before: stats(service)["clears"] > before, 5, "the clear")
+        time.sleep(0.2)  # what is loaded has been listed by then
+        new = service.load("m2")
+        if not clearing.done():
+            return clearing, new
+    raise AssertionError("each load took longer than a clear")
+
+
+@pytest.mark.parametrize("first, second", [({}, {}), ({"model": "m1"}, {}), ({}, {"model": "m2"})])
+def test_a_runner_started_during_another_callers_clear_is_gone_too(trio, others, first, second):
+    clearing, new = clear_under_way(trio, others, **first)
+    report = clear(trio, **second)
+    assert report["verified"] is True and "m2:latest" in report["unloaded_models"]
+    assert is_gone(new)
+    assert clearing.result()["verified"] is True
+
+
+def test_a_delete_during_another_callers_clear_unloads_first(trio, others):
+    clearing, new = clear_under_way(trio, others)
+    assert trio.delete("/api/models/delete?model=m2&force=true").status_code == 200
+    assert is_gone(new)
     clearing.result()

@@ -14,10 +14,18 @@ case " $* " in
 *) exec "{}" "$@" ;;
 esac
 """
+# The runner of an Ollama that names its model by another option.
+RENAMING = """#!/bin/bash
+[[ $1 != --model ]] || set -- -m "${{@:2}}"
+exec "{}" "$@"
+"""
 
 
-def gpu_ollama(folder, binary):
-    """Put it together in this folder from an installed one; return its path."""
+def gpu_ollama(folder, binary, runner=RUNNER):
+    """Put it together in this folder from an installed one; return its path.
+
+    ``runner`` is the script that stands for its llama-server.
+    """
     installed = Path(binary).resolve()
     made = Path(folder, "bin", "ollama")
     made.parent.mkdir()
@@ -31,7 +39,7 @@ def gpu_ollama(folder, binary):
         if file.name != "llama-server":
             (libraries / file.name).symlink_to(file)
             continue
-        runner = libraries / file.name
-        runner.write_text(RUNNER.format(file))
-        runner.chmod(0o755)
+        script = libraries / file.name
+        script.write_text(runner.format(file))
+        script.chmod(0o755)
     return made

@@ -14,7 +14,8 @@ import pytest
 
 import app
 from llm_service import clearing
-from llm_service.clearing import Clearing
+from llm_service.clearing import Clearing, clear_failure
+from llm_service.manifests import Manifest
 from llm_service.processes import Runner, alive, end
 from ollama_client import ServiceError
 
@@ -29,6 +30,11 @@ while True:
 """
 DIGESTS = {"big:latest": "b" * 64, "small:latest": "5" * 64}
 BUSY, IDLE = [{"is_processing": True}], [{"is_processing": False}]
+
+
+def manifest(name, digest):
+    """Return the manifest of a model of these weights."""
+    return Manifest(name, [f"sha256:{digest}"], set(), True, (digest,), (f"of {name}",))
 
 
 class Gpu:
@@ -62,23 +68,29 @@ class Gpu:
             end(self.runners[name], signal.SIGTERM)
             psutil.wait_procs([self.runners[name]], 5)
 
+    def ps(self, *_):
+        return [{"name": name, "digest": f"of {name}"} for name in self.listed]
+
     def clear(self, force, model=None):
-        return Clearing(app.watch, model, force, time.monotonic() + 3).run()
+        clearing = Clearing(app.watch, model, force, time.monotonic() + 3)
+        clearing.run()
+        return clearing.report
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
         one = Gpu(server)
-        models = {name: [digest] for name, digest in DIGESTS.items()}
+        manifests = {name: [manifest(name, digest)] for name, digest in DIGESTS.items()}
         monkeypatch.setattr(clearing, "UNLOAD_WAIT_S", 0.2)
         monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
         monkeypatch.setattr(app.watch, "known_runners", one.known_runners)
         monkeypatch.setattr(app.processes, "runners", one.known_runners)
+        monkeypatch.setattr(app.processes, "unknown_children", list)
         monkeypatch.setattr(app.processes, "server", lambda: one.server)
-        monkeypatch.setattr(app.store, "models", lambda: models)
+        monkeypatch.setattr(app.store.manifests, "there", lambda: manifests)
         monkeypatch.setattr(app.ollama, "version", lambda *_: "0")
-        monkeypatch.setattr(app.ollama, "ps", lambda *_: [{"name": name} for name in one.listed])
+        monkeypatch.setattr(app.ollama, "ps", one.ps)
         monkeypatch.setattr(app.ollama, "unload", one.unload)
         monkeypatch.setattr(app.ollama, "runner_health", lambda *_: "ok")
         monkeypatch.setattr(app.ollama, "runner_slots", lambda name, *_: one.slots[name])
@@ -158,3 +170,51 @@ def test_a_ghost_is_named_beside_a_busy_one(gpu):
     gpu.server.suspend()  # so that it reaps none
     report = gpu.clear(force=False)
     assert (report["left"], report["unloaded_models"]) == (sorted(DIGESTS), [])
+
+
+@pytest.fixture
+def late():
+    """A runner that is started later."""
+    with subprocess.Popen(["sleep", "60"]) as one:
+        yield psutil.Process(one.pid)
+        one.kill()
+
+
+def test_a_clear_during_a_reset_ends_what_was_started_after_the_resets_clearing(
+    gpu, late, monkeypatch
+):
+    reports = []
+
+    def look(*_):  # a reset does so at its end, while others may call
+        monkeypatch.setattr(app.watch, "look", lambda *_: None)
+        gpu.runners["late:latest"] = late
+        gpu.slots["late:latest"] = BUSY
+        reports.append(app.healing.clear())
+
+    monkeypatch.setitem(DIGESTS, "late:latest", "1" * 64)
+    monkeypatch.setattr(app.ollama, "load", lambda *_: None)
+    monkeypatch.setattr(app.watch, "look", look)
+    app.healing.reset()
+    assert [each["pid"] for each in reports[0]["killed"]] == [late.pid]
+    assert not alive(late)
+
+
+@pytest.mark.parametrize(("parent", "killed"), [("dead", True), ("server", False)])
+def test_one_that_may_be_either_models_is_ended_for_one_where_it_serves_nobody(
+    gpu, monkeypatch, parent, killed
+):
+    there = app.store.manifests.there()
+    another = manifest("another", DIGESTS["big:latest"])
+    there |= {"another:latest": [another]}
+    gpu.listed.remove("big:latest")
+    if parent == "dead":
+        monkeypatch.setattr(app.processes, "server", lambda: None)
+    report = gpu.clear(force=True, model="another")
+    assert [each["reason"] for each in report["killed"]] == ["orphan"] * killed
+    assert alive(gpu.runners["big:latest"]) is not killed
+    assert report["verified"] is killed
+    pid = gpu.runners["big:latest"].pid
+    assert report["unknown_processes"] == [pid] * (not killed)
+    if not killed:
+        assert report["left"] == [f"process {pid}"]
+        assert clear_failure(report).code == "runner_unknown"

@@ -19,6 +19,7 @@ FLOORS = {
     "llm_service.callers": 3,
     "llm_service.downloads": 3,
     "llm_service.trying": 3,
+    "llm_service.matching": 3,
     "llm_service.verifying": 3,
     "llm_service.updates": 3,
     "llm_service.runner_state": 2,
