@@ -3,7 +3,7 @@
 import { tokenWanted, wantToken } from "./calls.js";
 import { $, element, rows, show, textRow, write } from "./dom.js";
 import { clock, count, span } from "./format.js";
-import { failingSince, failureOf, latest } from "./known.js";
+import { age, failingSince, failureOf, latest, OLD_S } from "./known.js";
 import { ACTIONS, CALM_GPU_STATES, GPU_STATES, reasonWords } from "./words.js";
 
 const SIGNS = { good: "✓", work: "…", warn: "⚠", bad: "✕" };
@@ -16,8 +16,9 @@ export function showHead(fault, resetButton) {
   write($("state"), words, level);
   showSign(level);
   showAbout();
-  showWaiting(latest("stats")?.callers);
-  const warnings = (health?.warnings || []).map((each, index) => ({
+  showWaiting(age("stats") < OLD_S ? latest("stats")?.callers : null);
+  const told = failureOf("health") ? [] : (health?.warnings ?? []);
+  const warnings = told.map((each, index) => ({
     ...each,
     key: `${each.code} ${index}`,
   }));
@@ -56,11 +57,12 @@ function tokenState(health) {
 function silentState(failure) {
   const since = clock(failingSince("health"));
   const words = {
-    no_answer: `The service does not answer since ${since}.`,
-    not_reachable: `The service is not reachable since ${since}.`,
+    no_answer: `The service has not answered since ${since}.`,
+    not_reachable: `The service has not been reachable since ${since}.`,
   };
   const what =
-    words[failure.code] ?? `The service gives no proper answer since ${since}. ${failure.message}`;
+    words[failure.code] ??
+    `The service has given no proper answer since ${since}. ${failure.message}`;
   return { level: "bad", words: `${what} What is shown below is older. This page tries again.` };
 }
 

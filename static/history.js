@@ -14,27 +14,37 @@ const past = { series: [], samples: [], marks: [], next: null };
 let askedAt = -Infinity;
 let pointed = null; // the moment under the pointer
 
-// The charts: which series go into one, how a value reads, what the scale ends at.
+// The charts: which series go into one, how a value reads, what the scale reaches at least.
 const CHARTS = [
-  { key: "load", label: "GPU load", ends: /^gpu\d+_percent$/, words: percent, least: 100 },
-  { key: "vram", label: "GPU memory", ends: /^gpu\d+_memory_mb$/, words: megabytes, least: 1 },
-  { key: "cpu", label: "CPU load", ends: /^cpu_percent$/, words: percent, least: 100 },
-  { key: "ram", label: "System memory", ends: /^memory_mb$/, words: megabytes, least: 1 },
+  { key: "load", label: "GPU load", named: /^gpu\d+_percent$/, words: percent, least: () => 100 },
+  { key: "vram", label: "GPU memory", named: /^gpu\d+_memory_mb$/, words: megabytes, least: gpuMb },
+  { key: "cpu", label: "CPU load", named: /^cpu_percent$/, words: percent, least: () => 100 },
+  { key: "ram", label: "System memory", named: /^memory_mb$/, words: megabytes, least: systemMb },
   {
     key: "tokens",
     label: "Tokens per second",
-    ends: /^tokens_per_second$/,
+    named: /^tokens_per_second$/,
     words: (value) => value.toFixed(1),
-    least: 10,
+    least: () => 10,
   },
   {
     key: "waiting",
     label: "Callers waiting",
-    ends: /^waiting$/,
-    words: (value) => String(value),
-    least: 4,
+    named: /^waiting$/,
+    words: (value) => value.toFixed(0),
+    least: () => 4,
+    rare: true, // shown only where there were some
   },
 ];
+
+function gpuMb() {
+  const totals = (latest("stats")?.gpus ?? []).map((gpu) => gpu.memory_total_mb ?? 1);
+  return Math.max(1, ...totals);
+}
+
+function systemMb() {
+  return latest("stats")?.memory.total_mb ?? 1;
+}
 
 // Asks for what is new since the last sample, every 10 s.
 export async function refreshHistory() {
@@ -53,11 +63,12 @@ function take({ series, samples, marks, complete, next }) {
   Object.assign(past, { series, marks, next, samples: all.slice(-KEPT) });
 }
 
-const columns = ({ ends }) =>
+const columns = ({ named, rare }) =>
   past.series
     .map((name, index) => [name, index + 1])
-    .filter(([name, index]) => ends.test(name) && isKnown(index));
-const isKnown = (index) => past.samples.some((sample) => sample[index] != null);
+    .filter(([name, index]) => named.test(name) && isKnown(index, rare));
+const isKnown = (index, rare) =>
+  past.samples.some((sample) => (rare ? sample[index] > 0 : sample[index] != null));
 
 export function showHistory() {
   if (!latest("history")) return;
@@ -111,7 +122,7 @@ function chartRow({ label, words, least }) {
   return figureRow(label, chart, ({ columns: shown }) => {
     const values = shown.flatMap(([, index]) => past.samples.map((sample) => sample[index]));
     const most = Math.max(...values.filter((value) => value != null));
-    const top = Math.max(least, most);
+    const top = Math.max(least(), most);
     const lines = shown.map(([, index], order) => curve(index, top, order));
     const ends = past.marks.map(({ at }) => markLine(place(Date.parse(at) / 1000)));
     const parts = [curves(lines), ...ends, svg("text", { x: 2, y: 12 }, words(top))];

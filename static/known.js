@@ -1,7 +1,7 @@
 // What the service has answered last, how old that is, and what it failed with since.
 
 import { CallError, call } from "./calls.js";
-import { write } from "./dom.js";
+import { show, write } from "./dom.js";
 import { span } from "./format.js";
 
 export const OLD_S = 12; // two polls were missed
@@ -46,6 +46,7 @@ export function showAges() {
   for (const place of document.querySelectorAll("[data-source]")) {
     const name = place.dataset.source;
     const old = age(name) > OLD_S;
+    show(place, entry(name).value !== null); // what was never told says nothing
     place.classList.toggle("old", old);
     write(place.querySelector(".age"), old ? `${span(age(name))} old` : "");
   }

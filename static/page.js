@@ -4,7 +4,7 @@ import { tokenWanted } from "./calls.js";
 import { $, show } from "./dom.js";
 import { showHead } from "./head.js";
 import { refreshHistory, showHistory } from "./history.js";
-import { failureOf, latest, refresh, showAges } from "./known.js";
+import { latest, refresh, showAges } from "./known.js";
 import { resetButton, showMachine } from "./machine.js";
 import { noteFault, takeFault } from "./messages.js";
 import { showModels } from "./models.js";
@@ -49,7 +49,7 @@ async function round() {
     fault = takeFault();
   }
   showHead(fault, resetButton);
-  show($("main"), latest("stats") !== null || failureOf("stats") !== null);
+  show($("main"), latest("stats") !== null || latest("models") !== null);
   if (latest("models")?.models.length === 0 && !$("suggested").open) suggestOnce();
   rounds += 1;
   $("main").dataset.rounds = rounds;

@@ -9,7 +9,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from helpers.page import wait_for
-from helpers.page_stub import H100, gpu_stats, history, model, pull, runner
+from helpers.page_stub import H100, H100_TOTAL_MB, gpu_stats, history, model, pull, runner
 
 LLAMA = "llama3.1:8b"
 
@@ -23,20 +23,37 @@ def iso(seconds_ago):
 
 def test_a_service_that_hangs_is_told_and_its_figures_fade(stub, stub_page):
     stub.models = [model(LLAMA)]
+    stub.pulls = [pull("a")]
+    stub.stats["callers"] = {"connections": 4, "waiting": 3, "longest_wait_s": 75}
     stub_page.poll()
     assert stub_page.text("state") == "The service works."
+    assert "3 callers" in stub_page.text("waiting")
     assert stub_page.browser.title.startswith("✓") and not stub_page.old("stats")
     stub.hung.set()
-    stub_page.wait_text("state", "The service does not answer since", 20)
+    stub_page.wait_text("state", "The service has not answered since", 20)
     assert "bad" in stub_page.element("state").get_attribute("class")
     assert stub_page.browser.title.startswith("✕")
     assert "icon-bad" in stub_page.element("icon").get_attribute("href")
     for source in ("stats", "models", "pulls", "history"):
         wait_for(lambda of=source: "old" in stub_page.old(of), 20, f"the age of the {source}")
     assert LLAMA in stub_page.text("models")
+    wait_for(lambda: not stub_page.text("waiting"), 20, "nothing of who waits now")
     stub.hung.clear()
     stub_page.wait_text("state", "The service works.")
     wait_for(lambda: not stub_page.old("stats"), 10, "fresh figures")
+
+
+def test_what_was_never_told_is_not_shown_as_nothing(stub, stub_page):
+    stub.hung.set()
+    stub_page.open_anew()
+    stub_page.wait_text("state", "The service has not answered since", 20)
+    assert not stub_page.element("main").is_displayed()
+    bug = {"error": "This is a bug in the service.", "code": "bug", "http_status": 500}
+    stub.answers["GET", "/api/history"] = bug
+    stub.hung.clear()
+    stub_page.wait_text("state", "The service works.")
+    assert "Nothing was healed" not in stub_page.run("return document.body.innerText")
+    assert "Machine" in stub_page.run("return document.body.innerText")
 
 
 def test_a_look_that_is_old_is_told_though_the_service_answers(stub, stub_page):
@@ -493,6 +510,7 @@ def test_one_unit_everywhere(stub, stub_page):
 
 def test_the_last_hour_is_drawn_as_the_service_has_it(stub, stub_page):
     samples = [[load, used, load] for load, used, *_ in H100]
+    stub.stats |= gpu_stats(*H100[10])
     stub.history = history(["cpu_percent", "gpu0_memory_mb", "gpu0_percent"], samples)
     stub_page.open_anew()
     wait_for(lambda: stub_page.charts() == ["load", "vram", "cpu"], 10, "the charts")
@@ -500,6 +518,8 @@ def test_the_last_hour_is_drawn_as_the_service_has_it(stub, stub_page):
     assert [100 - y for _, y in points] == [load for load, *_ in H100]
     assert points[-1][0] == 600 and points[0][0] == pytest.approx(600 - 35 / 6 * 10, abs=1)
     assert "\n0 MB" in stub_page.row_text("charts", "vram")
+    full = max(100 - y for line in stub_page.curve("vram") for _, y in line)
+    assert full == pytest.approx(100 * 18269 / H100_TOTAL_MB, abs=1)  # of the GPU's memory
 
 
 def test_a_gap_is_no_line_and_a_value_that_is_not_known_is_no_zero(stub, stub_page):
