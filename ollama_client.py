@@ -10,6 +10,7 @@ import ipaddress
 import json
 import logging
 import math
+import queue
 import re
 import time
 import typing
@@ -402,6 +403,20 @@ class Stream:
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended by itself
             if self._response:
                 self._response.raw.shutdown()
+
+
+def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> None:
+    """Put a pull's lines into a queue, and at its end the exception that says why.
+
+    It is a thread of its own: ``requests`` fixes the timeout when the request is sent, and
+    Ollama is silent while it verifies.
+    """
+    try:
+        for line in stream:
+            lines.put(line)
+        raise Interrupted("pull_interrupted", "Ollama ended the pull before it was done.")
+    except Exception as e:
+        lines.put(e)
 
 
 def _progress(line: bytes) -> Json:

@@ -2,8 +2,6 @@
 
 import collections
 import contextlib
-import errno
-import hashlib
 import logging
 import queue
 import threading
@@ -21,6 +19,7 @@ from llm_service.errors import (
     clean,
     file_errors,
 )
+from llm_service.files import content_digest
 from llm_service.processes import Processes
 from llm_service.progress import PROGRESS_S, Progress
 from llm_service.store import PURGE_S, Store
@@ -30,6 +29,7 @@ from ollama_client import (
     Ollama,
     Stream,
     name_key,
+    read_into,
     timestamp,
 )
 
@@ -40,7 +40,6 @@ MAX_RECONNECTS = 10
 RECONNECT_MAX_S = 8
 LINE_S = 0.25  # at the latest, to listeners; two writes show that one has left
 SETTLED_S = 1  # longer than a pull is between two layers, with no file open
-CHECK_BYTES = 1 << 20
 DISK_RESERVE_BYTES = 1 << 30
 ENDED_KEPT = 20
 log = logging.getLogger("llm-service")
@@ -108,7 +107,9 @@ class Download:
             self._changed.notify_all()
 
     def wait_for_news(
-        self, timeout_s: float, has_left: typing.Callable[[], bool] = lambda: False
+        self,
+        timeout_s: float,
+        has_left: typing.Callable[[], bool] = lambda: False,
     ) -> None:
         """Wait until a layer was seen; raise the error of a download that ended before.
 
@@ -117,7 +118,7 @@ class Download:
         began = time.monotonic()
         while not self._is_known(LINE_S):
             waited_s = time.monotonic() - began
-            connects = waited_s < FIRST_LAYER_S and self._tools.connects()
+            connects = waited_s < FIRST_LAYER_S and self._tools.processes.connecting()
             if has_left() or (waited_s >= timeout_s and not connects):
                 return
         if self.error and not self._had_news:
@@ -143,8 +144,9 @@ class Download:
         with self._changed:
             return set(DIGEST.findall(" ".join(self._progress.layers)))
 
-    def summary(self) -> Json:
+    def summary(self, part_sizes: dict[str, int]) -> Json:
         """Return what ``GET /api/models/pull`` says of it."""
+        kept = [part_sizes.get(digest, 0) for digest in self.digests()]
         with self._changed:
             return {
                 "model": self.model,
@@ -154,6 +156,7 @@ class Download:
                 "listeners": self._listeners,
                 "detached": self._detached,
                 "insecure": self._insecure,
+                "kept_bytes": sum(kept),  # in unfinished files
                 "error": self.error and str(self.error),
                 "code": self.error and self.error.code,
                 "started_at": timestamp(self._started_at),
@@ -309,13 +312,11 @@ class Download:
         return True
 
     def _goes_on_after(self, error: ServiceError) -> bool:
-        """Tell whether an error may pass: of Ollama's end, or of a registry that had answered."""
-        if error.code == "ollama_unreachable":
-            return self._answered
-        begun = bool(self._progress.layers)
-        return isinstance(error, (Interrupted, TimedOut)) or (
-            begun and isinstance(error, Unreachable)
-        )
+        """Tell whether an error may pass: of who has answered before, Ollama or the registry."""
+        of_ollama = error.code.startswith("ollama_")
+        known = self._answered if of_ollama else bool(self._progress.layers)
+        passing = known and isinstance(error, (TimedOut, Unreachable))
+        return passing or isinstance(error, Interrupted)
 
     def _follow_connection(self) -> None:
         """Note the lines of one connection; return with Ollama's success."""
@@ -350,7 +351,7 @@ class Download:
         silent_s = time.monotonic() - self._progress.moved_at
         status = self._line["status"]
         if status.startswith(("starting", "reconnecting", "removed")) and silent_s > STALL_S:
-            raise TimedOut("ollama_timeout", f"Ollama has said nothing for {STALL_S} s.")
+            raise Interrupted("ollama_timeout", f"Ollama has said nothing for {STALL_S} s.")
         if not status.startswith("pulling"):
             return
         if not self._progress.layers and silent_s > FIRST_LAYER_S:
@@ -401,34 +402,12 @@ class Download:
     def _is_whole(self, digest: str) -> bool:
         total = self._store.sizes([digest]).get(digest, 0)
         line = {"status": f"checking {digest[:12]}", "digest": f"sha256:{digest}", "total": total}
-        checksum = hashlib.sha256()
-        completed = 0
-        self._note(line)
-        try:
-            with self._store.blob(digest).open("rb", buffering=0) as file:
-                while piece := file.read(CHECK_BYTES):
-                    self._check_stop()
-                    checksum.update(piece)
-                    completed += len(piece)
-                    self._note({**line, "completed": completed})
-        except OSError as e:
-            if e.errno not in (errno.ENOENT, errno.EIO):  # missing, unreadable on the disk
-                raise
-        return checksum.hexdigest() == digest
 
+        def note(completed: int) -> None:
+            self._check_stop()
+            self._note({**line, "completed": completed})
 
-def read_into(lines: "queue.SimpleQueue[Json | Exception]", stream: Stream) -> None:
-    """Put a pull's lines into a queue, and at its end the exception that says why.
-
-    It is a thread of its own: ``requests`` fixes the timeout when the request is sent, and
-    Ollama is silent while it verifies.
-    """
-    try:
-        for line in stream:
-            lines.put(line)
-        raise Interrupted("pull_interrupted", "Ollama ended the pull before it was done.")
-    except Exception as e:
-        lines.put(e)
+        return content_digest(self._store.blob(digest), note) == digest
 
 
 class Downloads:
@@ -437,7 +416,7 @@ class Downloads:
     def __init__(self, ollama: Ollama, store: Store, processes: Processes, limit: int):
         self.ollama = ollama
         self.store = store
-        self._processes = processes
+        self.processes = processes
         self._limit = limit
         self._lock = threading.Lock()
         self._running: dict[str, Download] = {}
@@ -446,7 +425,11 @@ class Downloads:
         self.counts = {"success": 0, "error": 0, "cancelled": 0}  # since the start
 
     def pull(
-        self, model: str, insecure: bool = False, detach: bool = False, verify: bool = False
+        self,
+        model: str,
+        insecure: bool = False,
+        detach: bool = False,
+        verify: bool = False,
     ) -> tuple[Download, typing.Iterable[Json]]:
         """Start a download or join the one under way; return it and its lines."""
         self.store.check_changeable()
@@ -481,7 +464,8 @@ class Downloads:
         states = ("running", "error", "cancelled") if purge else ("running",)
         with self._lock:
             known = [*self._ended, *self._running.values()]
-        found = [each for each in known if name_key(each.model) == key and each.state in states]
+        same = [each for each in known if name_key(each.model) == key]
+        found = [each for each in same if each.state in states]
         if not found:
             raise ServiceError(
                 "no_such_pull",
@@ -510,19 +494,16 @@ class Downloads:
         shared = set().union(*(each.digests() for each in others))
         return self.store.purge(
             digests - shared,
-            lambda: self._processes.open_files().held,
+            lambda: self.processes.open_files().held,
             limit_s,
         )
-
-    def connects(self) -> bool:
-        """Tell whether Ollama waits for a connection to another machine."""
-        return self._processes.connecting()
 
     def list(self) -> list[Json]:
         """Return the summaries: those under way, then the ended ones, newest first."""
         with self._lock:
             downloads = [*self._running.values(), *reversed(self._ended)]
-        return [download.summary() for download in downloads]
+        kept = self.store.part_sizes()
+        return [download.summary(kept) for download in downloads]
 
     def running_count(self) -> int:
         """Return how many downloads are under way."""
@@ -548,7 +529,7 @@ class Downloads:
                         "model_being_pulled",
                         "A download is under way: wait for its end, or cancel it.",
                     )
-                files = self._processes.open_files()
+                files = self.processes.open_files()
                 self.store.check_at_rest(files)
                 if time.monotonic() >= until:
                     return self.store.prune(older_than_s, files, dry_run)
@@ -562,7 +543,7 @@ class Downloads:
                 self.store.note_replaced(digests)
                 if len(self._running) == 1:  # this one
                     reason = "a process has them open"
-                    self.store.prune(0, self._processes.open_files(), only=digests)
+                    self.store.prune(0, self.processes.open_files(), only=digests)
         except ServiceError as e:
             reason = str(e)
         stays = self.store.sizes(digests.difference(*self.store.models().values()))

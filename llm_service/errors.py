@@ -1,8 +1,8 @@
 """The errors that callers are told: what failed, where, and what to do.
 
 Ollama tells an error as a text. ``failure`` decides first by where it arose (the registry's
-status line, the connection to it, the file system, a file's content, Ollama itself), then by its
-words: what a registry says is no fact of this machine.
+status line, the connection to it, the file system, a file's content, Ollama itself), then
+by its words: what a registry says is no fact of this machine.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ TEXT_LIMIT = 300
 class ServiceError(Exception):
     """What went wrong, as a caller is told it.
 
-    ``code`` is a machine word, the message a sentence that says what to do. ``fields`` go into
-    the answer beside them. app.py knows the HTTP status of each code.
+    ``code`` is a machine word, the message a sentence that says what to do. ``fields`` go
+    into the answer beside them. app.py knows the HTTP status of each code.
     """
 
     def __init__(self, code: str, message: str, **fields: object):
@@ -49,16 +49,16 @@ NO_MANIFEST = (
     "registry's name and the network"
 )
 NO_REDIRECT = (
-    "Ollama takes a file only from another host, to which the registry must redirect by a 307: "
-    "pull from one that does"
+    "Ollama takes a file only from another host, to which the registry must redirect by a "
+    "307: pull from one that does"
 )
 BLOCKED_REDIRECT = (
-    "Ollama refuses a redirect to another host: pull by the name of the host that it leads to; "
-    '"insecure": true lifts that, but asks without TLS'
+    "Ollama refuses a redirect to another host: pull by the name of the host that it leads "
+    'to; "insecure": true lifts that, but asks without TLS'
 )
 LOGIN = (
-    "there is no such model, or it wants a login: check the name; Ollama logs in by its key, "
-    "~/.ollama/id_ed25519.pub, which an account at the registry must know"
+    "there is no such model, or it wants a login: check the name; Ollama logs in by its "
+    "key, ~/.ollama/id_ed25519.pub, which an account at the registry must know"
 )
 OWN_AUTHORITY = (
     "if an authority of your own signs there, put its certificate (PEM) into a folder, set "
@@ -66,7 +66,10 @@ OWN_AUTHORITY = (
 )
 OTHER_NAME = "it is of another host: pull by a name that it is valid for"
 CLOCK = "check this machine's clock (`date`), then the registry's certificate"
+ASK_REGISTRY = "ask who runs the registry"
+NOT_INSECURE = 'leave "insecure" out'
 INSECURE = 'send "insecure": true for a registry without TLS'
+CHECK_NAME = "check the name and the tag"
 CHECK_DNS = "check the registry's name, and this machine's name service (DNS)"
 CHECK_NETWORK = "check the network, and the registry's name and port"
 CLOSED = f'{CHECK_NETWORK}; leave "insecure" out for a registry with TLS'
@@ -78,15 +81,15 @@ DAMAGED_ON_ITS_WAY = (
 VERIFY = 'POST /api/models/pull with "verify": true checks its files and repairs them'
 PURGE = 'DELETE /api/models/pull with "purge": true, then pull again'
 FREE_SPACE = "delete a model or enlarge the disk, then pull again"
-CHOWN = "give the model store to the user that the service runs as (chown -R), then try again"
+CHOWN = "give the model store to the service's user (chown -R), then try again"
 WRITABLE = "the model store is mounted read-only: change it where it is writable"
 SEE_KERNEL = "the disk, or the way to it, fails: see the kernel's log (dmesg)"
 SMALLER = "take a smaller model or context, or set LLM_GPU_LAYERS=auto"
 NO_MLX = "its library for such models is not here: pull a GGUF version of the model"
 
-# Where an error arose, by how its text is made; then by its words: code and advice. The first that
-# fits counts, and a place ends with what fits all. The texts are of Go and Ollama 0.34; an
-# address in quotes is left out of what is searched, since a registry may choose it.
+# Where an error arose, by how its text is made; then by its words: code and advice. The first
+# that fits counts, and a place ends with what fits all. The texts are of Go and Ollama 0.34;
+# an address in quotes is left out of what is searched, since a registry may choose it.
 _PHASE = r"^(?:Error: |pull model manifest: |max retries exceeded: )*"
 _JSON = r"invalid character|unexpected end of JSON|json: cannot unmarshal"
 Place = tuple[str, list[tuple[str, str, str]]]
@@ -107,20 +110,20 @@ REGISTRY: list[Place] = [
     (  # its status line
         _PHASE + r"(?:unexpected status code |status )?\d{3}(?::|$)",
         [
-            ("(?i)to (?:an )?HTTPS (?:server|port)", "registry_insecure", 'leave "insecure" out'),
+            ("(?i)to (?:an )?HTTPS (?:server|port)", "registry_insecure", NOT_INSECURE),
             (r"\b412\b|(?i:newer version of Ollama)", "ollama_too_old", "update Ollama"),
             (r"\b40[137]\b", "registry_denied", LOGIN),
-            (r"\b4(?:04|10)\b", "model_not_found", "check the name and the tag"),
+            (r"\b4(?:04|10)\b", "model_not_found", CHECK_NAME),
             (r"\b429\b", "registry_busy", "it limits requests: try again in some minutes"),
             (r"\b(?:5\d\d|408)\b", "registry_error", "the registry fails: try again later"),
             (r"\b3\d\d\b", "registry_redirect", NO_REDIRECT),
-            ("", "registry_refused", "check the name and the tag"),
+            ("", "registry_refused", CHECK_NAME),
         ],
     ),
     (
         _PHASE + "file does not exist",
         [
-            ("^pull", "model_not_found", "check the name and the tag"),
+            ("^pull", "model_not_found", CHECK_NAME),
             ("", "registry_refused", NO_LAYER),
         ],
     ),
@@ -134,7 +137,7 @@ REGISTRY: list[Place] = [
         [
             ("no Location", "registry_redirect", NO_REDIRECT),
             ("blocked|not allowed", "registry_redirect", BLOCKED_REDIRECT),
-            ("", "registry_redirect", "its redirects lead nowhere: ask who runs the registry"),
+            ("", "registry_redirect", ASK_REGISTRY),
         ],
     ),
     (  # TLS
@@ -145,11 +148,12 @@ REGISTRY: list[Place] = [
             ("x509", "registry_certificate", OWN_AUTHORITY),
             ("insecure|HTTP response|not look like", "registry_insecure", INSECURE),
             ("timeout", "registry_unreachable", CHECK_NETWORK),
-            ("", "registry_certificate", "ask who runs the registry which TLS it wants"),
+            ("", "registry_certificate", ASK_REGISTRY),
         ],
     ),
     (  # the connection
-        r'""|\bdial |\blookup |(?:read|write) (?:tcp|udp)|deadline exceeded|stream error|http2?: |'
+        r'""|\bdial |\blookup |(?:read|write) (?:tcp|udp)|deadline exceeded|'
+        "stream error|http2?: |"
         "^pull model manifest: (?:unexpected )?EOF",
         [
             ("too many open files", "ollama_error", "POST /api/session/reset"),
@@ -177,9 +181,9 @@ HERE: list[Place] = [
     (
         "",  # Ollama itself
         [
-            ("invalid model name|name .* is invalid|not both", "bad_model_name", "check the name"),
+            ("invalid model name|name .* is invalid|not both", "bad_model_name", CHECK_NAME),
             ("MLX", "mlx_missing", NO_MLX),
-            ("not found", "model_not_found", "check the name and the tag"),
+            ("not found", "model_not_found", CHECK_NAME),
             ("newer version of Ollama", "ollama_too_old", "update Ollama"),
             ("(?i)out of memory|more system memory", "out_of_memory", SMALLER),
             (
@@ -198,11 +202,12 @@ _TAG = re.compile(r"</?[A-Za-z!?][^>]*>")
 
 
 def failure(message: object, pull: bool = False) -> ServiceError:
-    """Turn an error text, of a ``pull`` or of anything else, into a ServiceError with advice."""
+    """Turn an error text, of a ``pull`` or anything else, into an error with advice."""
     text, words = clean(message), _QUOTED.sub('""', str(message))
     if _CONTENT.fullmatch(words):
         if pull:
-            return ServiceError("parts_damaged", f"A part's record is damaged ({text}): {PURGE}.")
+            words = f"The record of a part is damaged ({text}): {PURGE}."
+            return ServiceError("parts_damaged", words)
         return ServiceError("model_damaged", f"A file of it is damaged ({text}): {VERIFY}.")
     places = [FILE_SYSTEM, *(REGISTRY if pull else ()), *HERE]
     rows = next(rows for place, rows in places if re.search(place, words))
@@ -222,7 +227,7 @@ def file_errors() -> typing.Iterator[None]:
 
 
 def clean(text: object) -> str:
-    """Keep a text from outside to one short printable line, without secrets in addresses."""
+    """Keep a text to one short printable line, without secrets in addresses."""
     shown = _TAG.sub(" ", _ADDRESS.sub(r"\1\2", str(text)))
     shown = re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]|\s+", " ", shown).strip()
     if len(shown) > TEXT_LIMIT:  # the reason stands at the end

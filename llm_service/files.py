@@ -2,11 +2,14 @@
 
 import collections
 import contextlib
+import errno
+import hashlib
 import os
 import time
 import typing
 
 CLOCK_JUMP_S = 10
+PIECE_BYTES = 1 << 20
 
 
 class File(typing.NamedTuple):
@@ -76,6 +79,27 @@ def seen_files(paths: typing.Iterable[str]) -> typing.Iterator[File]:
     for path in paths:
         with contextlib.suppress(OSError):
             yield File(path, os.lstat(path))
+
+
+def content_digest(path: os.PathLike, note: typing.Callable[[int], None]) -> str | None:
+    """Return a file's SHA-256; None where it is missing or the disk cannot read it.
+
+    ``note`` is told the bytes read so far, and may raise.
+    """
+    checksum = hashlib.sha256()
+    done = 0
+    note(done)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(PIECE_BYTES):
+                checksum.update(piece)
+                done += len(piece)
+                note(done)
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.EIO):
+            raise
+        return None
+    return checksum.hexdigest()
 
 
 def below(

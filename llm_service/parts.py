@@ -1,4 +1,4 @@
-"""The records that Ollama keeps of an unfinished download, one for each part of a file."""
+"""The records that Ollama keeps of an unfinished download: one for each part."""
 
 import json
 import pathlib
@@ -6,10 +6,10 @@ import stat
 
 
 def usable(parts: list[pathlib.Path]) -> bool:
-    """Tell whether Ollama can go on from these files of one download: the data and the records.
+    """Tell whether Ollama can go on from these files of a download: its data and records.
 
-    After a full disk or a power cut a record may be empty, cut off or missing, and each pull of
-    that model fails.
+    After a full disk or a power cut a record may be empty, cut off or missing, and each pull
+    of that model fails.
     """
     numbers = set()
     for part in parts:
@@ -27,8 +27,9 @@ def usable(parts: list[pathlib.Path]) -> bool:
 
 
 def _check(text: bytes, number: int) -> int:
-    """Return the number of a part whose record makes sense; raise ValueError and the like."""
+    """Return the number of a part whose record makes sense; raise ValueError else."""
     record = json.loads(text)
-    if record["N"] != number or not 0 <= record["Completed"] <= record["Size"]:
+    sizes = 0 <= record["Completed"] <= record["Size"]
+    if record["N"] != number or not sizes:
         raise ValueError(text)
     return number

@@ -183,6 +183,13 @@ class Store:
         """Return the files of an unfinished download of this digest ("*": of all)."""
         return list(self._files(f"blobs/sha256-{digest}-partial*"))
 
+    def part_sizes(self) -> dict[str, int]:
+        """Map the digests of unfinished downloads to the bytes that their files take."""
+        found: collections.Counter[str] = collections.Counter()
+        for part in self.parts("*"):
+            found[_digest_of(part.name)] += _size(part)
+        return found
+
     def damaged_parts(self) -> set[str]:
         """Return the digests of unfinished downloads that Ollama cannot go on from."""
         found = collections.defaultdict(list)

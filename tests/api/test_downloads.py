@@ -205,9 +205,10 @@ def test_purge_removes_the_parts(service, registry, while_it_runs):
 
     assert parts()
     wait_for(lambda: partial_bytes(service) > 5e6, 5, "the watch sees the parts")
+    assert pull_of(service, name)["kept_bytes"] > 5e6
     answer = cancel(service, name, purge=True)
     assert answer.status_code == 200 and answer.json()["freed_bytes"] > 5e6
-    assert not parts()
+    assert not parts() and pull_of(service, name)["kept_bytes"] == 0
     registry.rate = None
     assert Listener(service, name).end()["status"] == "success"
 

@@ -56,7 +56,7 @@ REGISTRY = [
     (
         f"{MANIFEST}{GET}maximum redirects exceeded (10) for directURL",
         "registry_redirect",
-        "nowhere",
+        "who runs",
     ),
     # The manifest
     (f"{MANIFEST}invalid character '<' looking for beginning of value", "registry_error", "portal"),
