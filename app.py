@@ -28,6 +28,7 @@ from gunicorn.http import errors as http_errors
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from llm_service.downloads import Download, Downloads
+from llm_service.environment import RUNNER_SETTINGS
 from llm_service.healing import Healing
 from llm_service.health import Health
 from llm_service.history import History
@@ -94,6 +95,10 @@ GPU_LAYERS = setting(
 )
 STUCK_S = int(setting("LLM_STUCK_SECONDS", "120", _NUMBER, "a whole number of seconds from 1"))
 SELF_HEAL = setting("LLM_SELF_HEAL", "on", "on|off", "on or off") == "on"
+PRELOAD = setting("LLM_PRELOAD", "off", "on|off", "on or off") == "on"
+LONG_ANSWER_S = int(
+    setting("LLM_LONG_ANSWER_S", "3600", _NUMBER, "a whole number of seconds from 1")
+)
 API_HOST = setting(
     "LLM_API_HOST",
     "127.0.0.1",
@@ -126,6 +131,8 @@ except ValueError:
     sys.exit(f"llm-service: OLLAMA_HOST is {wrong}; it takes an address such as 127.0.0.1:11434")
 MODELS_PATH = of_ollama("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
 STATE_FILE = os.environ.get("LLM_STATE_FILE") or os.devnull  # the launcher's record
+for _name, (_pattern, _takes) in RUNNER_SETTINGS.items():
+    setting(_name, "", f"({_pattern})?", _takes)
 
 BODY_LIMIT_BYTES = 64 * 1024
 STREAMS = 64
@@ -143,7 +150,7 @@ log = logging.getLogger("llm-service")
 
 ollama = Ollama(OLLAMA_URL)
 store = Store(MODELS_PATH)
-processes = Processes(STATE_FILE)
+processes = Processes(STATE_FILE, int(os.environ.get("LLM_ENDED_FD") or -1))
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
 watch = Watch(ollama, store, processes, downloads, stuck_s=STUCK_S)
 healing = Healing(watch, downloads, default_model=MODEL, self_heal=SELF_HEAL)

@@ -36,6 +36,7 @@ from app import (
     trials,
     watch,
 )
+from llm_service import environment
 from ollama_client import listen_address
 
 LINGER_BYTES = 16 << 20  # of a refused body are taken, so that its client reads the answer
@@ -104,16 +105,14 @@ def in_the_way(port: int) -> str:
 
 
 def when_ready(_server):
-    """Write what Ollama's environment needs, for the launcher, which waits for it."""
-    layers = {"-1": "all", "auto": ""}.get(GPU_LAYERS, GPU_LAYERS)
-    needed = {
-        "OLLAMA_CONTEXT_LENGTH": CONTEXT_LENGTH,
-        "OLLAMA_NOPRUNE": of_ollama("OLLAMA_NOPRUNE") or "1",
-        "LLAMA_ARG_N_GPU_LAYERS": os.environ.get("LLAMA_ARG_N_GPU_LAYERS") or layers,
-    }
-    lines = [f"{name}={value}\n" for name, value in needed.items() if value]
+    """Write how Ollama's environment differs, for the launcher, which waits for it."""
+    words = environment.changes(os.environ, CONTEXT_LENGTH, GPU_LAYERS)
+    kept_back = environment.blinding(os.environ)
+    if kept_back:
+        reason = "its runners could not be watched"
+        log.warning("kept from Ollama, as %s: %s", reason, ", ".join(kept_back))
     if STATE_FILE != os.devnull:
-        pathlib.Path(f"{STATE_FILE}.env.new").write_text("".join(lines))
+        pathlib.Path(f"{STATE_FILE}.env.new").write_text("".join(f"{word}\n" for word in words))
         os.replace(f"{STATE_FILE}.env.new", f"{STATE_FILE}.env")
     log.info("listening at http://%s", bind)
 

@@ -9,15 +9,11 @@ trap 'exit 0' TERM INT HUP # being stopped is no failure, however early
 say() { printf 'llm-service: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 alive() { kill -0 "$@" 2>/dev/null; } # whether any of these processes is there
+now() { read -r now _ </proc/uptime && now=${now/./}; } # hundredths of a second; other clocks are set, and jump
 wait_for_end() { # SECONDS PID…: until all of these have ended, but no longer
-    local until=$((${EPOCHREALTIME/[.,]/} + $1 * 1000000)) # a sleep takes longer on a busy machine
-    while ((${EPOCHREALTIME/[.,]/} < until)) && alive "${@:2}"; do sleep 0.05; done
-}
-
-# --- Settings: app.py checks all of them, and writes down what Ollama's environment needs ---
-take_settings() { # fails if the API has ended instead
-    while [[ ! -e $state.env ]] && alive "$api"; do sleep 0.05; done
-    mapfile -t settings 2>/dev/null <"$state.env" && export "${settings[@]}"
+    local now until
+    now; until=$((now + $1 * 100)) # a sleep takes longer on a busy machine
+    while now; ((now < until)) && alive "${@:2}"; do sleep 0.05; done
 }
 
 # --- Install ---
@@ -46,58 +42,58 @@ need_ollama() { # sets `ollama`
 }
 
 # --- Launch and keep ---
-started_at() { # PID: in ticks after boot; 0 if there is no such process
-    { sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20; } 2>/dev/null || echo 0
-}
+started_at() { { sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20; } 2>/dev/null || echo 0; } # PID: ticks after boot
+keep_spare() { head -c 16384 /dev/zero >"$state.spare" || rm -f "$state.spare"; } 2>/dev/null # for a full disk
+note() { { { tail -n 9 "$1" || :; echo "$record"; } >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null; } # STATE: in one step
 
 launch() { # STATE COMMAND…: prints to 5 and 6; in a session of its own, by which what it leaves is known
     setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 9>&- &
     record="$! $(started_at $!) $restarts"
-    { tail -n 9 "$1" 2>/dev/null || true; echo "$record"; } >"$1.new"
-    mv "$1.new" "$1" # in one step, as the API may read it at any time
+    note "$1" || { rm -f "$state.spare" && note "$1"; } || say "cannot write to $1: the API does not see it"
 }
 
 end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorded there, even where their leader is dead
     local pid started now
+    left=''
     while read -r pid started _; do
         now=$(started_at "$pid")
         [[ $now == 0 || $now == "$started" ]] || continue # the number has passed to a stranger
-        for _ in {1..50}; do pkill -KILL -s "$pid" -r D,R,S,T,t || break; sleep 0.02; done # zombies are dead
+        for _ in {1..50}; do pkill -KILL -s "$pid" -r D,R,S,T,t || continue 2; sleep 0.02; done # zombies are dead
+        left+=$pid,
     done < <(cat "$@" 2>/dev/null)
 }
-
-pass_messages() { # and keep what Ollama says at its end, which is the reason for it
-    local line said=''
-    while IFS= read -r line; do
-        printf '%s\n' "$line" >&2
-        [[ $said == @(Error|panic|fatal error):\ * ]] || said=$line # a stack trace may follow
-        [[ $line != time=*\ level=[DIW]* ]] || said='' # DEBUG, INFO, WARN: it goes on
-    done
-    printf '%.300s\n' "$said" >"$state.reason"
+end_left() { while pkill -KILL -s "${left%,}" -r D,R,S,T,t; do read -rt 1 <> <(:) || :; done; } # what outlives that
+ended_by_api() { # PID: whether the API has said so, by a pipe, as a disk may be full
+    local pid said=''
+    while read -rt 0.01 -u 8 pid; do said+=" $pid"; done
+    [[ " $said " == *" $1 "* ]]
 }
 
 keep_ollama() { # as long as the API lives
-    local pauses=(0.5 1 2 4 8 10) pause=0 deaths=() server reader born status reason
+    local pauses=(0.5 1 2 4 8 10) pause=0 deaths=() now server reader born status reason
     # Access lines of what the API asks every few seconds, which would fill the log
     local asked='^\[GIN\] .* \| 200 \| .* \| +(127\.0\.0\.1|::1) \| GET +"/api/(ps|version|tags)"$'
     while alive "$api"; do
-        exec 5> >(exec 9>&-; LC_ALL=C exec grep --line-buffered -aEv "$asked") 6> >(exec 9>&-; pass_messages)
-        reader=$!
-        LLM_API_TOKEN='' launch "$state" "$ollama" serve
-        server=$! born=$SECONDS status=0
+        exec 5> >(exec 8>&- 9>&-; LC_ALL=C exec grep --line-buffered -aEv "$asked") \
+            6> >(exec 5>&- 8>&- 9>&- "$python" -IS llm_service/messages.py "$state")
+        reader=$! status=0
+        keep_spare
+        launch "$state" env "${settings[@]}" "$ollama" serve 8>&-
+        now; server=$! born=$now
         exec 5>&1 6>&2
         # Asked each time, as `wait -n` does not see what ended earlier
         while alive "$api" && alive "$server"; do wait -n "$api" "$server" 2>/dev/null || true; done
         alive "$api" || return 0
         wait "$server" 2>/dev/null || status=$?
         end_sessions "$state" # runners outlive their server, and hold the GPU's memory
+        [[ -z $left ]] || { say "processes of Ollama do not end yet (sessions ${left%,})"; end_left 9>&- & }
         wait_for_end 1 "$reader"
         restarts=$((restarts + 1))
-        [[ $(cat "$state.ended" 2>/dev/null) != "$server" ]] || { say 'the API ended Ollama; starting it again'; continue; }
-        ((SECONDS - born < 60)) || pause=0
-        deaths=("$SECONDS" "${deaths[@]:0:4}")
+        ! ended_by_api "$server" || { say 'the API ended Ollama; starting it again'; continue; }
+        now; ((now - born < 6000)) || pause=0
+        deaths=("$now" "${deaths[@]:0:4}")
         reason="status $status: $(grep -s . "$state.reason" || echo 'no reason given')"
-        ((${#deaths[@]} < 5 || SECONDS - deaths[4] >= 60)) || die "Ollama ended five times in a minute, with $reason"
+        ((${#deaths[@]} < 5 || now - deaths[4] >= 6000)) || die "Ollama ended five times in a minute, with $reason"
         say "Ollama ended with $reason; starting it again in ${pauses[pause]} s"
         run sleep "${pauses[pause]}" || true
         pause=$((pause < 5 ? pause + 1 : 5))
@@ -139,7 +135,7 @@ fi
 
 port=${LLM_API_PORT:-11435}
 state=$cache/run/${port//[!0-9]/}.state lock=$cache/run/${port//[!0-9]/}.lock # app.py says if that is no port
-exec 5>&1 6>&2 9>>"$lock"
+exec 5>&1 6>&2 8<> <(:) 9>>"$lock"
 flock -n 9 || die "another start.sh runs the API on port $port: stop it, or set LLM_API_PORT"
 # What a killed launcher left; process numbers only count within one boot and one container
 boot="$(</proc/sys/kernel/random/boot_id) $(readlink /proc/self/ns/pid)"
@@ -147,12 +143,14 @@ if [[ $(<"$lock") == "$boot" ]]; then end_sessions "$state" "$state.api"; fi
 rm -f "$state"*
 echo "$boot" >"$lock"
 trap stop EXIT
-export LLM_STATE_FILE=$state
+export LLM_STATE_FILE=$state LLM_ENDED_FD=8
 MALLOC_ARENA_MAX=2 launch "$state.api" "$python" -m gunicorn app:app # else glibc keeps memory per thread
 api=$!
-if take_settings; then
+# app.py checks all settings; what gunicorn.conf.py writes of Ollama's is for `env`
+while [[ ! -e $state.env ]] && alive "$api"; do sleep 0.05; done
+if mapfile -t settings 2>/dev/null <"$state.env"; then # else the API has ended
     need_ollama
-    say "starting $ollama (context length $OLLAMA_CONTEXT_LENGTH, GPU layers ${LLAMA_ARG_N_GPU_LAYERS:-auto})"
+    say "starting $ollama"
     keep_ollama
 fi
 wait "$api" 2>/dev/null || status=$?

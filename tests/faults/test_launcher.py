@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ import psutil
 import pytest
 
 import app
-from helpers.answers import stats
+from helpers.answers import reset, stats
+from helpers.clock import clock_environment
 from helpers.places import CACHE, ROOT
 from helpers.ports import free_port
 from helpers.waiting import call, wait_for
@@ -80,6 +82,11 @@ def readers(service):
     ]
 
 
+def tell_launcher(service, pid):
+    """Write to its pipe, as the API does before it ends a server."""
+    Path(f"/proc/{api_pid(service)}/fd/8").write_text(f"{pid}\n")
+
+
 def gone(process):
     """Dead; not every init is quick to reap."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -100,7 +107,12 @@ def line_of(service, words, timeout=20):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("LLM_CONTEXT_LENGTH", "many"), ("LLM_API_PORT", "../../x"), ("OLLAMA_HOST", "http://[bad")],
+    [
+        ("LLM_CONTEXT_LENGTH", "many"),
+        ("LLM_API_PORT", "../../x"),
+        ("OLLAMA_HOST", "http://[bad"),
+        ("LLAMA_ARG_N_GPU_LAYERS", "abc"),
+    ],
 )
 def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value):
     assert_one_line(run_start(**{name: value}), f"{name} is {value!r}; it takes ")
@@ -122,6 +134,14 @@ def reloaded(monkeypatch):
         ("LLM_GPU_LAYERS", ["-2", "most", "1.5", "ALL"], ["0", "33", "auto", "all", "-1"]),
         ("LLM_STUCK_SECONDS", ["0", "soon"], ["120"]),
         ("LLM_SELF_HEAL", ["perhaps", "1"], ["on", "off"]),
+        ("LLM_PRELOAD", ["true", "ON"], ["on", "off"]),
+        ("LLM_LONG_ANSWER_S", ["0", "1h", "-5"], ["1", "7200"]),
+        ("LLAMA_ARG_N_GPU_LAYERS", ["abc", "-2", "3x"], ["0", "33", "-1", "all", "auto"]),
+        ("LLAMA_ARG_FIT", ["abc", "yes"], ["on", "off", "1", "0", "true", "disabled"]),
+        ("LLAMA_ARG_FIT_TARGET", ["abc", "1024,", "1 GiB"], ["1024", "512,1024"]),
+        ("LLAMA_ARG_FLASH_ATTN", ["abc"], ["auto", "on", "off"]),
+        ("LLAMA_ARG_THREADS", ["abc", "1.5", "two"], ["4", "-1"]),
+        ("LLAMA_ARG_FIT_CTX", ["abc"], ["4096"]),
         ("LLM_API_HOST", ["a b", "http://x"], ["0.0.0.0", "::1", "box.lan"]),
         ("LLM_API_PORT", ["0", "65536", "http", "99999"], ["1", "65535"]),
         ("LLM_MAX_PULLS", ["0", "many"], ["4"]),
@@ -458,23 +478,114 @@ def test_what_is_recorded_is_bounded(stand_in):
     folder = service.state_file.parent
     for _ in range(14):  # ended on purpose, else it would give up
         pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
-        folder.joinpath(f"{service.state_file.name}.ended").write_text(f"{pid}\n")
+        tell_launcher(service, pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda pid=pid: service.ollama_pid() != pid, 20, "the next one")
     assert len(service.state_lines()) == 10
-    assert sum(file.stat().st_size for file in folder.glob(f"{service.port}.*")) < 2000
+    files = [file for file in folder.glob(f"{service.port}.*") if file.suffix != ".spare"]
+    assert sum(file.stat().st_size for file in files) < 2000
 
 
 def test_an_end_on_purpose_is_no_death_and_has_no_pause(stand_in):
     service = stand_in("exec sleep 60")
-    for _ in range(7):
+    for _ in range(7):  # five deaths in a minute would end the service
         pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
-        service.state_file.with_name(f"{service.state_file.name}.ended").write_text(f"{pid}\n")
+        tell_launcher(service, pid)
         os.kill(pid, signal.SIGTERM)
         wait_for(lambda pid=pid: service.ollama_pid() != pid, 5, "the next one")
     assert service.log().count("the API ended Ollama; starting it again") == 7
     assert "again in" not in service.log()
+    os.kill(service.ollama_pid(), signal.SIGKILL)
+    line_of(service, "Ollama ended with status 137: no reason given; starting it again in 0.5 s")
+
+
+# The clock
+
+
+def test_a_clock_that_leaps_ahead_hides_no_death(stand_in, tmp_path):
+    service = stand_in("exit 3", **clock_environment(tmp_path, 1000))
+    assert service.process.wait(40) == 1
+    assert "Ollama ended five times in a minute" in service.log()
+
+
+def test_it_ends_within_10_s_though_the_clock_runs_backwards(stand_in, tmp_path):
+    service = stand_in("exec sleep 60", **clock_environment(tmp_path, -1))
+    wait_for(lambda: service.get("/livez").ok and service.state_lines(), 20, "the start")
+    for pid in api_pid(service), service.worker_pid():
+        os.kill(pid, signal.SIGSTOP)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(15) == 0
+    assert not service.processes()
+
+
+# A full disk, and what does not end
+
+
+def test_a_full_disk_hides_no_ollama_from_the_api(make_service, small_disk, tmp_path):
+    models = tmp_path / "models"
+    service = make_service(wait=False, XDG_CACHE_HOME=str(small_disk), OLLAMA_MODELS=models)
+    service.state_file = small_disk / "llm-service" / "run" / service.state_file.name
+    service.wait_healthy(30)
+    with open(small_disk / "filled", "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    with open(small_disk / "filled", "ab", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"0")
+    server = service.ollama_pid()
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: service.ollama_pid() != server, 15, "the record of the next Ollama")
+    service.wait_healthy(20)
+    reset(service, restart=True)
+    line_of(service, "the API ended Ollama; starting it again")
+    service.wait_healthy(20)
+    assert service.get("/api/stats").json()["ollama"]["pid"] == service.ollama_pid()
+
+
+def test_what_outlives_its_ollama_is_ended_as_soon_as_that_can_be(stand_in, tmp_path):
+    file, marker = tmp_path / "orphan", tmp_path / "ends"
+    program = tmp_path / "pkill"  # whose signal ends nothing before the marker is there
+    program.write_text(
+        f'#!/bin/sh\n[ -e {marker} ] || {{ shift; exec pgrep "$@" >/dev/null; }}\n'
+        f'exec {shutil.which("pkill")} "$@"\n'
+    )
+    program.chmod(0o755)
+    service = stand_in(f"[[ -e {file} ]] || {{ sleep 300 & echo $! >{file}; }}; exec sleep 60")
+    orphan = psutil.Process(int(wait_for(lambda: file.exists() and file.read_text(), 20, "it")))
+    server = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "its record")
+    os.kill(server, signal.SIGKILL)
+    line_of(service, f"processes of Ollama do not end yet (sessions {server})")
+    wait_for(lambda: service.ollama_pid() != server, 15, "the next Ollama")
+    assert not gone(orphan)
+    marker.touch()
+    wait_for(lambda: gone(orphan), 10, "its end")
+    assert not gone(psutil.Process(service.ollama_pid()))
+
+
+# What blinds the watch
+
+
+def test_what_would_blind_the_watch_does_not_reach_a_runner(make_service, gguf):
+    service = make_service(
+        models={"gemma": gguf},
+        LLAMA_API_KEY="secret",
+        LLAMA_ARG_ENDPOINT_SLOTS="0",
+        LLAMA_ARG_API_PREFIX="/hidden",
+        LLAMA_ARG_FIT="",
+        LLAMA_ARG_FIT_TARGET="",
+        LLAMA_ARG_N_GPU_LAYERS="",
+    )
+    service.generate("gemma")
+
+    def watched():
+        (runner,) = service.get("/api/stats").json()["runners"] or [None]
+        return runner and runner["state"] == "busy" and runner["tokens"]
+
+    wait_for(watched, 20, "a busy runner whose tokens are counted")
+    kept = [line for line in service.log().splitlines() if "kept from Ollama" in line]
+    assert len(kept) == 1 and "secret" not in service.log()
+    assert "LLAMA_API_KEY, LLAMA_ARG_API_PREFIX, LLAMA_ARG_ENDPOINT_SLOTS" in kept[0]
 
 
 # What it may end

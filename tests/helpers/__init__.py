@@ -2,6 +2,7 @@
 
 answers         assertions on answers: the one error shape, clear, reset, health, stats
 browser         a headless Chromium
+clock           a wall clock that runs as a test wants
 causes          hung, dead and busy Ollamas and runners, made on purpose
 fake_ollama     an Ollama that answers whatever a test wants
 faults          what a registry does at one step of a pull, instead of its work

@@ -31,6 +31,8 @@ FLOORS = {
     "llm_service.processes": 1,
     "llm_service.sockets": 1,
     "llm_service.sharing": 1,
+    "llm_service.environment": 1,
+    "llm_service.messages": 0,
     "ollama_client": 0,
     "llm_service.errors": -1,
     "gpu": 0,
