@@ -50,6 +50,9 @@ VERSION = "1.1.0"
 _HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])"
 _ORIGIN = rf"[a-z][a-z0-9+.-]*://{_HOST}(:[0-9]+)?"
 _NUMBER = "[1-9][0-9]{0,8}"
+KUBERNETES_LINK = (
+    "Kubernetes has set it for a Service of this name: set enableServiceLinks: false in the pod"
+)
 _PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 
 
@@ -63,6 +66,8 @@ def setting(name: str, default: str, pattern: str, takes: str) -> str:
     value = (of_ollama(name) if name.startswith("OLLAMA_") else os.environ.get(name)) or default
     if not re.fullmatch(pattern, value):
         shown = "(not shown)" if name == "LLM_API_TOKEN" else ascii(value)
+        if value.startswith("tcp://"):
+            takes += f". {KUBERNETES_LINK}"
         sys.exit(f"llm-service: {name} is {shown}; it takes {takes}")
     return value
 

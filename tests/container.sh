@@ -104,7 +104,8 @@ for url in "http://llm-service:11434/api/version", "http://llm-service:11435/hea
 takes_settings_from_env() {
     local setting unknown=() api=http://127.0.0.1:11436
     local for_ollama=(OLLAMA_KEEP_ALIVE=7m OLLAMA_GPU_OVERHEAD=123456 OLLAMA_SCHED_SPREAD=1 CUDA_VISIBLE_DEVICES=0
-        HTTPS_PROXY=http://proxy.internal:3128 NO_PROXY=registry.internal LLM_STUCK_SECONDS=77 LLM_SELF_HEAL=off)
+        HTTPS_PROXY=http://proxy.internal:3128 NO_PROXY=registry.internal SSL_CERT_DIR=/root/.ollama/certs
+        LLM_STUCK_SECONDS=77 LLM_SELF_HEAL=off)
     printf '%s\n' LLM_MODEL=qwen3:4b LLM_CONTEXT_LENGTH=2048 LLM_GPU_LAYERS=-1 LLM_MEMORY_LIMIT=3g LLM_BIND=0.0.0.0 \
         LLM_API_TOKEN=secret LLM_API_PORT=11436 "${for_ollama[@]}" >"$work/.env"
     anew

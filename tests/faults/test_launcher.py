@@ -118,6 +118,12 @@ def test_a_setting_that_makes_no_sense_stops_the_start_with_one_line(name, value
     assert_one_line(run_start(**{name: value}), f"{name} is {value!r}; it takes ")
 
 
+def test_a_port_that_kubernetes_sets_for_a_service_is_named_with_its_cause():
+    ended = run_start(LLM_API_PORT="tcp://10.96.0.7:11435")
+    assert_one_line(ended, "LLM_API_PORT is 'tcp://10.96.0.7:11435'; it takes a port")
+    assert "enableServiceLinks: false" in ended.stderr
+
+
 @pytest.fixture
 def reloaded(monkeypatch):
     """Change the environment and reload app.py; afterwards both are as before."""

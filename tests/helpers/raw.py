@@ -5,6 +5,8 @@ import selectors
 import socket
 import time
 
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 
 def dial(service):
     return socket.create_connection(("127.0.0.1", service.port), 20)
@@ -20,8 +22,11 @@ def read_all(sock):
 
 
 def split(data):
-    """Return an answer's (status, headers, body), its chunks put together."""
-    head, _, body = data.partition(b"\r\n\r\n")
+    """Return an answer's (status, headers, body), its chunks put together.
+
+    An interim answer before it is skipped, as HTTP/1.1 wants of every client.
+    """
+    head, _, body = data.removeprefix(INTERIM).partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.title(): value for name, value in (line.split(": ", 1) for line in lines)}
     if headers.get("Transfer-Encoding") == "chunked":

@@ -283,6 +283,8 @@ def test_the_kubernetes_objects_fit_together_and_the_image():
         (port,) = service["spec"]["ports"]
         assert ports[port["targetPort"]] == port["port"]
     assert nodes["spec"]["serviceName"] in [one["metadata"]["name"] for one in services]
+    # Else a Service named llm-api would set LLM_API_PORT, to what is no port.
+    assert pod["spec"]["enableServiceLinks"] is False
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
     assert container["readinessProbe"]["httpGet"]["path"] == "/health"
     claims = [claim["metadata"]["name"] for claim in nodes["spec"]["volumeClaimTemplates"]]

@@ -347,6 +347,25 @@ def test_an_error_line_of_a_pull_has_a_code_and_an_advice(fake, ollama, message,
         list(ollama.pull("m"))
 
 
+def test_a_load_and_a_pull_take_as_long_as_ollama_lets_them(fake, ollama, monkeypatch):
+    """A caller who gave up would abort them; Ollama's own limit is OLLAMA_LOAD_TIMEOUT."""
+    answer_all(fake, http("{}"))
+    limits = []
+    send = ollama._session.send
+
+    def note(request, timeout, **options):
+        limits.append(timeout)
+        return send(request, timeout=timeout, **options)
+
+    monkeypatch.setattr(ollama._session, "send", note)
+    ollama.load("m")
+    with contextlib.suppress(ServiceError):
+        list(ollama.pull("m"))
+    assert [read_s for _, read_s in limits] == [None, None]
+    ollama.version()
+    assert limits[-1][1] is not None
+
+
 @pytest.mark.parametrize("port", [None, "abc", "99999999"])
 def test_a_runner_without_a_proper_port_is_as_one_where_nothing_listens(port):
     ollama = Ollama("http://127.0.0.1:1")
