@@ -221,6 +221,8 @@ STATUS = {
     "disk_full": 507,
 }
 
+CALLERS_FAULTS = (400, 401, 403, 415)
+
 # The "status" beside an error, for those whose callers look at it.
 STATUS_WORDS = {
     "/health": "unhealthy",
@@ -253,7 +255,7 @@ def error_answer(
 @app.errorhandler(ServiceError)
 def answer_service_error(error):
     status = STATUS.get(error.code, 502)
-    if request.path == "/health":
+    if request.path == "/health" and status not in CALLERS_FAULTS:
         status = 503  # also for a code that is another status elsewhere
     elif status > 500:
         log.warning("%s %r: %s: %s", request.method, request.path, error.code, error)
@@ -306,12 +308,14 @@ def check_site():
             "This host name is not answered for: add it to LLM_ALLOWED_HOSTS.",
         )
     origin = request.headers.get("Origin")
+    site = request.headers.get("Sec-Fetch-Site")
     if origin is not None and not origin_allowed(origin):
-        raise ServiceError(
-            "origin_not_allowed",
-            "Calls from this origin are refused: add it to LLM_ALLOWED_ORIGINS.",
-        )
-    if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site":
+        advice = "add it to LLM_ALLOWED_ORIGINS"
+        if site == "same-origin":
+            advice = f"the proxy must pass the browser's Host on as it is; or {advice}"
+        message = f"Calls from this origin are refused: {advice}."
+        raise ServiceError("origin_not_allowed", message)
+    if origin is None and site == "cross-site":
         raise ServiceError(
             "cross_site",
             "Calls from another site are refused: add its origin to LLM_ALLOWED_ORIGINS.",
@@ -394,9 +398,26 @@ def host_allowed(host: str) -> bool:
 
 
 def origin_allowed(origin: str) -> bool:
-    """Tell whether an origin is the service's own or an allowed one."""
-    own = f"{request.scheme}://{request.host}".lower()
-    return origin.lower() in {own, *ALLOWED_ORIGINS}
+    """Tell whether an origin is the service's own or an allowed one.
+
+    The own one is that of Host. Another scheme, as where a proxy ends TLS, wants the word of the
+    browser; no header of a proxy is believed.
+    """
+    origin = short_origin(origin)
+    scheme = request.scheme
+    if request.headers.get("Sec-Fetch-Site") == "same-origin":
+        scheme = origin.partition("://")[0]
+    own = short_origin(f"{scheme}://{request.host}")
+    return origin in {own, *map(short_origin, ALLOWED_ORIGINS)}
+
+
+def short_origin(origin: str) -> str:
+    """Return an origin in lower case and without its scheme's default port."""
+    scheme, separator, host = origin.lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    if port:
+        host = host.removesuffix(port)
+    return f"{scheme}{separator}{host}"
 
 
 # ---------------------------------------------------------------------------------------
@@ -406,12 +427,13 @@ def origin_allowed(origin: str) -> bool:
 FLAG_WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def arguments(model: bool, **defaults: bool | int) -> types.SimpleNamespace:
+def arguments(model: bool, any_body: bool = False, **defaults: bool | int) -> types.SimpleNamespace:
     """Parse the body and the query to ``model`` (checked), and flags and numbers by defaults.
 
-    ``model`` true means that it must be there.
+    ``model`` true means that it must be there; ``any_body`` that JSON which is no object is as
+    good as none, as programs send a number or a list where nobody has asked for a body.
     """
-    given: Json = {**request.args, **body_object()}
+    given: Json = {**request.args, **body_object(any_body)}
     name, other = given.get("model"), given.get("name")
     if None not in (name, other) and name != other:
         raise ServiceError("bad_model_name", '"model" and "name" differ: send one of them.')
@@ -454,16 +476,18 @@ def read_number(name: str, value: typing.Any) -> float:
     raise ServiceError("bad_field", f'"{name}" must be a number from 0.')
 
 
-def body_object() -> Json:
-    """Return the body's JSON object; {} where there is no body."""
+def body_object(any_body: bool = False) -> Json:
+    """Return the body's JSON object; {} where there is no body, or any that is no object."""
     data = body_bytes()
     try:
         given = json.loads(data) if data.strip() else {}
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
+    except (ValueError, RecursionError) as e:
+        raise bad_json() from e
+    if isinstance(given, dict):
+        return given
+    if not any_body:
         raise bad_json()
-    return given
+    return {}
 
 
 def body_bytes() -> bytes:
@@ -647,7 +671,7 @@ def recommendations():
 @app.post("/api/cache/clear")
 def cache_clear():
     """Get the memory of the loaded models back."""
-    asked = arguments(model=False, force=True)
+    asked = arguments(model=False, any_body=True, force=True)
     report = healing.clear(asked.model, asked.force)
     history.mark("cleared", model=asked.model, freed_mb=report["memory"]["freed_mb"])
     return report
@@ -656,7 +680,7 @@ def cache_clear():
 @app.post("/api/session/reset")
 def session_reset():
     """Clear, restart Ollama where it needs it, and load the model that is due."""
-    asked = arguments(model=False, restart=False)
+    asked = arguments(model=False, any_body=True, restart=False)
     report = healing.reset(asked.model, asked.restart)
     history.mark("reset", model=report["model"], freed_mb=report["memory"]["freed_mb"])
     return report

@@ -168,11 +168,14 @@ app.wsgi_app = tell_keep_alive(app.wsgi_app)  # type: ignore[method-assign]
 class ServiceLogger(Logger):
     """gunicorn's logger with one line a request, but none for what is asked all the time."""
 
-    QUIET_PATHS = ("/health", "/livez", "/metrics")
+    QUIET_PATHS = (
+        *("/health", "/livez", "/metrics"),
+        *("/api/stats", "/api/models", "/api/models/pull", "/api/history"),  # the page's
+    )
 
     def access(self, resp, req, environ, request_time):
         told = self.atoms(resp, req, environ, request_time)
-        if told["U"] in self.QUIET_PATHS and told["s"] == "200":
+        if (told["m"], told["s"]) == ("GET", "200") and told["U"] in self.QUIET_PATHS:
             return
         told["uri"] = ascii(environ["RAW_URI"])[1:-1]
         log.info("%(h)s %(m)s %(uri)s %(s)s %(B)d bytes %(M)d ms", told)

@@ -135,7 +135,8 @@ def service(ollama_binary, gguf):
             LLM_MODEL=GEMMA,
             LLM_CONTEXT_LENGTH=4096,
             LLM_ALLOWED_HOSTS="llm.example.com, Other.Example.org",
-            LLM_ALLOWED_ORIGINS="http://dashboard.example.com:8080,https://Secure.example.com",
+            LLM_ALLOWED_ORIGINS="http://dashboard.example.com:8080,https://Secure.example.com,"
+            "https://plain.example.com:443,http://named",
         )
 
 

@@ -201,6 +201,74 @@ def test_a_page_is_its_own_origin_by_each_name_of_the_service(service, host):
     error(service.get("/api/info", headers=other), 403)
 
 
+SAME = {"Sec-Fetch-Site": "same-origin"}
+
+
+@pytest.mark.parametrize(
+    "host, origin",
+    [
+        ("gpu1.lan", "https://gpu1.lan"),
+        ("gpu1.lan:443", "https://gpu1.lan"),
+        ("gpu1.lan", "https://gpu1.lan:443"),
+        ("GPU1.lan:8443", "https://gpu1.LAN:8443"),
+        ("[::1]:8443", "https://[::1]:8443"),
+        ("llm.example.com", "https://llm.example.com"),
+        ("gpu1.lan:80", "http://gpu1.lan"),
+    ],
+)
+def test_the_own_page_works_behind_a_proxy_that_ends_tls(service, host, origin):
+    answer = service.post(CLEAR, headers={"Host": host, "Origin": origin, **SAME})
+    assert answer.status_code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == origin
+
+
+@pytest.mark.parametrize(
+    "host, origin",
+    [
+        ("gpu1.lan", "https://evil.example"),
+        ("gpu1.lan", "https://gpu1.lan.evil.example"),
+        ("gpu1.lan", "https://evil.example/gpu1.lan"),
+        ("gpu1.lan", "https://gpu1.lan@evil.example"),
+        ("gpu1.lan", "https://gpu1.lan:8443"),
+        ("gpu1.lan:443", "http://gpu1.lan"),
+        ("gpu1.lan", "gpu1.lan"),
+        ("gpu1.lan", "https:gpu1.lan"),
+        ("127.0.0.1:11435", "https://gpu1.lan"),
+        ("gpu1.lan", "null"),
+    ],
+)
+def test_a_browsers_word_counts_for_equal_names_alone(service, host, origin):
+    headers = {"Host": host, "Origin": origin, **SAME}
+    told = error(service.post(CLEAR, headers=headers), 403, "origin_not_allowed")["error"]
+    assert "Host" in told and "LLM_ALLOWED_ORIGINS" in told
+
+
+@pytest.mark.parametrize("site", [None, "same-site", "cross-site", "none", "Same-Origin, none"])
+def test_another_scheme_wants_the_browsers_word(service, site):
+    headers = {"Host": "gpu1.lan", "Origin": "https://gpu1.lan"}
+    headers |= {"Sec-Fetch-Site": site} if site else {}
+    error(service.post(CLEAR, headers=headers), 403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-Proto", "X-Forwarded-Host"])
+def test_nothing_is_believed_of_what_a_proxy_is_said_to_forward(service, name):
+    said = {"Forwarded": "host=evil.example;proto=https"}.get(name, "https")
+    said = "evil.example" if name == "X-Forwarded-Host" else said
+    for origin in ("https://evil.example", "https://gpu1.lan"):
+        headers = {"Host": "gpu1.lan", "Origin": origin, name: said}
+        error(service.post(CLEAR, headers=headers), 403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://secure.example.com:443", "https://plain.example.com", "http://named:80"]
+)
+def test_an_allowed_origin_is_the_same_with_its_default_port(service, origin):
+    assert_readable(service, origin, "GET", "/api/models", 200)
+    for other in (origin.replace("s://", "s://x"), origin + "0", origin + ":444"):
+        if other != origin:
+            assert_origin_refused(service, "GET", "/api/models", other)
+
+
 @pytest.mark.parametrize("site", ["same-origin", "same-site", "none"])
 def test_a_browsers_call_from_its_own_site_is_taken(service, site):
     assert service.get("/api/models", headers={"Sec-Fetch-Site": site}).status_code == 200

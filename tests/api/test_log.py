@@ -29,11 +29,27 @@ def test_a_request_has_one_line_with_its_duration(guarded, method, path, status)
     assert call(method, guarded.url + path, headers=bearer, json=secret).status_code == status
     # Its line comes after its answer, and a second one would come before a later request's.
     wait_for(lambda: request_lines(guarded, start, path), 5, "its line")
-    guarded.get("/api/stats?after")
-    wait_for(lambda: request_lines(guarded, start, "/api/stats?after"), 5, "the line after")
+    guarded.get("/api/models/loaded?after")
+    wait_for(lambda: request_lines(guarded, start, "/api/models/loaded?after"), 5, "the line after")
     (line,) = request_lines(guarded, start, path)
     assert re.search(rf"{method} {path}\b.* {status} .*\b\d+ ms", line)
     assert not re.search(f"{TOKEN}|in-the-body", guarded.log())
+
+
+POLLED = ["/health", "/api/stats", "/api/models", "/api/models/pull", "/api/history?since=0"]
+
+
+def test_what_the_page_polls_leaves_no_line_unless_it_fails(service):
+    start = len(service.log())
+    for path in POLLED:
+        assert service.get(path).status_code == 200
+        assert service.get(path, headers={"Host": "evil.example"}).status_code == 403
+    service.post("/api/models/pull", data="{")
+    service.get("/api/info?last")
+    wait_for(lambda: "GET /api/info?last" in service.log()[start:], 5, "the last line")
+    seen = re.findall(r"INFO \S+ ([A-Z]+ \S+ \d+) ", service.log()[start:])
+    refused = [f"GET {path} 403" for path in POLLED]
+    assert seen == [*refused, "POST /api/models/pull 400", "GET /api/info?last 200"]
 
 
 def test_a_guessed_token_reaches_no_log_line(guarded):
