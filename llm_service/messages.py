@@ -15,6 +15,7 @@ READ_BYTES = 1 << 16  # and no longer than until a pipe is full
 KEPT_BYTES = 1 << 16  # in each of the two files, the older of which goes
 REASON_BYTES = 1 << 18  # a stack trace stands behind its reason
 REASON_CHARACTERS = 300
+ADDRESS_ENDS = b" \t\r\n\"'\\"
 FATAL = (b"Error: ", b"panic: ", b"fatal error: ")  # a stack trace may follow
 
 
@@ -44,6 +45,20 @@ def write_all(number: int, data: bytes) -> None:
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(number, data) :]
+
+
+def without_queries(printed: bytes) -> bytes:
+    """Leave out of addresses who asks and what stands behind the path, such as a signature."""
+    first, *rest = printed.split(b"://")
+    pieces = [first]
+    for piece in rest:
+        places = (n for n, byte in enumerate(piece) if byte in ADDRESS_ENDS)
+        end = next(places, len(piece))
+        address = piece[:end].partition(b"?")[0].partition(b"#")[0]
+        host, slash, path = address.partition(b"/")
+        host = host.rpartition(b"@")[2]
+        pieces.append(host + slash + path + piece[end:])
+    return b"://".join(pieces)
 
 
 class Kept:
@@ -77,12 +92,14 @@ def pass_on(state_file: str) -> None:
     kept = Kept(state_file)
     printed = bytearray()
     while data := os.read(0, READ_BYTES):
+        is_full = len(data) == READ_BYTES
+        data = without_queries(data)
         write_all(2, data)
         kept.add(data)
         printed += data
         if len(printed) > 2 * REASON_BYTES:
             del printed[:-REASON_BYTES]
-        if len(data) < READ_BYTES:
+        if not is_full:
             time.sleep(GATHER_S)
     said = reason(bytes(printed)).decode(errors="replace")[:REASON_CHARACTERS]
     with contextlib.suppress(OSError), open(f"{state_file}.reason", "w") as file:

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.places import ROOT
 from helpers.waiting import wait_for
-from llm_service.messages import KEPT_BYTES, last_lines
+from llm_service.messages import KEPT_BYTES, last_lines, without_queries
 
 TRACE = b"goroutine 1 [running]:\n" + b"\tmain.go:1 +0x1\n" * 12_000
 
@@ -122,3 +122,18 @@ def test_a_folder_that_is_gone_does_not_stop_it(tmp_path):
     reader = Reader(tmp_path / "gone")
     printed = numbered(10_000)
     assert reader.end(printed) == printed
+
+
+@pytest.mark.parametrize(
+    "printed, shown",
+    [
+        (b'err="Get \\"https://cdn/x?sig=5ec\\": EOF"\n', b'err="Get \\"https://cdn/x\\": EOF"\n'),
+        (b"http://me:secret@proxy:3128/#a b://c?d", b"http://proxy:3128/ b://c"),
+        (b"https://a/b?c https://d?e\nf?g", b"https://a/b https://d\nf?g"),
+        (b'[GIN] | POST "/api/pull?x=1"\n', b'[GIN] | POST "/api/pull?x=1"\n'),
+        (b"://?", b"://"),
+        (b"", b""),
+    ],
+)
+def test_an_address_is_printed_without_its_query_and_its_user(printed, shown):
+    assert without_queries(printed) == shown
