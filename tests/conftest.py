@@ -36,7 +36,13 @@ from helpers.service import Service
 
 # The longest folders first: the processes then end at about the same time.
 ORDER = ["slow", "faults", "api", "unit"]
-LONGEST = ["test_soak.py", "test_page.py", "test_watch.py", "test_launcher.py"]
+LONGEST = [
+    "test_soak.py",
+    "test_page.py",
+    "test_watch.py",
+    "test_launcher.py",
+    "test_pull_errors.py",
+]
 
 
 def pytest_configure(config):

@@ -611,6 +611,35 @@ def test_a_missing_record_is_no_end_either(plain, registry, n, content):
     assert_pulled(plain, registry, name)
 
 
+def test_a_layer_that_came_damaged_before_a_pull_broke_off_is_found_by_the_next(plain, registry):
+    """Ollama would take it for checked: it was there as the next pull began."""
+    name = registry.add_random("ns/resumed:latest", 0.4)
+    first, second, *_ = registry.layers(name)
+    registry.corrupt.add(first["digest"])
+    registry.faults["head"] = fail_for(second["digest"])
+    _, last, _ = pull(plain, name)
+    assert last["code"] == "registry_denied", last
+    assert blob_path(plain.models, first["digest"]).exists()
+    registry.corrupt.clear()
+    registry.faults.clear()
+    listener = Listener(plain, name)
+    assert listener.end()["status"] == "success", listener.lines[-1]
+    assert any(line["status"].startswith("removed 1 damaged") for line in listener.lines)
+    assert_content(plain, registry, name)
+
+
+def fail_for(digest):
+    """Refuse one layer alone."""
+
+    def act(handler):
+        if digest in handler.path:
+            answer(403)(handler)
+        else:
+            handler.blob(handler.registry.blobs[handler.path.rpartition("/")[2]], body=False)
+
+    return act
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_model_that_a_power_cut_has_damaged_is_whole_after_a_pull_that_verifies(
     hasty, registry, seed
