@@ -1,5 +1,6 @@
 """Answers about the models on the disk and in memory."""
 
+import collections
 import datetime
 import json
 import logging
@@ -7,10 +8,11 @@ import os
 import typing
 
 from llm_service.downloads import Downloads
-from llm_service.files import bytes_freed
+from llm_service.files import bytes_freed, seen_files
 from llm_service.healing import CLEAR_S, Healing
 from llm_service.processes import MB
 from llm_service.sharing import SharedRun, began_since
+from llm_service.store import Store
 from llm_service.watch import Watch
 from ollama_client import Json, ServiceError, name_key, timestamp
 
@@ -25,6 +27,7 @@ class Models:
         self._watch, self._healing, self._downloads = watch, healing, downloads
         self._store = watch.store
         self._listing = SharedRun(began_since)
+        self._own: tuple[tuple | None, dict[str, int]] = (None, {})  # with the store's signature
 
     def list(self) -> str:
         """Return the answer of ``GET /api/models``, as JSON text."""
@@ -77,14 +80,42 @@ class Models:
         loaded = self._watch.server_state.loaded_now()
         by_name = {model["name"]: model for model in loaded}
         by_digest = {model.get("digest"): model for model in loaded}
+        own = self._own_bytes()
         listed = []
         for model in self._watch.server_state.tags(LIST_S):
             match = by_name.get(model["name"])
             if not match:  # a copy: Ollama has loaded it under the other name
                 match = by_digest.get(model.get("digest"), {})
-            listed.append(model_entry(model, match))
+            entry = model_entry(model, match)
+            entry["frees_bytes"] = own.get(name_key(model["name"]))
+            listed.append(entry)
         answer = {"models": listed, "count": len(listed)}
         return json.dumps(answer, separators=(",", ":")) + "\n"
+
+    def _own_bytes(self) -> dict[str, int]:
+        """Map each model's key to what a delete would free."""
+        signature = self._store.signature()
+        known, own = self._own
+        if signature is None or signature != known:
+            own = own_bytes(self._store)
+            self._own = signature, own
+        return own
+
+
+def own_bytes(store: Store) -> dict[str, int]:
+    """Map each model's key to the bytes of the files that no other model names."""
+    models = store.models()
+    users: collections.Counter[str] = collections.Counter()
+    for digests in models.values():
+        users.update(set(digests))
+    own = {}
+    for key, digests in models.items():
+        paths = []
+        for digest in set(digests):
+            if users[digest] == 1:
+                paths.append(str(store.blob(digest)))
+        own[key] = bytes_freed(seen_files(paths))
+    return own
 
 
 def model_entry(model: Json, loaded: Json) -> Json:

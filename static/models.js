@@ -7,6 +7,7 @@ import { latest } from "./known.js";
 import { action, say, sayError } from "./messages.js";
 import { startPull } from "./pulls.js";
 import { tryModel } from "./try.js";
+import { errorWords } from "./words.js";
 
 const MANY = 10; // from so many models on there is a filter
 const RANKS = { stuck: 0, silent: 0, ghost: 0, orphan: 0 };
@@ -25,7 +26,7 @@ const LOAD_S = 15;
 const CLEAR_S = 10;
 const DELETE_S = 30;
 
-let updates = new Map(); // what the registries said of each model
+const updates = new Map(); // what the registries said of each model
 
 const lower = (name) => name?.toLowerCase();
 
@@ -110,7 +111,7 @@ function showButtons(model, { load, unload, update }) {
   }
   show(unload, there);
   show(load, !there && !model.loaded);
-  const { state, download_bytes: bytes } = updates.get(model.name) ?? {};
+  const { state, download_bytes: bytes } = updates.get(lower(model.name)) ?? {};
   write(update, state === "newer" ? `Update, fetches ${size(bytes)}` : "Update");
 }
 
@@ -169,13 +170,13 @@ function memoryFacts({ size_loaded: all, size_vram: vram, expires_at: expires },
 }
 
 function showUpdate({ name }, node) {
-  const { state, reason, download_bytes: bytes } = updates.get(name) ?? {};
+  const told = updates.get(lower(name)) ?? {};
   const words = {
     current: "is the registry's newest",
-    newer: `the registry has a newer one: ${size(bytes)} to fetch`,
-    unknown: `whether there is a newer one is not known: ${reason}`,
+    newer: `the registry has a newer one: ${size(told.download_bytes)} to fetch`,
+    unknown: `whether there is a newer one is not known: ${reasonOf(told)}`,
   };
-  write(node, words[state] ?? "", state === "newer" ? "update work" : "update figures");
+  write(node, words[told.state] ?? "", told.state === "newer" ? "update work" : "update figures");
 }
 
 // What the buttons do
@@ -225,10 +226,12 @@ async function checkFiles(model) {
   tellCheck(model, last.models[0]);
 }
 
-function tellCheck(model, { ok, damaged, missing }) {
-  if (ok) return say(`The files of ${model} are whole.`);
-  const parts = [damaged.length && `${count(damaged.length, "file")} damaged`];
-  parts.push(missing.length && `${count(missing.length, "file")} missing`);
+function tellCheck(model, found) {
+  if (found.ok) return say(`The files of ${model} are whole.`);
+  const parts = ["damaged", "missing", "unreadable"].map((state) => {
+    const files = found[state] ?? [];
+    return files.length && `${count(files.length, "file")} ${state}`;
+  });
   const repair = action("Repair", model, () => repairModel(model));
   say(`${model}: ${parts.filter(Boolean).join(", ")}.`, "bad", repair);
 }
@@ -240,34 +243,34 @@ async function repairModel(model) {
 
 // Asks the registry first, and never replaces what was made here without a warning.
 async function updateModel(model) {
-  const known = await askRegistries(model);
-  if (known?.state === "current") return say(`${model} is the registry's newest.`);
-  const entry = latest("models").models.find(({ name }) => name === model);
-  const bytes = known?.state === "newer" ? size(known.download_bytes) : null;
-  let [question, verb] = [`Download the newer version of ${model}?`, `Update, fetches ${bytes}`];
-  if (entry?.made_here || known?.made_here) {
-    question = `${model} was made on this machine. An update replaces it by the registry's model of that name.`;
-    verb = bytes ? `Replace it, fetches ${bytes}` : "Replace it";
-  } else if (!bytes) {
-    return say(
-      `${model} was not updated: ${known?.reason ?? "the registry does not tell"}.`,
-      "warn",
-    );
-  }
-  if (!(await ask(question, verb, Boolean(entry?.made_here || known?.made_here)))) return;
+  const told = await askRegistries(model);
+  if (!told) return;
+  const { state, made_here: own, download_bytes: bytes } = told;
+  if (state === "current") return say(`${model} is the registry's newest.`);
+  if (bytes == null) return say(`${model} was not updated: ${reasonOf(told)}`, "warn");
+  const warning = `${model} was made on this machine. An update replaces it by the registry's model of that name.`;
+  const question = own ? warning : `Download the newer version of ${model}?`;
+  const verb = own ? "Replace it" : "Update";
+  if (!(await ask(question, `${verb}, fetches ${size(bytes)}`, own))) return;
   await startPull(model);
-  updates.delete(model);
+  updates.delete(lower(model));
 }
 
+const reasonOf = ({ code, reason }) => errorWords({ code, error: reason });
+
+// Asks about one model or all; returns what is told of the one.
 async function askRegistries(model) {
-  say("The registries are being asked …", "work");
-  const answer = await call("GET", "api/models/updates", null, UPDATES_S);
+  say("The registry is being asked …", "work");
+  const query = model ? `?model=${encodeURIComponent(model)}` : "";
+  const answer = await call("GET", `api/models/updates${query}`, null, UPDATES_S);
   if (!answer.ok) return void sayError("Updates", answer);
-  updates = new Map(answer.models.map((each) => [each.name, each]));
-  return updates.get(model);
+  if (!model) updates.clear();
+  for (const each of answer.models) updates.set(lower(each.name), each);
+  return updates.get(lower(model));
 }
 
 async function lookForUpdates() {
+  updates.clear();
   await askRegistries();
   const states = [...updates.values()];
   const newer = states.filter(({ state }) => state === "newer").length;

@@ -36,6 +36,7 @@ const ERRORS = {
     "The folder of the models cannot be written. Give it to the user that the service runs as.",
   token_wanted: "The service wants its token for this.",
   too_many_pulls: "As many downloads as allowed are under way. Wait for one, or cancel one.",
+  verify_running: "A check is under way. Wait for its end.",
   try_under_way: "Another try is under way. Wait for its end.",
 };
 

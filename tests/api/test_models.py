@@ -1,6 +1,7 @@
 """Info, health, stats, lists and delete of a working service, and the whole job in one go."""
 
 import json
+import os
 import shutil
 
 import psutil
@@ -182,3 +183,19 @@ def test_the_main_job_from_pull_to_delete(quiet, registry, make_gguf_variant):
     assert cleared["verified"] and cleared["unloaded_models"] == [name]
     assert delete(quiet, name).json()["freed_bytes"] >= gguf.stat().st_size
     assert health(quiet)["models"] == [GEMMA]
+
+
+def test_what_a_delete_would_free_is_told_before(make_service, make_gguf_variant):
+    weights = [make_gguf_variant(1), make_gguf_variant(2)]
+    service = make_service(models=dict(zip(("a:latest", "b:latest"), weights, strict=True)))
+    for blob in (service.models / "blobs").iterdir():  # the helper's are hard links
+        shutil.copyfile(blob, f"{blob}.own")
+        os.replace(f"{blob}.own", blob)
+    copy(service, "a:latest", "c:latest")
+    assert entry(service, "a:latest")["frees_bytes"] < 10_000  # the copy keeps the weights
+    told = entry(service, "b:latest")["frees_bytes"]
+    assert told >= weights[1].stat().st_size
+    freed = delete(service, "b:latest").json()["freed_bytes"]
+    assert told <= freed < told + 100_000  # with the manifest and what Ollama noted
+    delete(service, "c:latest")
+    assert entry(service, "a:latest")["frees_bytes"] >= weights[0].stat().st_size

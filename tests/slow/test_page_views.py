@@ -324,26 +324,28 @@ def test_an_update_says_what_it_fetches(stub, stub_page):
     stub.models = [model(LLAMA), model("b"), model("c")]
     newer = {"name": LLAMA, "state": "newer", "download_bytes": 1_200_000_000}
     current = {"name": "b", "state": "current", "download_bytes": 0}
-    unknown = {"name": "c", "state": "unknown", "reason": "the registry does not know it"}
+    reason = "Its registry does not know this name."
+    unknown = {"name": "c", "state": "unknown", "code": "not_in_registry", "reason": reason}
     stub.updates = [newer, current, unknown]
     stub_page.poll()
     stub_page.element("list-actions").find_element(By.TAG_NAME, "button").click()
     stub_page.wait_text("messages", "1 model can be updated. Of 1 model it is not known.")
     stub_page.wait_row("models", LLAMA, "the registry has a newer one: 1.2 GB to fetch")
     stub_page.wait_row("models", "b", "is the registry's newest")
-    stub_page.wait_row("models", "c", "the registry does not know it")
+    stub_page.wait_row("models", "c", reason)
     stub_page.press("models", LLAMA, "Update, fetches 1.2 GB")
     stub_page.answer("ask-yes")
     body = {"model": LLAMA, "detach": True}
     wait_for(lambda: stub.sent == [("POST", "/api/models/pull", body)], 5, "the download")
     stub_page.press("models", "c", "Update")
-    stub_page.wait_text("messages", "c was not updated: the registry does not know it.")
+    stub_page.wait_text("messages", f"c was not updated: {reason}")
     assert len(stub.sent) == 1
 
 
 def test_a_model_made_here_is_not_replaced_without_a_warning(stub, stub_page):
-    stub.models = [{**model(LLAMA), "made_here": True}]
-    stub.updates = [{"name": LLAMA, "state": "newer", "download_bytes": 4_900_000_000}]
+    stub.models = [model(LLAMA)]
+    told = {"name": LLAMA, "state": "unknown", "made_here": True, "code": "made_here"}
+    stub.updates = [{**told, "reason": "Made here.", "download_bytes": 4_900_000_000}]
     stub_page.poll()
     stub_page.press("models", LLAMA, "Update")
     stub_page.wait_text("ask-text", f"{LLAMA} was made on this machine.")
