@@ -35,9 +35,12 @@ from llm_service.history import History
 from llm_service.metrics import Figures
 from llm_service.models import Models
 from llm_service.processes import Processes
+from llm_service.registry import Registries
 from llm_service.sharing import SharedRun, began_since
 from llm_service.store import PRUNE_AGE_S, Store
 from llm_service.trying import Trial, Trials
+from llm_service.updates import Updates
+from llm_service.verifying import Check, Verifying
 from llm_service.watch import Watch
 from ollama_client import Json, Ollama, ServiceError, check_name, dial_url, trimmed
 
@@ -160,6 +163,8 @@ downloads = Downloads(ollama, store, processes, MAX_PULLS)
 watch = Watch(ollama, store, processes, downloads, stuck_s=STUCK_S)
 healing = Healing(watch, downloads, default_model=MODEL, self_heal=SELF_HEAL)
 health_report = Health(watch, healing, gpu_layers=GPU_LAYERS)
+verifying = Verifying(store)
+updates = Updates(store, Registries(os.environ, lambda: registry_agent()))
 figures = Figures(watch, healing, downloads)
 history = History(figures.stats)
 trials = Trials(ollama)
@@ -196,6 +201,7 @@ STATUS = {
     "manifest_unreadable": 409,
     "model_being_pulled": 409,
     "model_busy": 409,
+    "verify_running": 409,
     "model_not_addressable": 409,
     "store_read_only": 409,
     "encoding_not_supported": 415,
@@ -639,6 +645,23 @@ def cancel_pull():
     return {"status": "success", "message": message, "freed_bytes": freed}
 
 
+@app.post("/api/models/verify")
+def verify():
+    """Read the files of a model, or of all, against their digests."""
+    asked = arguments(model=False, stream=True)
+    check = verifying.start(asked.model)
+    return stream_check(check) if asked.stream else whole_answer(check)
+
+
+@app.get("/api/models/updates")
+def model_updates():
+    """Ask the registries what is newer, and how much a pull would fetch."""
+    asked = arguments(model=False, insecure=False)
+    if asked.insecure and not asked.model:
+        raise ServiceError("bad_field", '"insecure" wants a "model": it is of one registry.')
+    return updates.ask(asked.model, asked.insecure)
+
+
 @app.post("/api/models/prune")
 def prune():
     """Remove what no model uses."""
@@ -715,6 +738,12 @@ def service_info() -> Json:
     }
 
 
+def registry_agent() -> str:
+    """Return what registries are told: which Ollama would pull, as they serve it by that."""
+    version = watch.server_state.known_version()
+    return f"ollama/{version} llm-service/{VERSION}" if version else f"llm-service/{VERSION}"
+
+
 def unless_known(response: Response) -> Response:
     """Spare who asks again and again what has not changed, by its ETag."""
     response.add_etag()
@@ -731,6 +760,14 @@ def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
         leave()
         raise
     response = ndjson(lines)
+    response.call_on_close(leave)
+    return response
+
+
+def stream_check(check: Check) -> Response:
+    """Answer with a check's lines as they come."""
+    leave = take_stream(check)
+    response = ndjson(check.lines())
     response.call_on_close(leave)
     return response
 
@@ -756,8 +793,8 @@ def ndjson(lines: typing.Iterable[Json]) -> Response:
     )
 
 
-def whole_answer(download: Download) -> Json:
-    """Answer with the download's end, with the status that fits."""
+def whole_answer(download: Download | Check) -> Json:
+    """Answer with the end of a download or check, with the status that fits."""
     leave = take_stream(download)
     download.wait_for_end(Client().has_left)
     leave()
@@ -766,7 +803,7 @@ def whole_answer(download: Download) -> Json:
     return download.last_line()
 
 
-def take_stream(download: Download) -> typing.Callable[[], None]:
+def take_stream(download: Download | Check) -> typing.Callable[[], None]:
     """Take one of the places for long answers; return what gives it back."""
     if not streams.acquire(blocking=False):
         download.leave()

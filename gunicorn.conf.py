@@ -34,6 +34,7 @@ from app import (
     log,
     of_ollama,
     trials,
+    verifying,
     watch,
 )
 from llm_service import environment
@@ -193,7 +194,7 @@ class ServiceWorker(ThreadWorker):
 
     def handle_exit(self, sig, frame):
         """End what streams at SIGTERM."""
-        for streaming in (downloads, trials):
+        for streaming in (downloads, trials, verifying):
             threading.Thread(target=streaming.close, daemon=True).start()
         super().handle_exit(sig, frame)
 

@@ -42,6 +42,16 @@ class Manifest(typing.NamedTuple):
         """Return ``host/namespace/model/tag``."""
         return "/".join(self.path.split("/")[-4:])
 
+    @property
+    def name(self) -> str:
+        """Return the name as Ollama shows it. [Name.DisplayShortest]"""
+        host, namespace, model, tag = self.place.split("/")
+        if host.lower() != "registry.ollama.ai":
+            return f"{host}/{namespace}/{model}:{tag}"
+        if namespace.lower() != "library":
+            return f"{namespace}/{model}:{tag}"
+        return f"{model}:{tag}"
+
 
 class Manifests:
     """What lies under ``manifests/`` of a store."""
@@ -83,6 +93,19 @@ class Manifests:
         shutil.rmtree(self._lent, ignore_errors=True)
         with contextlib.suppress(OSError):  # there may be none, or one of a user
             self._lent.parent.rmdir()
+
+    def of(self, model: str | None) -> list[Manifest]:
+        """Return the manifests of a model, or of all. Raises ServiceError ``model_not_found``."""
+        there = self.there()
+        if model is None:
+            return [manifest for key in sorted(there) for manifest in there[key]]
+        found = there.get(name_key(model), [])
+        if not found:
+            raise ServiceError(
+                "model_not_found",
+                f"There is no model {model}: GET /api/models lists what is downloaded.",
+            )
+        return found
 
     def check_deletable(self, model: str) -> None:
         """Raise ServiceError where Ollama would delete another one, or what another one needs."""

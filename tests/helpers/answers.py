@@ -22,6 +22,7 @@ GETS = [
     "/api/stats",
     "/api/info",
     "/api/history",
+    "/api/models/updates",
 ]
 WITH_MODEL = [
     ("POST", "/api/models/pull"),
@@ -29,7 +30,7 @@ WITH_MODEL = [
     ("DELETE", "/api/models/delete"),
 ]
 HEALING = [("POST", CLEAR), ("POST", RESET)]
-WITH_BODY = WITH_MODEL + HEALING
+WITH_BODY = [*WITH_MODEL, *HEALING, ("POST", "/api/models/verify")]
 ROUTES = [("GET", path) for path in GETS] + WITH_BODY
 
 

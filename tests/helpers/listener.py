@@ -1,4 +1,4 @@
-"""A client of a streamed pull, and what holds for every pull."""
+"""A client of a streamed pull or verify, and what holds for every such stream."""
 
 import contextlib
 import json
@@ -8,11 +8,11 @@ import time
 from helpers.models import blob_path
 from helpers.waiting import wait_for
 
-PULL = "/api/models/pull"
+PULL, VERIFY = "/api/models/pull", "/api/models/verify"
 
 
 class Listener:
-    """Reads a pull's lines in a thread.
+    """Reads the lines of a pull, or of what another path streams, in a thread.
 
     .answer         of requests
     .status         of HTTP
@@ -20,10 +20,10 @@ class Listener:
     .done           the stream has ended
     """
 
-    def __init__(self, service, model, **fields):
+    def __init__(self, service, model, path=PULL, **fields):
         self.lines, self.at, self.done = [], [], False
         body = {"model": model, "insecure": True, **fields}
-        self.answer = service.post(PULL, json=body, stream=True)
+        self.answer = service.post(path, json=body, stream=True)
         self.status = self.answer.status_code
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()

@@ -128,3 +128,21 @@ def add_model(models, name, gguf, config=None):
             shutil.copyfile(gguf, blob)
     blob_path(models, last["digest"]).write_bytes(config)
     manifest.write_bytes(manifest_json([weights, last]))
+
+
+def add_sparse_model(models, name, size):
+    """Write a model whose one file takes no space, long to read, and another digest than its own.
+
+    It can be neither loaded nor pulled.
+    """
+    digest = "sha256:" + hashlib.sha256(name.encode()).hexdigest()
+    blob, manifest = blob_path(models, digest), manifest_path(models, name)
+    for path in (blob, manifest):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with blob.open("wb") as file:
+        file.truncate(size)
+    layer = {"mediaType": MEDIA + "model", "digest": digest, "size": size}
+    config = config_layer(config_json())
+    blob_path(models, config["digest"]).write_bytes(config_json())
+    manifest.write_bytes(manifest_json([layer, config]))
+    return digest

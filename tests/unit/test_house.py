@@ -27,6 +27,8 @@ FLOORS = {
     "llm_service.parts": 1,
     "llm_service.progress": 2,
     "llm_service.manifests": 1,
+    "llm_service.registry": 1,
+    "llm_service.network": 0,
     "llm_service.files": 0,
     "llm_service.processes": 1,
     "llm_service.sockets": 1,

@@ -1,0 +1,128 @@
+"""A verify whose caller leaves, and beside downloads, prunes and a hung Ollama."""
+
+import signal
+import subprocess
+
+import pytest
+import requests
+
+from helpers.answers import GEMMA, error
+from helpers.listener import PULL, VERIFY, Listener
+from helpers.models import add_sparse_model, blob_path
+from helpers.raw import dial, request_bytes
+from helpers.waiting import wait_for
+
+LONG = 30_000_000_000  # bytes that take many seconds to read
+BESIDE = 10_000_000_000  # some seconds
+
+
+@pytest.fixture(scope="module")
+def slow(make_module_service):
+    service = make_module_service()
+    add_sparse_model(service.models, "long", LONG)
+    return service
+
+
+def is_running(service):
+    """Tell whether a verify is under way, by another one, which leaves at once."""
+    with service.post(VERIFY, json={"model": "long"}, stream=True) as answer:
+        return answer.status_code == 409
+
+
+def ended(service):
+    wait_for(lambda: not is_running(service), 2, "the end of the verify")
+    wait_for(lambda: not is_running(service), 2, "the end of that one")
+
+
+def test_one_at_a_time_and_it_ends_when_its_caller_leaves(slow):
+    listener = Listener(slow, None, VERIFY).flowing()
+    error(slow.post(VERIFY), 409, "verify_running")
+    assert not listener.done
+    listener.leave()
+    ended(slow)
+
+
+def test_a_caller_of_one_answer_leaves(slow):
+    with dial(slow) as sock:
+        sock.sendall(request_bytes("POST", f"{VERIFY}?stream=false"))
+        wait_for(lambda: is_running(slow), 5, "the verify")
+    ended(slow)
+
+
+def test_a_verify_ends_with_the_service(make_service):
+    service = make_service()
+    add_sparse_model(service.models, "long", LONG)
+    listener = Listener(service, None, VERIFY).flowing()
+    service.stop()
+    assert listener.end(5)["code"] == "shutting_down"
+
+
+def test_a_verify_needs_no_ollama(make_service, gguf):
+    service = make_service(models={GEMMA: gguf}, LLM_SELF_HEAL="off")
+    ollama = service.ollama_pid()
+    subprocess.run(["kill", f"-{signal.SIGSTOP}", str(ollama)], check=True)
+    answer = service.post(f"{VERIFY}?stream=false", timeout=30)
+    subprocess.run(["kill", f"-{signal.SIGCONT}", str(ollama)], check=True)
+    assert [model["ok"] for model in answer.json()["models"]] == [True]
+
+
+@pytest.fixture
+def fresh(make_service, registry):
+    """A service with two downloaded models, and one that takes a while to read."""
+    service = make_service()
+    add_sparse_model(service.models, "long", BESIDE)
+    for name in ("ns/one:latest", "ns/two:latest"):
+        pull(service, registry.add_random(name, 20))
+    return service
+
+
+def whole(last):
+    return {
+        model["name"]: model["ok"] for model in last["models"] if model["name"] != "long:latest"
+    }
+
+
+def pull(service, name):
+    answer = service.post(PULL, json={"model": name, "insecure": True, "stream": False})
+    assert answer.status_code == 200, answer.text
+
+
+def test_an_update_and_a_prune_beside_a_verify(fresh, registry):
+    listener = Listener(fresh, None, VERIFY).flowing()
+    name = registry.add_random("ns/one:latest", 20, seed="newer")
+    pull(fresh, name)
+    pruned = fresh.post("/api/models/prune", json={"older_than_s": 0})
+    assert pruned.status_code == 200
+    assert not listener.done  # all of it was beside
+    last = listener.end()
+    assert whole(last) == {
+        f"localhost:{registry.port}/ns/one:latest": True,
+        f"localhost:{registry.port}/ns/two:latest": True,
+    }
+    for name in ("ns/one:latest", "ns/two:latest"):
+        for layer in registry.layers(name):
+            path = blob_path(fresh.models, layer["digest"])
+            assert path.stat().st_size == layer["size"]
+
+
+def test_a_delete_beside_a_verify(fresh, registry):
+    listener = Listener(fresh, None, VERIFY).flowing()
+    one = f"localhost:{registry.port}/ns/one:latest"
+    assert fresh.delete("/api/models/delete", json={"model": one}).status_code == 200
+    assert not listener.done
+    last = listener.end()
+    assert whole(last) == {f"localhost:{registry.port}/ns/two:latest": True}
+
+
+def test_the_readmes_line_tells_what_is_damaged(make_service, registry):
+    fresh = make_service()
+    pull(fresh, registry.add_random("ns/two:latest", 20))
+    two = registry.layers("ns/two:latest")[0]["digest"]
+    with blob_path(fresh.models, two).open("r+b") as file:
+        file.write(b"damaged")
+    line = f"curl -sN -X POST {fresh.url}/api/models/verify | tail -1"
+    shown = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    last = requests.models.complexjson.loads(shown.stdout)
+    assert [model["name"] for model in last["models"] if model["damaged"] == [two]] == [
+        f"localhost:{registry.port}/ns/two:latest"
+    ]
