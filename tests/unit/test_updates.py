@@ -400,13 +400,17 @@ def test_one_that_hangs_holds_up_no_other(updates, models, registry):
 
 def test_what_was_not_asked_in_time_is_unknown(models, authority, registry):
     environment = {"SSL_CERT_FILE": str(authority.pem)}
-    updates = Updates(Store(models), Registries(environment, agent), all_s=1.5, one_s=1)
-    for n in range(12):
-        install(models, registry, registry.add(f"ns/m{n}:latest", b"weights"))
-    registry.faults["manifest"] = lambda handler: (handler.wait(0, 0.7), answer(404)(handler))
-    found = [each["code"] for each in updates.ask(None, False)["models"]]
-    assert len(found) == 12
-    assert set(found) == {"not_in_registry", "timeout"}
+    updates = Updates(Store(models), Registries(environment, agent), all_s=3, one_s=20)
+    names = [registry.add(f"ns/m{n:02}:latest", b"weights") for n in range(12)]
+    for name in names:
+        install(models, registry, name)
+    registry.faults["manifest"] = lambda handler: (
+        stall(handler) if "/m0" not in handler.path else answer(404)(handler)
+    )
+    found = {each["name"]: each["code"] for each in updates.ask(None, False)["models"]}
+    assert [found.pop(name) for name in names[:10]] == ["not_in_registry"] * 10
+    assert set(found) == set(names[10:])
+    assert set(found.values()) <= {"timeout", "registry_unreachable"}
 
 
 def test_four_are_asked_at_a_time(updates, models, registry):
