@@ -4,7 +4,7 @@ import { tokenWanted, wantToken } from "./calls.js";
 import { $, element, rows, show, textRow, write } from "./dom.js";
 import { clock, count, span } from "./format.js";
 import { age, failingSince, failureOf, latest, OLD_S } from "./known.js";
-import { ACTIONS, CALM_GPU_STATES, GPU_STATES, reasonWords } from "./words.js";
+import { ACTIONS, CALM_GPU_STATES, GPU_STATES, reasonWords, warningLines } from "./words.js";
 
 const SIGNS = { good: "✓", work: "…", warn: "⚠", bad: "✕" };
 const ICONS = { good: "icon.svg", work: "icon.svg", warn: "icon-warn.svg", bad: "icon-bad.svg" };
@@ -18,11 +18,9 @@ export function showHead(fault, resetButton) {
   showAbout();
   showWaiting(age("stats") < OLD_S ? latest("stats")?.callers : null);
   const told = failureOf("health") ? [] : (health?.warnings ?? []);
-  const warnings = told.map((each, index) => ({
-    ...each,
-    key: `${each.code} ${index}`,
-  }));
-  rows($("warnings"), warnings, () => textRow(({ message }) => message, "warn"));
+  const models = latest("models")?.models ?? [];
+  const beside = models.filter((each) => each.loaded && each.size_vram < each.size_loaded);
+  rows($("warnings"), warningLines(told, beside), () => textRow(({ words }) => words, "warn"));
   const buttons = { token: tokenButton, reset_session: resetButton };
   rows($("advice"), action in buttons ? [{ key: action }] : [], () => buttons[action]());
 }

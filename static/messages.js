@@ -59,7 +59,8 @@ export function action(text, what, run, className = "") {
 
 // An error of a call is told; any other is a fault of the page itself.
 export function noteError(what, error) {
-  if (error instanceof CallError) sayError(what, error);
+  if (error.code === "stopped") say(`${what}: stopped.`, "work");
+  else if (error instanceof CallError) sayError(what, error);
   else noteFault(error);
 }
 

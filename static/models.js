@@ -5,7 +5,7 @@ import { $, ask, element, rows, show, write } from "./dom.js";
 import { clock, count, megabytes, size } from "./format.js";
 import { latest } from "./known.js";
 import { action, say, sayError } from "./messages.js";
-import { startPull } from "./pulls.js";
+import { showCheck, startPull } from "./pulls.js";
 import { tryModel } from "./try.js";
 import { errorWords } from "./words.js";
 
@@ -212,18 +212,19 @@ async function deleteModel(model) {
 
 async function checkFiles(model) {
   const controller = new AbortController();
-  const stop = element("button", { type: "button" }, "Stop");
-  stop.onclick = () => controller.abort();
-  const progress = element("progress", { max: 100, ariaLabel: `Check of ${model}` });
-  say(`The files of ${model} are being read …`, "work", progress, stop);
+  const check = showCheck(model, () => controller.abort());
   let last = {};
-  const answer = await stream("api/models/verify", { model }, controller, (line) => {
-    last = line;
-    if (line.percent != null) progress.value = line.percent;
-  });
-  const failed = !answer.ok ? answer : last.status !== "success" ? last : null;
-  if (failed) return sayError(`The files of ${model} were not checked`, failed);
-  tellCheck(model, last.models[0]);
+  try {
+    const answer = await stream("api/models/verify", { model }, controller, (line) => {
+      last = line;
+      check.note(line);
+    });
+    if (!answer.ok) last = answer;
+  } finally {
+    check.end();
+  }
+  if (last.status === "success") tellCheck(model, last.models[0]);
+  else sayError(`The files of ${model} were not checked`, last);
 }
 
 function tellCheck(model, found) {

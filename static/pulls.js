@@ -12,6 +12,7 @@ const START_S = 15;
 const CANCEL_S = 10;
 
 const running = new Set(); // those seen under way, whose end is told
+const checks = new Map(); // of files, by the model: how far, and what stops it
 
 const lower = (name) => name.toLowerCase();
 const dismissed = () => new Set(JSON.parse(localStorage.getItem(DISMISSED) || "[]"));
@@ -38,10 +39,12 @@ export function showPulls() {
     pulls.findIndex(({ model }) => lower(model) === lower(pull.model)) === index;
   const newest = pulls.filter(first).map((pull) => ({ ...pull, key: pull.model }));
   const away = dismissed();
-  const under = newest.filter(({ state }) => state === "running");
+  const under = newest
+    .filter(({ state }) => state === "running")
+    .map((pull) => ({ ...pull, make: runningRow }));
   const ended = newest.filter((pull) => pull.state !== "running" && !away.has(keyOf(pull)));
   tellEnds(newest);
-  rows($("pulls"), under, runningRow);
+  rows($("pulls"), [...checks.values(), ...under], (item) => item.make(item));
   rows($("ended-pulls"), ended, endedRow);
   const failed = ended.filter(({ state }) => state === "error").length;
   const words = `Ended downloads: ${ended.length}${failed ? `, ${failed} failed` : ""}`;
@@ -73,17 +76,51 @@ function runningRow({ model }) {
   row.update = (pull) => {
     bar.value = pull.percent;
     const [done, total] = [size(pull.completed_bytes), size(pull.total_bytes)];
-    const facts = [
-      pull.status,
-      `${(Math.floor(10 * pull.percent) / 10).toFixed(1)}\u00a0%`,
-      `${done} of ${total}`,
-    ];
+    const facts = [pull.status, shownPercent(pull.percent), `${done} of ${total}`];
     if (pull.bytes_per_second) facts.push(`${size(pull.bytes_per_second)}/s`);
     if (pull.eta_seconds != null) facts.push(`${span(pull.eta_seconds)} left`);
     write(figures, facts.filter(Boolean).join(" · "));
   };
   return row;
 }
+
+// Shows how far a check of a model's files is; returns what shows more and what ends it.
+export function showCheck(model, stop) {
+  const check = { key: `check ${model}`, model, percent: 0, make: checkRow, stop };
+  checks.set(model, check);
+  showPulls();
+  return {
+    note: ({ percent }) => {
+      check.percent = percent ?? check.percent;
+      showPulls();
+    },
+    end: () => {
+      checks.delete(model);
+      showPulls();
+    },
+  };
+}
+
+function checkRow({ model, stop }) {
+  const bar = element("progress", { max: 100, ariaLabel: `Check of ${model}` });
+  const figures = element("p", { className: "figures" });
+  const button = element(
+    "button",
+    { type: "button", ariaLabel: `Stop the check of ${model}` },
+    "Stop",
+  );
+  button.onclick = stop;
+  const title = element("p", { className: "about name" }, model);
+  const row = element("li", {}, title, button, bar, figures);
+  row.update = ({ percent }) => {
+    bar.value = percent;
+    write(figures, `the files are read · ${shownPercent(percent)}`);
+  };
+  return row;
+}
+
+// Never rounded up to the end.
+const shownPercent = (value) => `${(Math.floor(10 * value) / 10).toFixed(1)}\u00a0%`;
 
 function endedRow({ model }) {
   const words = element("p");

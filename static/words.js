@@ -1,6 +1,8 @@
 // What the page says: of errors by their code, of faults, of GPU states. No sentence of the
 // service is taken apart; one is shown as it is where the page has no words for its code.
 
+import { size } from "./format.js";
+
 const ERRORS = {
   bad_model_name:
     "This is no model's name. Names look like llama3.1:8b, user/model:tag or hf.co/org/repo:Q4_K_M.",
@@ -58,6 +60,41 @@ export function reasonWords({ code, reason, error }, runners) {
   const faulty = runners.filter(({ state }) => state === FAULTY[code]);
   const names = faulty.map(({ model }) => model || "an unknown model").join(", ");
   return REASONS[code]?.(names || "a model") ?? reason ?? error ?? "The service is not healthy.";
+}
+
+// Warnings whose figures would be in another unit, or change at each poll. null: the head says it.
+const GPU_ADVICE =
+  "Check CUDA_VISIBLE_DEVICES, the container's runtime (LLM_RUNTIME=nvidia) and the driver.";
+const PARTLY_ADVICE =
+  "Set LLM_GPU_LAYERS=all where it fits the GPU, else choose a smaller model or context.";
+const WARNINGS = {
+  callers_waiting: () => null,
+  long_answer: ({ model, seconds }) =>
+    `An answer of ${model} has been under way for more than ${Math.floor(seconds / 3600)} h.`,
+  gpu_not_used: () =>
+    `Ollama says that its models lie on the GPU, and the GPU's memory is not in use: they run on the CPU. ${GPU_ADVICE}`,
+};
+
+// Returns what is to be said of the warnings: one line for each. `beside` are the models that lie
+// partly or wholly beside the GPU.
+export function warningLines(warnings, beside) {
+  const lines = [];
+  for (const warning of warnings) {
+    if (warning.code === "model_on_cpu" && beside.length) lines.push(...beside.map(besideLine));
+    else lines.push({ key: warning.code, words: (WARNINGS[warning.code] ?? said)(warning) });
+  }
+  const told = new Map(lines.map((line) => [line.key + line.words, line]));
+  return [...told.values()].filter(({ words }) => words);
+}
+
+const said = ({ message }) => message;
+
+function besideLine({ name, size_vram: vram, size_loaded: all }) {
+  const where = `${size(all - vram)} of ${size(all)} of ${name} lie in system memory, which is slow.`;
+  const advice = vram
+    ? PARTLY_ADVICE
+    : `Ollama sees no GPU, whatever LLM_GPU_LAYERS says. ${GPU_ADVICE}`;
+  return { key: `beside ${name}`, words: `${where} ${advice}` };
 }
 
 export const ACTIONS = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the service costs beside Ollama itself, side by side in one run.
 
-    tests/bench.py                  all sections, in less than six minutes
+    tests/bench.py                  all sections, in eight minutes
     tests/bench.py rates growth     these sections
 
 It prints the README's table, and asserts nothing. What is compared is measured in turn, in
@@ -14,11 +14,13 @@ import functools
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -34,6 +36,7 @@ if "LLM_TEST_OLLAMA" not in os.environ:  # by hand: with the packages and the Ol
 import psutil
 import requests
 
+from helpers.browser import start_browser
 from helpers.models import blob_path, model_variant, real_model
 from helpers.ollama_server import OllamaServer
 from helpers.processes import servers
@@ -234,6 +237,34 @@ def bench_processes():
                 finally:
                     os.killpg(shell.pid, signal.SIGKILL)
             row(f"{count} more processes", figures, f"idle {percent:.2f} % CPU")
+
+
+def bench_page():
+    """One open tab of the page, with 35 models, while nothing happens."""
+    if not shutil.which("chromedriver"):
+        row("one tab of the page", "no chromedriver", "")
+        return
+    sent = """return performance.getEntriesByType("resource")
+        .reduce((sum, { transferSize }) => sum + transferSize, 0)"""
+    models = {f"m{n}": real_model() for n in range(35)}
+    with servers(make) as start, tempfile.TemporaryDirectory() as folder:
+        service = start(models=models)
+        pids = api_pids(service)
+        browser = start_browser(folder)
+        try:
+            idle, polled = [], []
+            for _ in range(3):
+                browser.get("about:blank")
+                idle.append(cpu_percent(pids, 15))
+                browser.get(service.url + "/")
+                time.sleep(5)
+                before = browser.execute_script(sent)
+                polled.append(cpu_percent(pids, 30))
+                kilobytes = (browser.execute_script(sent) - before) / 1000
+        finally:
+            browser.quit()
+    percent = statistics.median(polled) - statistics.median(idle)
+    row("one tab of the page", f"{percent:.2f} % CPU", f"{kilobytes:.0f} kB in 30 s")
 
 
 def bench_start():

@@ -138,6 +138,25 @@ def test_who_waits_is_told(stub, stub_page):
     assert stub_page.text("waiting") == ""
 
 
+def test_warnings_are_told_in_the_pages_unit_and_calmly(stub, stub_page):
+    stub.models = [model(LLAMA, size=5_000_000_000, share=0.8), model("b", share=1)]
+    on_cpu = {"code": "model_on_cpu", "message": "953 of 4768 MB of llama3.1:8b lie there."}
+    lines = set()
+    for seconds in (3700, 3703, 3706):
+        long = {"code": "long_answer", "model": "b", "seconds": seconds, "message": f"{seconds} s"}
+        waiting = {"code": "callers_waiting", "waiting": 2, "message": f"2 wait for {seconds} s"}
+        new = {"code": "new_one", "message": "Something new: do this."}
+        stub.health["warnings"] = [on_cpu, long, waiting, new]
+        stub_page.poll(3)
+        lines.add(stub_page.text("warnings"))
+    assert len(lines) == 1
+    beside, long, new = lines.pop().split("\n")
+    assert beside.startswith("1.0 GB of 5.0 GB of llama3.1:8b lie in system memory")
+    assert long == "An answer of b has been under way for more than 1 h."
+    assert new == "Something new: do this."
+    assert "warn" in stub_page.element("state").get_attribute("class")
+
+
 def test_lines_to_copy_name_ollamas_address_and_a_model_that_is_there(stub, stub_page):
     stub.models = [model("gemma3:270m"), model(LLAMA, share=1)]
     stub_page.poll()
@@ -304,6 +323,22 @@ def test_check_files_reads_and_changes_nothing(stub, stub_page):
     stub_page.press("models", LLAMA, "Check files")
     stub_page.wait_text("messages", f"The files of {LLAMA} are whole.")
     assert stub.sent == [("POST", "/api/models/verify", {"model": LLAMA})]
+
+
+def test_a_check_shows_how_far_it_is_and_is_stopped(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    lines = [{"status": "checking", "percent": 40 + n / 10} for n in range(300)]
+    stub.answers["POST", "/api/models/verify"], stub.slow_lines_s = lines, 0.1
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Check files")
+    stub_page.wait_row("pulls", f"check {LLAMA}", "the files are read · 40.")
+    stub_page.wait_row("pulls", f"check {LLAMA}", "the files are read · 41.")
+    stub_page.poll()  # which leaves it there
+    stub_page.press("pulls", f"check {LLAMA}", "Stop")
+    stub_page.wait_no_row("pulls", f"check {LLAMA}")
+    stub_page.wait_text("messages", f"Check files {LLAMA}: stopped.")
+    left = ("LEFT", "/api/models/verify", None)
+    wait_for(lambda: left in stub.sent, 5, "the end of the connection")
 
 
 def test_damaged_files_are_told_and_repaired_only_when_asked_for(stub, stub_page):
