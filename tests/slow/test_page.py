@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from helpers.answers import GEMMA, ask, clear, reset
 from helpers.frozen import frozen
 from helpers.listener import PULL, pulls, running_pulls
-from helpers.models import config_json
+from helpers.models import blob_path, config_json, file_digest
 from helpers.page import Page, wait_for
 from helpers.ports import free_port
 from helpers.processes import suspend
@@ -256,6 +256,34 @@ def test_markup_from_ollama_stays_text(page, make_gguf_variant):
     page.wait_row("models", "marked:latest", MARKUP)
     assert page.browser.find_elements(By.CSS_SELECTOR, "#models img") == []
     page.service.delete("/api/models/delete", json={"model": "marked:latest"})
+
+
+# Checking files, and updates
+
+
+def test_files_are_read_and_the_damaged_ones_told(page, make_gguf_variant):
+    own = make_gguf_variant(5)
+    page.service.add_model("own:latest", own)
+    page.press("models", GEMMA, "Check files")
+    page.wait_text("messages", f"The files of {GEMMA} are whole.", 60)
+    blob = blob_path(page.service.models, file_digest(own))
+    text = bytearray(blob.read_bytes())
+    text[-1] ^= 1
+    blob.unlink()  # the helper's are hard links
+    blob.write_bytes(text)
+    page.press("models", "own:latest", "Check files")
+    page.wait_text("messages", "own:latest: 1 file damaged.", 60)
+    assert blob.exists()
+    page.service.delete("/api/models/delete", json={"model": "own:latest"})
+
+
+def test_a_model_of_a_registry_that_is_away_is_not_updated(page, registry, make_gguf_variant):
+    name = registry.add("ns/gone:latest", make_gguf_variant(6))
+    insecure_pull(page, name)
+    page.wait_row("models", name, "not loaded", 60)
+    page.press("models", name, "Update")
+    page.wait_text("messages", f"{name} was not updated:", 60)
+    page.service.delete("/api/models/delete", json={"model": name})
 
 
 # Try, clear, unload, delete

@@ -615,7 +615,9 @@ def test_values_show_under_the_pointer_and_in_a_table(stub, stub_page):
     )
     assert int(value[1]) == pytest.approx(80, abs=2)  # half an hour ago
     stub_page.element("values").find_element(By.TAG_NAME, "summary").click()
-    rows = stub_page.element("values").find_elements(By.CSS_SELECTOR, "tr")
+    rows = wait_for(
+        lambda: stub_page.element("values").find_elements(By.CSS_SELECTOR, "tr"), 5, "the table"
+    )
     assert rows[0].text == "From CPU load" and len(rows) in (13, 14)
     assert re.fullmatch(r"\d\d:\d\d \d+ %", rows[2].text)
 
