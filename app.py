@@ -32,11 +32,13 @@ from llm_service.environment import RUNNER_SETTINGS
 from llm_service.healing import Healing
 from llm_service.health import Health
 from llm_service.history import History
+from llm_service.machine import Machine
+from llm_service.matching import Matching
 from llm_service.metrics import Figures
 from llm_service.models import Models
 from llm_service.processes import Processes
 from llm_service.registry import Registries
-from llm_service.sharing import SharedRun, began_since
+from llm_service.session import Session
 from llm_service.store import PRUNE_AGE_S, Store
 from llm_service.trying import Trial, Trials
 from llm_service.updates import Updates
@@ -147,7 +149,6 @@ STREAMS = 64
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
 FIRST_NEWS_S = 10.5  # then a pull streams without knowing how it stands; a TLS handshake has 10
 HALF_CLOSED_S = 1.2  # then a client that sends nothing more shows whether it still reads
-HEALTH_S = 3
 
 # ---------------------------------------------------------------------------------------
 # Objects of the service
@@ -160,16 +161,17 @@ ollama = Ollama(OLLAMA_URL)
 store = Store(MODELS_PATH)
 processes = Processes(STATE_FILE, int(os.environ.get("LLM_ENDED_FD") or -1))
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
-watch = Watch(ollama, store, processes, downloads, stuck_s=STUCK_S)
-healing = Healing(watch, downloads, default_model=MODEL, self_heal=SELF_HEAL)
-health_report = Health(watch, healing, gpu_layers=GPU_LAYERS)
+machine = Machine(store, downloads, Matching(ollama, store.manifests))
+watch = Watch(ollama, store, processes, machine, stuck_s=STUCK_S)
+session = Session(watch, downloads, default_model=MODEL)
+healing = Healing(watch, session, self_heal=SELF_HEAL)
+health_report = Health(watch, session, healing, gpu_layers=GPU_LAYERS)
 verifying = Verifying(store)
 updates = Updates(store, Registries(os.environ, lambda: registry_agent()))
-figures = Figures(watch, healing, downloads)
+figures = Figures(watch, session, healing, downloads, health_report.is_up)
 history = History(figures.stats)
 trials = Trials(ollama)
-catalogue = Models(watch, healing, downloads)
-checks = SharedRun(began_since)
+catalogue = Models(watch, session, downloads)
 streams = threading.BoundedSemaphore(STREAMS)
 
 app = Flask(__name__)
@@ -568,7 +570,7 @@ def livez():
 @app.get("/health")
 def health():
     """Tell whether the service works, and what would heal it."""
-    return checks.get(health_report.check, HEALTH_S)
+    return health_report.report()
 
 
 @app.get("/metrics")
@@ -695,7 +697,7 @@ def recommendations():
 def cache_clear():
     """Get the memory of the loaded models back."""
     asked = arguments(model=False, any_body=True, force=True)
-    report = healing.clear(asked.model, asked.force)
+    report = session.clear(asked.model, asked.force)
     history.mark("cleared", model=asked.model, freed_mb=report["memory"]["freed_mb"])
     return report
 
@@ -704,7 +706,7 @@ def cache_clear():
 def session_reset():
     """Clear, restart Ollama where it needs it, and load the model that is due."""
     asked = arguments(model=False, any_body=True, restart=False)
-    report = healing.reset(asked.model, asked.restart)
+    report = session.reset(asked.model, asked.restart)
     history.mark("reset", model=report["model"], freed_mb=report["memory"]["freed_mb"])
     return report
 
@@ -712,7 +714,7 @@ def session_reset():
 @app.post("/api/gpu/recover")
 def gpu_recover():
     """Clear what is idle, answered as the service that this one replaces does."""
-    report = healing.recover()
+    report = session.recover()
     history.mark("cleared", model=None, freed_mb=report["freed_mb"])
     return report
 

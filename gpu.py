@@ -24,24 +24,30 @@ jetson_stats, tegrastats, NVIDIA's Jetson Linux guide. None of it was tried on a
 import contextlib
 import dataclasses
 import glob
+import logging
 import math
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pynvml
 
 TIMEOUT_S = 0.4
+UNRESPONSIVE_S = 30  # a driver may take its time at a start, after a pause, in a swap storm
+PAUSE_S = 6  # more than that between two samples was a pause of this process
 ACTIONS: dict[str, str] = {  # recommended_action of each state
     "ok": "none",
     "none": "none",
     "unified": "none",
     "lost": "restart_service",
     "driver_mismatch": "reboot_host",
-    "no_permission": "restart_service",
+    "no_permission": "none",
+    "slow": "wait",
     "unresponsive": "reboot_host",
+    "unknown": "none",
 }
 FIGURES = (
     "name",
@@ -65,10 +71,20 @@ ERRORS: dict[type, str] = {  # the state of each of NVML's; any other is "lost"
 MB = 1024 * 1024
 ROOT = "/"  # where the system's files are
 
+NOTHING_READ: dict[str, Any] = {
+    "state": "unknown",
+    "memory_shared": False,
+    "memory_source": None,
+    "gpus": [],
+}
+log = logging.getLogger("llm-service")
+
 # ------------------------------------------------------------ what callers use
 
 
-def sample(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+def sample(
+    timeout_s: float = TIMEOUT_S, clock: Callable[[], float] = time.monotonic
+) -> dict[str, Any]:
     """Read every GPU once; never raises.
 
     Returns ``{"state", "memory_shared", "memory_source", "gpus": [{"index", "name", "uuid",
@@ -82,18 +98,20 @@ def sample(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     the GPU alone.
 
     One thread reads at a time, so that a call or a file that does not return costs its callers
-    `timeout_s` once. Until it returns, the state is "unresponsive".
+    `timeout_s` once. Until it returns, the state is "slow", and "unresponsive" after
+    UNRESPONSIVE_S. An error of the service's own is logged, and the last reading stays; without
+    one the state is "unknown".
     """
     global _probe
     with _lock:
         if _probe is None or not _probe.is_alive():
-            _probe = _Probe()
+            _probe = _Probe(clock())
             _probe.start()
         probe = _probe
     if not probe.overdue:
         probe.join(timeout_s)
         probe.overdue = probe.is_alive()
-    return probe.reading or _reading("unresponsive", [])
+    return probe.reading or _reading(probe.wait(clock()), [])
 
 
 def memory_totals(reading: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -124,13 +142,27 @@ def memory_in_use(reading: dict[str, Any]) -> tuple[str, int | None]:
 class _Probe(threading.Thread):
     """Takes one reading; `reading` is None until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         super().__init__(name="gpu", daemon=True)
         self.overdue = False
         self.reading: dict[str, Any] | None = None
+        self._asked_at = now
+        self._waited_s = 0.0
 
     def run(self) -> None:
-        self.reading = _read_machine()
+        global _last
+        try:
+            _last = _read_machine()
+        except Exception:
+            log.exception("the GPU's figures: a bug")
+        self.reading = _last
+
+    def wait(self, now: float) -> str:
+        """Return the state of a GPU that is waited for. A pause of this process is no waiting."""
+        with _lock:
+            self._waited_s += min(now - self._asked_at, PAUSE_S)
+            self._asked_at = now
+        return "unresponsive" if self._waited_s >= UNRESPONSIVE_S else "slow"
 
 
 @dataclasses.dataclass
@@ -144,6 +176,7 @@ class _Known:
 
 _lock = threading.Lock()
 _probe: _Probe | None = None
+_last = NOTHING_READ
 _known = _Known()
 
 

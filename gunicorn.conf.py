@@ -32,6 +32,7 @@ from app import (
     healing,
     history,
     log,
+    machine,
     of_ollama,
     trials,
     verifying,
@@ -140,6 +141,7 @@ def post_worker_init(worker):
     for listener in worker.sockets:
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    machine.start()
     watch.start(healing.after_look)
     history.start()
 

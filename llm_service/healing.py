@@ -1,287 +1,225 @@
-"""What is healed and how often; the lanes of clear, reset and healing; loads."""
+"""What is healed without being asked, how often, and how it is told."""
 
 import collections
 import logging
-import threading
 import time
 import typing
 
-import psutil
-
-import gpu
-from llm_service.clearing import (
-    Clearing,
-    Steps,
-    clear_failure,
-    clear_message,
-    used_mb,
-)
-from llm_service.downloads import Downloads
+from llm_service.clearing import Steps, used_mb
 from llm_service.matching import ListCleaner
-from llm_service.processes import MB, Runner, wait_until
-from llm_service.runner_state import RunnerState
-from llm_service.sharing import Outcome, SharedRun
-from llm_service.watch import HUNG_LOOKS, STARTING_S, Watch
-from ollama_client import Json, ServiceError, name_key, timestamp
+from llm_service.processes import Runner, alive, unreaped, wait_until
+from llm_service.runner_state import GHOST_S, RunnerState
+from llm_service.server_state import HUNG_LOOKS
+from llm_service.session import CLEAR_S, RESET_S, Session
+from llm_service.watch import Watch
+from ollama_client import Json, timestamp
 
 log = logging.getLogger("llm-service")
-CLEAR_S = 3.7
-RESET_S = 3.9
-SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
+ASK_S = 0.6  # for each question of a healing
 HEALINGS = 3  # of one model in HEALINGS_S, then it is left alone
 HEALINGS_S = 1800
+KILL_WAIT_S = 0.9
+ORPHAN_S = 5  # the launcher ends them by itself, in about a second
+WHY_S = 0.5  # for a hung server to print what each goroutine waits for
+SERVER = "Ollama"  # the name under which its healings are told
+
+
+class Killed(typing.NamedTuple):
+    """A runner that healing has killed, and what is to be told of it once it is gone."""
+
+    at: float  # monotonic
+    model: str | None
+    why: str
+    evidence: Json
+    before_mb: int
 
 
 class Healing:
-    """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
+    """Decides what the service heals by itself; the watch looks again before it acts."""
 
-    def __init__(self, watch: Watch, downloads: Downloads, default_model: str, self_heal: bool):
-        self._watch, self._downloads = watch, downloads
-        self._ollama, self._store, self._processes = watch.ollama, watch.store, watch.processes
-        self._default_model = default_model
-        self.self_heal = self_heal
-        self.healed: Json = {"runners": 0, "ollama": 0, "last": None}
+    def __init__(self, watch: Watch, session: Session, self_heal: bool, preload: bool = False):
+        """``preload``: load the model that is due whenever a server has begun to answer."""
+        self._watch, self._session = watch, session
+        self._processes = watch.processes
+        self.self_heal, self._preload = self_heal, preload
+        self.healed: Json = {"runners": 0, "ollama": 0, "failed": 0, "last": None}
         self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
-        self._cleaner = ListCleaner(watch.matching, self._processes)
-        self.load: Json | None = None  # the last background load: model, state, error
-        self.clears_done = 0
-        self.resets_done = 0
-        self._clears = SharedRun(clear_suits)
-        self._resets = SharedRun(reset_suits)
-        self._reset_began: float | None = None  # of the reset under way
-        self._restarted_at = 0.0
-
-    def clear(self, model: str | None = None, force: bool = True) -> Json:
-        """Unload all models or one; with ``force`` end the runners left. Returns the report."""
-        report = self._clear(model, force, time.monotonic() + CLEAR_S)
-        if force and not report["verified"]:
-            raise clear_failure(report)
-        return {"status": "success", "message": clear_message(report), **report}
-
-    def reset(self, model: str | None = None, restart: bool = False) -> Json:
-        """Clear all, restart Ollama where it must be, load the model that is due."""
-        came = time.monotonic()
-        key = (model and name_key(model), restart)
-        self._store.require(model)
-        return self._resets.get(
-            lambda: self._reset(model, restart, came),
-            RESET_S + SHARE_S,
-            key,
-            came,
-        )
-
-    def recover(self) -> Json:
-        """Clear what is idle; answer as the service that this one replaces does."""
-        report = self.clear(force=False)
-        memory = report["memory"]
-        total_mb = gpu.memory_totals(gpu.sample())[1]
-        free_mb = psutil.virtual_memory().available // MB
-        return {
-            "status": "recovered",
-            "freed_mb": memory["freed_mb"],
-            "free_mb": total_mb - memory["after_mb"] if total_mb else free_mb,
-            "unloaded_models": report["unloaded_models"],
-            "can_retry": not report["left"],
-        }
-
-    def end_runner(self, runner: Runner, model: str | None) -> int:
-        """End one runner, and only that one; return the MB that came free."""
-        with self._clears.turn(CLEAR_S):
-            deadline = time.monotonic() + CLEAR_S
-            clearing = Clearing(self._watch, model, True, deadline, only=runner)
-            clearing.run()
-            self._watch.look()
-        return clearing.report["memory"]["freed_mb"]
-
-    def restart_server(self) -> int:
-        """End a server that hangs or has a ghost; return the MB that came free."""
-        with self._resets.turn(RESET_S), self._clears.turn(RESET_S):
-            runners = self._watch.known_runners()
-            _, before_mb = used_mb(runners)
-            self._restart(Steps(), time.monotonic() + RESET_S, grace_s=0)
-            _, after_mb = used_mb(runners)
-            self._watch.look()
-        return max(0, before_mb - after_mb)
-
-    def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
-        self._store.require(model)
-
-        def work() -> Clearing:
-            self.clears_done += 1
-            clearing = Clearing(self._watch, model, force, deadline)
-            clearing.run()
-            if not self._reset_began:  # a reset looks at its end
-                self._watch.look(deadline)
-            return clearing
-
-        key = (model and name_key(model), force)
-        at = self._reset_began or time.monotonic()  # during a reset its clear will do
-        came = Arrival(at, self._watch.known_runners())
-        limit_s = deadline - time.monotonic() + SHARE_S
-        return self._clears.get(work, limit_s, key, came).report
-
-    def _reset(self, model: str | None, restart: bool, came: float) -> Json:
-        self._reset_began = came
-        try:
-            cleared = self._clear(None, True, came + CLEAR_S - 1)
-            steps = Steps(cleared["steps"])
-            self._restart_if_due(cleared["verified"], restart, came, steps)
-            self._watch.look(came + RESET_S + SHARE_S)
-        finally:
-            self._reset_began = None
-        due = self._model_due(model, cleared["unloaded_models"])
-        state = self._load(due, came + RESET_S) if due else "none"
-        said = (
-            f"{due} is {state}"
-            if due
-            else f"no model to load ({self._default_model} is not downloaded)"
-        )
-        steps.note("load", True, said)
-        self.resets_done += 1
-        return {
-            "status": "success",
-            "message": f"Session reset, {said}.",
-            "steps": steps,
-            "model": due,
-            "model_state": state,
-            "memory": cleared["memory"],
-            "managed": True,
-        }
-
-    def _restart_if_due(self, verified: bool, restart: bool, came: float, steps: Steps) -> None:
-        """Restart a server that hangs, has a ghost, or shall be restarted."""
-        server = self._processes.server()
-        if server and self._watch.server_state.starting(server):
-            steps.note("start_ollama", True, "it is starting")
-            return
-        answers = self._watch.server_state.answers()
-        steps.note("ask_ollama", answers, "answers", "does not answer")
-        healthy = answers and verified
-        if healthy and (not restart or self._restarted_at > came):
-            return
-        deadline = came + RESET_S
-        grace_s = 0.0
-        if healthy:  # with time left for the next server
-            grace_s = min(1, deadline - time.monotonic() - 0.5)
-        if not self._restart(steps, deadline, grace_s) and server:
-            raise ServiceError(
-                "restart_incomplete",
-                "Ollama was ended, and the new one has not answered yet: ask /health, which says "
-                "when it does.",
-                recommended_action="wait",
-                steps=steps,
-            )
-
-    def _restart(self, steps: Steps, deadline: float, grace_s: float) -> bool:
-        """End the server, heed SIGTERM or not, and wait for the launcher's new one."""
-        self._downloads.reconnect()  # while Ollama still keeps their parts
-        ended = self._processes.end_server(grace_s)
-        steps.note("end_ollama", ended, "ended", "it does not end")
-        answers = wait_until(self._watch.server_state.answers, deadline)
-        steps.note("start_ollama", answers, "answers", "being started by the launcher")
-        self._restarted_at = time.monotonic()
-        return answers
-
-    def _load(self, model: str, deadline: float) -> str:
-        """Load in the background; return how it stands at the deadline, or after a moment."""
-        load = self.load = {"model": model, "state": "loading", "error": None}
-
-        def work() -> None:
-            wait_until(self._watch.server_state.answers, time.monotonic() + STARTING_S)
-            try:
-                if self.load is load:  # else a later reset has taken over
-                    self._ollama.load(model)
-                load["state"] = "loaded"
-            except ServiceError as e:
-                log.error("load %s: %s", model, e)
-                load.update(state="failed", error=str(e))
-
-        loader = threading.Thread(target=work, name=f"load {model}", daemon=True)
-        loader.start()
-        left_s = deadline - time.monotonic()
-        loader.join(max(0, min(0.3, left_s)))
-        return "loaded" if load["state"] == "loaded" else "loading"
-
-    def _model_due(self, model: str | None, unloaded: list[str]) -> str | None:
-        """Return the first that is downloaded: the one named, the default, what was loaded."""
-        there = self._store.models()
-        for name in (model, self._default_model, *unloaded):
-            if name and name_key(name) in there:
-                return name
-        return None
-
-    # Healing by the service itself
+        self._healed_of: dict[Runner, str] = {}  # what known runners have been healed of
+        self._killed: dict[Runner, Killed] = {}  # which have not ended yet
+        self._server_failure: str | None = None  # what heals, where a restart has failed
+        self._preloaded: object = None  # the server that it was done for
+        self._cleaner = ListCleaner(watch.matching, watch.processes)
 
     def action(self, state: RunnerState) -> str:
         """Return what heals this runner's fault, as /health recommends it."""
-        if not self.self_heal or state.healed == "ghost":  # and the restart has not helped
+        if state.survives:
+            return "reboot_host"
+        if not self.self_heal:
             return "reset_session"
+        if self._server_failure:
+            return self._server_failure
         # What was killed gets its time until it is a ghost.
-        return "wait" if state.healed or self._may_heal(state.model) else "restart_service"
+        healed = state.runner in self._healed_of or self._may_heal(state.model)
+        return "wait" if healed else "restart_service"
 
-    def _may_heal(self, model: str | None) -> bool:
+    def server_action(self) -> str:
+        """Return what heals a server that hangs, as /health recommends it."""
+        if self._server_failure:
+            return self._server_failure
+        return "reset_session" if self._may_heal(SERVER) else "restart_service"
+
+    def _may_heal(self, name: str | None) -> bool:
         since = time.monotonic() - HEALINGS_S
-        return sum(at > since for at in self._healings[model]) < HEALINGS
+        return sum(at > since for at in self._healings[name]) < HEALINGS
 
     def after_look(self) -> None:
-        """Heal what the watch has just seen, if the service heals by itself."""
+        """Do what follows from what the watch has just seen."""
+        there = {state.runner for state in self._watch.states()}
+        self._healed_of = {each: of for each, of in self._healed_of.items() if each in there}
+        answered = self._watch.server_state.answered
+        if answered and answered == self._processes.server():
+            self._server_failure = None
+            if self._preload and answered != self._preloaded:
+                self._session.load_due()
+            self._preloaded = answered
+        self._tell_killed()
         if self.self_heal:
+            self._cleaner.clean(self._watch.loaded, self._watch.held.values())
             self._heal()
 
     def _heal(self) -> None:
-        """End what is stuck, silent or a ghost, and only that, and a server that hangs."""
-        self._cleaner.clean(self._watch.loaded, self._watch.held.values())
-        for state in self._watch.faults():
-            if state.healed != state.state and self._may_heal(state.model):
-                self._heal_runner(state)
-            if state.healed == "ghost":
+        """Heal one fault at a time: each is looked for anew, as the one before may explain it."""
+        tried: set[Runner] = set()
+        while state := self._next_fault(tried):
+            tried.add(state.runner)
+            if state.state == "ghost":
+                self._heal_ghost(state)
                 return  # with a new server the other faults are past
-        if self._watch.server_state.hung(self._processes.server()):
+            self._heal_runner(state)
+        hung = self._watch.server_state.hung
+        if hung(self._processes.server()) and self._may_heal(SERVER):
             why = f"hung: no answer to /api/version in {HUNG_LOOKS} looks"
-            self._note_healing("ollama", "Ollama", why, self.restart_server())
+            self._restart_server(SERVER, why, {}, self._is_still_hung)
+
+    def _next_fault(self, tried: set[Runner]) -> RunnerState | None:
+        """Return a runner that is due to be healed now and has not been tried in this turn."""
+        now = time.monotonic()
+        for state in self._watch.faults() + self._orphans(now):
+            new = state.runner not in tried and self._healed_of.get(state.runner) != state.state
+            goes_on = state.runner in self._healed_of  # one healing of the model, as a ghost too
+            if new and not state.survives and (goes_on or self._may_heal(state.model)):
+                return state
+        return None
+
+    def _orphans(self, now: float) -> list[RunnerState]:
+        """Return the living runners of a server that has gone, which the launcher has left."""
+        orphans = [each for each in self._watch.states() if each.state == "orphan"]
+        return [each for each in orphans if now - each.since >= ORPHAN_S and alive(each.process)]
 
     def _heal_runner(self, state: RunnerState) -> None:
-        fault = state.state
-        model = state.model
-        why = f"{fault}: {state.evidence}"
-        if fault == "ghost":
-            self._note_healing("ollama", model, why, self.restart_server())
-        else:
-            self._note_healing("runners", model, why, self.end_runner(state.runner, model))
-        state.healed = fault
-        self._healings[model].append(time.monotonic())
+        """Unload a runner's model by name and end the runner, if its fault still holds."""
+        fault, model, runner = state.state, state.model, state.runner
+        with self._session.clears.turn(CLEAR_S):
+            if not self._watch.holds(runner, fault):
+                return self._tell_recovered(state)
+            evidence = self._evidence(state)
+            killed = Killed(
+                time.monotonic(),
+                model,
+                f"{fault}: {state.evidence or 'its server has gone'}",
+                evidence,
+                used_mb(self._watch.known_runners())[1],
+            )
+            held = self._watch.held.get(runner)
+            if held and held.line and fault != "orphan":
+                self._watch.matching.unload(held.line, runner)
+            if not self._watch.end_runner(runner, fault):
+                return self._tell_recovered(state)
+            self._note_try(runner, model, fault)
+            self._killed[runner] = killed
+            wait_until(lambda: not alive(runner.process), time.monotonic() + KILL_WAIT_S)
+            self._tell_killed()
+            self._watch.look()
+        return None
 
-    def _note_healing(self, what: str, name: str | None, why: str, freed_mb: int) -> None:
-        log.error("healed %s, which was %s (%d MB came free)", name, why, freed_mb)
+    def _tell_recovered(self, state: RunnerState) -> None:
+        words = "runner %d of %s is left alone, as it is %s now"
+        log.info(words, state.process.pid, state.model, state.state)
+
+    def _note_try(self, runner: Runner, model: str | None, fault: str) -> None:
+        """Count the healings of a model: one that becomes a ghost after its end is one."""
+        if runner not in self._healed_of:
+            self._healings[model].append(time.monotonic())
+        self._healed_of[runner] = fault
+
+    def _tell_killed(self) -> None:
+        """Tell of each runner that was killed how it came out, once that is known."""
+        for runner, killed in list(self._killed.items()):
+            ended = not alive(runner.process)
+            if ended or time.monotonic() - killed.at >= GHOST_S:
+                del self._killed[runner]
+                after_mb = used_mb(self._watch.known_runners())[1]
+                freed_mb = max(0, killed.before_mb - after_mb)
+                self._note_healing(
+                    "runners", killed.model, killed.why, freed_mb, ended, killed.evidence
+                )
+
+    def _heal_ghost(self, state: RunnerState) -> None:
+        def still() -> bool:
+            return unreaped(state.process, self._processes.server())
+
+        why = f"ghost: {state.evidence}"
+        self._note_try(state.runner, state.model, "ghost")
+        self._restart_server(state.model, why, self._evidence(state), still)
+
+    def _is_still_hung(self) -> bool:
+        server = self._processes.server()
+        return server is not None and not self._watch.server_state.answers(ASK_S)
+
+    def _restart_server(
+        self,
+        name: str | None,
+        why: str,
+        evidence: Json,
+        still: typing.Callable[[], bool],
+    ) -> None:
+        """Have the server started anew where ``still()`` says that its fault holds."""
+        with self._session.resets.turn(RESET_S), self._session.clears.turn(RESET_S):
+            if not still():
+                log.info("%s is left alone: it has recovered", name)
+                return
+            runners = self._watch.known_runners()
+            evidence = evidence or self._evidence(None)
+            before_mb = used_mb(runners)[1]
+            self._healings[SERVER].append(time.monotonic())
+            failure = self._session.restart(Steps(), time.monotonic() + RESET_S, 0, WHY_S)
+            freed_mb = max(0, before_mb - used_mb(runners)[1])
+            self._server_failure = failure or None
+            self._note_healing("ollama", name, why, freed_mb, not failure, evidence)
+            self._watch.look()
+
+    def _evidence(self, state: RunnerState | None) -> Json:
+        """Return the figures as they are at a verdict."""
+        return {
+            "counters": state.counters if state else [],
+            "gpus": self._watch.machine.gpu["gpus"],
+            "ollama_said": self._processes.last_lines(),
+        }
+
+    def _note_healing(
+        self, what: str, name: str | None, why: str, freed_mb: int, ok: bool, evidence: Json
+    ) -> None:
+        """Tell of a healing as it came out."""
+        done = "healed" if ok else "could not heal"
+        log.error("%s %s, which was %s (%d MB came free)", done, name, why, freed_mb)
         healed = dict(self.healed)  # whole for who reads it meanwhile
-        healed[what] += 1
+        healed[what if ok else "failed"] += 1
         healed["last"] = {
             "at": timestamp(time.time()),
             "what": name,
             "why": why,
             "freed_mb": freed_mb,
+            "ok": ok,
+            "evidence": evidence,
         }
         self.healed = healed
-
-
-class Arrival(typing.NamedTuple):
-    """When a caller of a clear came (monotonic), and the runners that were there then."""
-
-    at: float
-    runners: list[Runner]
-
-
-def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
-    """A clear serves who came before its end, asked for the same or less, and met no other runner.
-
-    One that was started after the clear's own begin, and before this caller came, is his to see
-    go.
-    """
-    fits = outcome.ended >= came.at and outcome.key in (key, (None, True))
-    return fits and outcome.value is not None and outcome.value.serves(came.runners)
-
-
-def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
-    """A reset serves who came before its end and asked for the same, or for no restart."""
-    model, _restart = key
-    return outcome.ended >= came and outcome.key in (key, (model, True))

@@ -1,5 +1,6 @@
 """The code, the reason and the action of /health, and its warnings."""
 
+import contextlib
 import pathlib
 
 import psutil
@@ -9,93 +10,139 @@ from llm_service.downloads import DISK_RESERVE_BYTES
 from llm_service.errors import TimedOut, Unreachable, clean, failure
 from llm_service.healing import Healing
 from llm_service.processes import MB
-from llm_service.watch import ASK_S, Watch, bytes_of
+from llm_service.session import Session
+from llm_service.sharing import SharedRun, began_since
+from llm_service.watch import Watch, bytes_of
 from ollama_client import Json, ServiceError, timestamp
 
+HEALTH_S = 3
+ASK_S = 0.6  # two such questions and a list stay within HEALTH_S
 LIST_S = 1.2
 DISK_LOW_BYTES = DISK_RESERVE_BYTES  # where downloads stop, too
+ENDED_S = 60  # the launcher starts the next server within 11 s
+UNENDED_S = 15  # a server that was killed and is still there does not end
+SEVERITY = ("reboot_host", "restart_service", "reset_session", "wait")
 
 
 class Health:
     """Tells whether the service works, and what would heal it."""
 
-    def __init__(self, watch: Watch, healing: Healing, gpu_layers: str):
-        self._watch, self._healing = watch, healing
-        self._processes = watch.processes
+    def __init__(self, watch: Watch, session: Session, healing: Healing, gpu_layers: str):
+        self._watch, self._session, self._healing = watch, session, healing
+        self._machine, self._processes = watch.machine, watch.processes
         self._gpu_layers = gpu_layers
+        self._checks = SharedRun(began_since)
+
+    def report(self) -> Json:
+        """Return the answer of ``GET /health``, or raise the 503 that tells what would heal it."""
+        try:
+            return self._checks.get(self.check, HEALTH_S)
+        except ServiceError as e:
+            if "recommended_action" in e.fields:
+                raise
+            raise unhealthy(e.code, str(e), "wait") from e
 
     def check(self) -> Json:
-        """Return the health report, or raise the 503 that tells what would heal it."""
-        if self._watch.gpu["state"] == "lost":
-            words = "The GPU is lost to this container: restart it; if that fails, reboot the host."
-            raise unhealthy("gpu_lost", words, gpu.ACTIONS["lost"])
+        """Ask Ollama, and return the report or raise what is wrong."""
+        fault = self._gpu_fault()
+        if fault:
+            raise fault
         server = self._watch.server  # before it is asked: the next one may be there afterwards
         try:
-            names = [model["name"] for model in self._watch.server_state.tags(LIST_S)]
-            loaded = self._loaded_or_seen()
+            names, loaded, slow = self._ask()
         except ServiceError as e:
             raise unhealthy(*self.diagnose(e, server)) from e
-        self._raise_fault()
-        warnings = self.find_warnings(self._watch.gpu, loaded)
+        fault = self._runner_fault()
+        if fault:
+            raise fault
+        reading = self._machine.gpu
+        warnings = self.find_warnings(reading, loaded, slow)
         return {
             "status": "healthy",
             "models_count": len(names),
             "models": names,
             "loaded": [model["name"] for model in loaded],
             "ollama_version": self._watch.server_state.known_version(),
-            "gpu": self._watch.gpu["state"],
-            "recommended_action": gpu.ACTIONS[self._watch.gpu["state"]],
-            "load": self._healing.load,
+            "gpu": reading["state"],
+            "recommended_action": gpu.ACTIONS[reading["state"]],
+            "load": self._session.loader.load,
             "runners": self._watch.runners(),
             "looked_at": timestamp(self._watch.looked_at),
             "warnings": warnings,
             "warning": warnings[0]["message"] if warnings else None,
         }
 
-    def _loaded_or_seen(self) -> list[Json]:
-        """Return what Ollama has loaded, or had at the last look while it holds its lock.
+    def is_up(self) -> bool:
+        """Tell whether the last look found no fault, without asking anything."""
+        server = self._processes.server()
+        state = self._watch.server_state
+        answers = server is not None and server == state.answered and state.state == "answering"
+        return answers and self._watch.well and not (self._gpu_fault() or self._runner_fault())
 
-        It holds it while it settles with a runner, for 20 s; only a server that does not answer
-        ``/api/version`` either hangs.
+    def _ask(self) -> tuple[list[str], list[Json], bool]:
+        """Return the models on disk, what is loaded, and whether that is as of the last look.
+
+        Ollama holds its lock while it settles with a runner, for 20 s, and reads each model's
+        header once: only a server that does not answer ``/api/version`` either hangs.
         """
-        try:
-            return self._watch.server_state.loaded_now(ASK_S)
-        except TimedOut:
-            server = self._processes.server()
-            self._watch.ollama.version(ASK_S)
-            self._watch.server_state.note_answer(server)
-            return self._watch.loaded
+        state = self._watch.server_state
+        with contextlib.suppress(TimedOut):
+            if not self._machine.store_is_slow():
+                names = [model["name"] for model in state.tags(LIST_S)]
+                return names, state.loaded_now(ASK_S), False
+        server = self._processes.server()
+        self._watch.ollama.version(ASK_S)
+        state.note_answer(server)
+        return list(self._machine.models), self._watch.loaded, True
 
-    def _raise_fault(self) -> None:
-        """Raise the 503 of /health for a runner that is stuck, silent or a ghost."""
-        for state in self._watch.faults():
-            words = f"The runner of {state.model or state.process.pid} is "
-            words += f"{'a ' if state.state == 'ghost' else ''}{state.state}: {state.evidence}."
-            raise ServiceError(
-                f"runner_{state.state}",
-                words,
-                reason=words,
-                recommended_action=self._healing.action(state),
-                runners=self._watch.runners(),
-            )
+    def _gpu_fault(self) -> ServiceError | None:
+        if not self._machine.gpu_is_lost():
+            return None
+        words = "The GPU is lost to this container: restart it; if that fails, reboot the host."
+        return unhealthy("gpu_lost", words, gpu.ACTIONS["lost"])
+
+    def _runner_fault(self) -> ServiceError | None:
+        """Return the 503 of the worst of the runners that are stuck, silent or ghosts."""
+        faults = [(self._healing.action(state), state) for state in self._watch.faults()]
+        if not faults:
+            return None
+        action, state = min(faults, key=lambda each: SEVERITY.index(each[0]))
+        word = "survived" if state.survives else state.state
+        words = f"The runner of {state.model or state.process.pid} is "
+        words += f"{'a ' if word == 'ghost' else ''}{word}: {state.evidence}."
+        if state.survives:
+            words = f"Process {state.process.pid} does not end, not even by SIGKILL."
+        error = unhealthy(f"runner_{word}", words, action)
+        error.fields["runners"] = self._watch.runners()
+        return error
 
     def diagnose(self, error: ServiceError, asked: psutil.Process | None) -> tuple[str, str, str]:
         """Tell code, reason and the action that heals from the error of the server asked."""
         server = self._processes.server()
+        state = self._watch.server_state
         if not isinstance(error, (TimedOut, Unreachable)):
-            words = f"Ollama cannot list the models: {error}"
-            # A restart mends nothing that is in the way among its files.
-            action = "wait" if error.code == "store_damaged" else "restart_service"
-            return "model_store_unreadable", words, action
+            return diagnose_store(error)
         if server is None and not self._processes.ever_started():
             return "ollama_starting", "Ollama is about to be started.", "wait"
         if server is None or self._processes.ending(server):
-            return diagnose_end(self._last_words())
-        if server != asked or self._watch.server_state.starting(server):
+            return self._diagnose_end(server)
+        if server != asked or state.starting(server):
             return "ollama_starting", "Ollama is starting.", "wait"
+        action = self._healing.server_action()
         if isinstance(error, TimedOut):
-            return "ollama_hung", "Ollama runs but does not answer.", "reset_session"
-        return "ollama_unreachable", "Ollama runs but takes no connection.", "reset_session"
+            return "ollama_hung", "Ollama runs but does not answer.", action
+        return "ollama_unreachable", "Ollama runs but takes no connection.", action
+
+    def _diagnose_end(self, server: psutil.Process | None) -> tuple[str, str, str]:
+        """Tell the same of an Ollama that ends or has ended, for as long as that may take."""
+        ended_s = self._watch.server_state.ended_s()
+        if server is not None and ended_s > UNENDED_S:
+            words = "Ollama was killed and does not end: reboot the host."
+            return "ollama_dead", words, "reboot_host"
+        code, words, action = diagnose_end(self._last_words())
+        if ended_s > ENDED_S:
+            return code, f"{words} That takes too long.", "restart_service"
+        return code, words, action
 
     def _last_words(self) -> str:
         """Return what Ollama said at its last end, as the launcher noted it."""
@@ -108,20 +155,23 @@ class Health:
         except OSError:
             return ""
 
-    def find_warnings(self, reading: Json, loaded: list[Json]) -> list[Json]:
+    def find_warnings(self, reading: Json, loaded: list[Json], slow: bool = False) -> list[Json]:
         """Return what does not make the service unhealthy: ``[{"code", "message"}]``."""
         warnings = []
-        free = self._watch.store.free_bytes()
+        free = self._machine.free_bytes()
         low = free is not None and free < DISK_LOW_BYTES
-        if low and not self._watch.store.read_only():  # there no advice would help
+        if low and not self._machine.store_read_only:  # there no advice would help
             warnings.append(("disk_low", "The disk is almost full: delete a model, or prune."))
-        if not self._watch.store_writable:
+        if not self._machine.store_writable:
             path = self._watch.store.path
             words = f"{path} cannot be written: chown -R it to the user of the service."
             warnings.append(("store_not_writable", words))
-        if self._healing.load and self._healing.load["state"] == "failed":
-            words = f"{self._healing.load['model']} did not load: {self._healing.load['error']}"
-            warnings.append(("load_failed", words))
+        load = self._session.loader.load
+        if load and load["state"] == "failed":
+            warnings.append(("load_failed", f"{load['model']} did not load: {load['error']}"))
+        if slow:
+            words = "Ollama or the models' disk is slow: what is listed is as of the last look."
+            warnings.append(("ollama_slow", words))
         # Ollama may list dead ones, and one that still loads has not filled its memory.
         there = {each["model"] for each in self._watch.runners() if each["state"] != "loading"}
         warnings += self.gpu_warnings(reading, [each for each in loaded if each["name"] in there])
@@ -130,9 +180,10 @@ class Health:
     def gpu_warnings(self, reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
         """Compare where Ollama says that its models lie with what was asked for and measured."""
         warnings: list[tuple[str, str]] = []
-        if reading["state"] != "ok" or reading["memory_shared"]:
+        if reading["state"] not in ("ok", "unified"):
             return warnings
-        used_mb, _ = gpu.memory_totals(reading)
+        # Where GPU and system share the memory, what is in use tells nothing of the models
+        used_mb = None if reading["memory_shared"] else gpu.memory_totals(reading)[0]
         for model in loaded:
             words = self._part_on_cpu(model, used_mb)
             if words:
@@ -164,6 +215,13 @@ class Health:
 def unhealthy(code: str, reason: str, action: str) -> ServiceError:
     """Make the 503 of /health."""
     return ServiceError(code, reason, reason=reason, recommended_action=action)
+
+
+def diagnose_store(error: ServiceError) -> tuple[str, str, str]:
+    """Tell the same of an Ollama that answers with an error: a restart mends no files."""
+    no_help = error.code in ("store_damaged", "store_not_writable", "store_read_only")
+    action = "wait" if no_help else "restart_service"
+    return "model_store_unreadable", f"Ollama cannot list the models: {error}", action
 
 
 def diagnose_end(said: str) -> tuple[str, str, str]:

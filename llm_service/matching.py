@@ -57,14 +57,20 @@ class Matching:
         self._started_for: dict[Runner, frozenset[Version]] = {}  # as far as the weights tell
         self._lock = threading.Lock()
 
-    def match(self, runners: list[Runner], loaded: list[Json]) -> dict[Runner, Held]:
-        """Tell what each of these runners holds that have not ended."""
+    def match(
+        self, runners: list[Runner], loaded: list[Json], fresh: bool = True
+    ) -> dict[Runner, Held]:
+        """Tell what each of these runners holds that have not ended.
+
+        ``fresh`` reads the manifests first; without it, what was read last is good enough.
+        """
         there = [runner for runner in runners if runner.process.is_running()]
+        if fresh:
+            self.look_at_disk()
         with self._lock:
-            self._look_at_disk()
             self._forget_ended()
             for runner in there:
-                if runner not in self._started_for:
+                if not self._started_for.get(runner):
                     self._started_for[runner] = self._made_of(runner)
             lines = self._match_lines(there, loaded)
             self._lines |= lines
@@ -119,12 +125,14 @@ class Matching:
         found = self._manifests.there().items()
         return [(key, each) for key, several in found for each in several if each.layers]
 
-    def _look_at_disk(self) -> None:
-        now = self._clock()
-        for key, manifest in self._there():
-            for digest in manifest.ids:
-                self._seen[digest] = manifest
-                self._on_disk[key, digest] = now
+    def look_at_disk(self) -> None:
+        """Note which models are there; a slow disk holds up nobody who matches meanwhile."""
+        there, now = self._there(), self._clock()
+        with self._lock:
+            for key, manifest in there:
+                for digest in manifest.ids:
+                    self._seen[digest] = manifest
+                    self._on_disk[key, digest] = now
 
     def _forget_ended(self) -> None:
         for known in (self._lines, self._started_for):

@@ -1,11 +1,13 @@
 """The figures of /api/stats, and the same for Prometheus."""
 
 import time
+import typing
 
 import gpu
 from llm_service.downloads import Downloads
 from llm_service.healing import Healing
-from llm_service.processes import MB
+from llm_service.processes import MB, age_s
+from llm_service.session import Session
 from llm_service.watch import Watch
 from ollama_client import Json, timestamp
 
@@ -13,20 +15,29 @@ from ollama_client import Json, timestamp
 class Figures:
     """The figures of the machine, of what runs on it and of what the service did."""
 
-    def __init__(self, watch: Watch, healing: Healing, downloads: Downloads):
-        self._watch, self._healing, self._downloads = watch, healing, downloads
+    def __init__(
+        self,
+        watch: Watch,
+        session: Session,
+        healing: Healing,
+        downloads: Downloads,
+        is_up: typing.Callable[[], bool],
+    ):
+        """``is_up()`` tells whether /health finds no fault."""
+        self._watch, self._session, self._healing = watch, session, healing
+        self._downloads, self._is_up = downloads, is_up
+        self._machine = watch.machine
         self._processes = watch.processes
 
     def stats(self) -> Json:
         """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
-        reading = self._watch.gpu
-        memory = self._watch.memory
+        reading = self._machine.gpu
+        memory = self._machine.memory
         server = self._processes.server()
-        age_s = time.time() - server.create_time() if server else None
         return {
             **gpu_strings(reading),
             "process_memory_mb": self._watch.process_memory_mb,
-            "cpu_percent": self._watch.cpu_percent,
+            "cpu_percent": self._machine.cpu_percent,
             "timestamp": timestamp(time.time()),
             "gpu": reading["state"],
             "gpus": reading["gpus"],
@@ -37,17 +48,17 @@ class Figures:
                 "available_mb": memory.available // MB,
                 "percent": memory.percent,
             },
-            "disk": self._watch.disk,
+            "disk": self._machine.disk,
             "runners": self._watch.runners(),
             "looked_at": timestamp(self._watch.looked_at),
             "ollama": {
                 "pid": server.pid if server else None,
-                "uptime_seconds": None if age_s is None else round(age_s),
+                "uptime_seconds": round(age_s(server)) if server else None,
                 "restarts": self._processes.restarts(),
             },
             "healed": self._healing.healed,
-            "clears": self._healing.clears_done,
-            "resets": self._healing.resets_done,
+            "clears": self._session.clears_done,
+            "resets": self._session.resets_done,
         }
 
     def metrics_text(self) -> str:
@@ -72,7 +83,7 @@ class Figures:
         stats = self.stats()
         service = {
             **stats,
-            "up": self._watch.up if stats["gpu"] != "lost" else 0,
+            "up": int(self._is_up()),
             "models_loaded": len(self._watch.loaded),
             "downloads_running": self._downloads.running_count(),
         }

@@ -9,8 +9,8 @@ import typing
 
 from llm_service.downloads import Downloads
 from llm_service.files import bytes_freed, seen_files
-from llm_service.healing import CLEAR_S, Healing
 from llm_service.processes import MB
+from llm_service.session import CLEAR_S, Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.store import Store
 from llm_service.watch import Watch
@@ -23,8 +23,8 @@ LIST_S = 1.2
 class Models:
     """Lists, deletes and prunes models."""
 
-    def __init__(self, watch: Watch, healing: Healing, downloads: Downloads):
-        self._watch, self._healing, self._downloads = watch, healing, downloads
+    def __init__(self, watch: Watch, session: Session, downloads: Downloads):
+        self._watch, self._session, self._downloads = watch, session, downloads
         self._store = watch.store
         self._listing = SharedRun(began_since)
         self._own: tuple[tuple | None, dict[str, int]] = (None, {})  # with the store's signature
@@ -57,7 +57,7 @@ class Models:
             words = f"{model} is being downloaded: cancel that first."
             raise ServiceError("model_being_pulled", words)
         self._watch.ollama.version(1)  # one that hangs would look busy
-        if not self._healing.clear(model, force)["verified"]:
+        if not self._session.clear(model, force)["verified"]:
             raise ServiceError(
                 "model_busy",
                 f'{model} is in the middle of an answer: try again, or send "force": true.',

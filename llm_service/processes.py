@@ -17,6 +17,9 @@ from ollama_client import DIGEST, ServiceError
 
 MB = 1024 * 1024
 DNS_PORT = 53
+TICKS_A_S = os.sysconf("SC_CLK_TCK")
+SAID_LINES = 50
+KILL_WAIT_S = 0.5  # after SIGKILL, for a server's end
 PF_EXITING = 4  # a process has this flag of Linux' before its files are closed
 
 
@@ -45,10 +48,19 @@ class Processes:
     since boot.
     """
 
-    def __init__(self, state_file: str | os.PathLike, ended_fd: int = -1):
-        """``ended_fd`` is the launcher's pipe, which is told of a server that is ended."""
+    def __init__(
+        self,
+        state_file: str | os.PathLike,
+        ended_fd: int = -1,
+        send: typing.Callable | None = None,
+    ):
+        """``ended_fd`` is the launcher's pipe, which is told of a server that is ended.
+
+        ``send(process, signal)`` is what signals a process.
+        """
         self.state_file = pathlib.Path(state_file)
         self._ended_fd = ended_fd
+        self._send = send or end
         self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
         self._ended: psutil.Process | None = None  # the server that was last told to end
 
@@ -58,8 +70,8 @@ class Processes:
             about = _stat(pid)
             if about and about.start == started:
                 with contextlib.suppress(psutil.Error):
-                    server = _process(pid, started)
-                    return server if about.state != "Z" or alive(server) else None
+                    dead = about.state == "Z" and about.threads == 1
+                    return None if dead else _process(pid, started)
         return None
 
     def ever_started(self) -> bool:
@@ -71,7 +83,8 @@ class Processes:
 
         At SIGTERM it takes no connection any more, and lives on until its runners have ended.
         """
-        return server == self._ended or dying(server) or not alive(server)
+        seen = life(server)
+        return server == self._ended or seen.dying or not seen.alive
 
     def connecting(self) -> bool:
         """Tell whether the server waits for a connection or for a name service's answer."""
@@ -85,6 +98,14 @@ class Processes:
         """Return how often the launcher had started Ollama anew when ``server`` was called."""
         records = self._read[1]
         return records[-1][2] if records else 0
+
+    def last_lines(self) -> list[str]:
+        """Return what Ollama has said last, as far as the launcher keeps it."""
+        try:
+            text = pathlib.Path(f"{self.state_file}.said").read_text(errors="replace")
+        except OSError:
+            return []
+        return text.splitlines()[-SAID_LINES:]
 
     def all(self) -> list[psutil.Process]:
         """Return every process of the recorded sessions, zombies included."""
@@ -157,20 +178,23 @@ class Processes:
                 ) from e
         return found
 
-    def end_server(self, term_s: float) -> bool:
+    def end_server(self, term_s: float, why_s: float = 0.0) -> bool:
         """End the server on purpose: the launcher starts a new one at once.
 
-        SIGTERM gets ``term_s``, then it is SIGKILL's turn. Returns whether it is gone.
+        SIGTERM gets ``term_s``. Of one that hangs, SIGQUIT gets ``why_s``: Go then prints what
+        each goroutine waits for. Then it is SIGKILL's turn. Returns whether it is gone.
         """
         server = self.server()
         if server is None:
             return True
         self._ended = server
         self._tell_launcher(server.pid)
-        for sig, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, 0.5)):
-            end(server, sig)
-            if wait_until(lambda: not alive(server), time.monotonic() + seconds):
-                return True
+        steps = [(signal.SIGTERM, term_s), (signal.SIGQUIT, why_s), (signal.SIGKILL, KILL_WAIT_S)]
+        for sig, seconds in steps:
+            if seconds > 0:
+                self._send(server, sig)
+                if wait_until(lambda: not alive(server), time.monotonic() + seconds):
+                    return True
         return False
 
     def _tell_launcher(self, pid: int) -> None:
@@ -203,49 +227,49 @@ def _is_waiting(socket: typing.Any) -> bool:
     return asks_a_name or socket.status == psutil.CONN_SYN_SENT
 
 
+class Life(typing.NamedTuple):
+    """How a process stands, by one look at it. A zombie with threads is alive and dying at once."""
+
+    alive: bool = False  # it holds memory: it runs, or a zombie's other threads do
+    dying: bool = False  # dead and not reaped, or killed and not ended yet
+    runs: bool = False  # neither dead nor stopped, by a signal or a tracer
+    parent: int | None = None  # None where it is gone
+
+
+def life(process: psutil.Process) -> Life:
+    """Return how a process stands; that of a process which is gone says no to everything."""
+    about = _stat(process.pid)
+    if about is None or not process.is_running():
+        return Life()
+    dead = about.state in "ZX"
+    return Life(
+        alive=not dead or about.threads > 1,
+        dying=dead or about.exiting or _is_killed(process.pid),
+        runs=about.state not in "ZXTt",
+        parent=about.parent,
+    )
+
+
 def alive(process: psutil.Process) -> bool:
-    """Tell whether a process lives.
-
-    A zombie is dead, unless it has other threads yet: they hold its memory.
-    """
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return process.num_threads() > 1
-        return process.is_running()
-    except psutil.Error:
-        return False
-
-
-def dying(process: psutil.Process) -> bool:
-    """Tell whether a process is dead and not reaped, or was killed and has not ended yet."""
-    try:
-        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-        return False
-    pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
-    killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
-    about = _stat(process.pid)
-    exiting = about is not None and (about.exiting or about.state == "Z")
-    return (killed or exiting) and process.is_running()
-
-
-def runs(process: psutil.Process) -> bool:
-    """Tell whether a process is neither dead nor stopped, by a signal or a tracer."""
-    about = _stat(process.pid)
-    return about is not None and about.state not in "ZXTt"
+    """Tell whether a process holds memory: one that is dead and has threads yet does."""
+    return life(process).alive
 
 
 def is_orphan(process: psutil.Process, server: psutil.Process | None) -> bool:
     """Tell whether a runner's server has died."""
-    return server is None or process.ppid() != server.pid
+    return server is None or life(process).parent != server.pid
 
 
 def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
     """Tell whether a runner is dead or killed, and its server still waits for its end."""
-    try:
-        return not is_orphan(process, server) and dying(process)
-    except psutil.Error:
-        return False
+    seen = life(process)
+    return seen.dying and server is not None and seen.parent == server.pid
+
+
+def age_s(process: psutil.Process) -> float:
+    """Return for how long a process has been there, whatever the clock was set to meanwhile."""
+    about = _stat(process.pid)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - about.start / TICKS_A_S if about else 0.0
 
 
 def may_hold_model(child: Runner) -> bool:
@@ -278,11 +302,20 @@ def cpu_seconds(process: psutil.Process) -> float:
     return sum(process.cpu_times()[:2]) if math.isnan(used_s) else used_s
 
 
-def main_thread_cpu_s(process: psutil.Process) -> float:
-    """Return the CPU time of the thread that decodes, whose id is the process's."""
-    threads = {thread.id: thread for thread in process.threads()}
-    main = threads[process.pid]
-    return main.user_time + main.system_time
+def main_thread_s(process: psutil.Process) -> tuple[float, float]:
+    """Return the CPU seconds that the thread which decodes used, and those it waited for a CPU.
+
+    Its id is the process's. Where the kernel keeps no such account, it has not waited.
+    """
+    task = f"/proc/{process.pid}/task/{process.pid}"
+    try:
+        used_ns, waited_ns, _ = map(int, pathlib.Path(f"{task}/schedstat").read_text().split())
+        if used_ns:
+            return used_ns / 1e9, waited_ns / 1e9
+        words = pathlib.Path(f"{task}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / TICKS_A_S, 0.0
+    except (OSError, ValueError):
+        return 0.0, 0.0
 
 
 def memory_mb(process: psutil.Process | None) -> int:
@@ -312,7 +345,9 @@ class _Stat(typing.NamedTuple):
     """What ``/proc/PID/stat`` says of a process."""
 
     state: str  # such as "S"
+    parent: int
     exiting: bool
+    threads: int
     start: int  # in ticks after boot
 
 
@@ -331,7 +366,23 @@ def _stat(pid: int) -> _Stat | None:
     except OSError:
         return None
     words = about.rpartition(b")")[2].split()  # the name before may hold anything
-    return _Stat(words[0].decode(), bool(int(words[6]) & PF_EXITING), int(words[19]))
+    return _Stat(
+        state=words[0].decode(),
+        parent=int(words[1]),
+        exiting=bool(int(words[6]) & PF_EXITING),
+        threads=int(words[17]),
+        start=int(words[19]),
+    )
+
+
+def _is_killed(pid: int) -> bool:
+    """Tell whether SIGKILL waits for a process: it has not got to its end yet."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
+    return any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
 
 
 def _digest_in(text: str) -> str | None:

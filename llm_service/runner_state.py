@@ -1,17 +1,22 @@
-"""A runner's states and the rules that lead to them."""
+"""A runner's states and the rules that lead to them. There is no clock here, and no I/O."""
 
 import collections
 import dataclasses
+import logging
 
-from llm_service.processes import Runner, cpu_seconds
+from llm_service.processes import Runner
 from ollama_client import Json
 
+log = logging.getLogger("llm-service")
 GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
 STUCK_LOOKS = 10
 SILENT_S = 10  # three looks at least, as two are never further apart than GAP_S
 GHOST_S = 10
 WORKING_SHARE = 0.05  # of a core, by which a runner's main thread shows that it computes
 SLOW_FACTOR = 10  # more patience for a model that is not wholly on the GPU and computes
+
+WORKING = ("loading", "busy", "unwatched")  # something goes on there, as far as can be seen
+FAULTS = ("stuck", "silent", "ghost")  # what is healed; beside these an orphan is ended
 
 
 @dataclasses.dataclass
@@ -23,10 +28,18 @@ class Look:
     slots: list[Json] | None = None
     late: bool = False  # /slots has not answered
     main_cpu_s: float = 0.0  # CPU time of the main thread
-    working: bool = False  # it has used CPU since the last look
+    main_wait_s: float = 0.0  # for which it was ready to run and had no CPU
+    cpu_s: float = 0.0  # used since the last look by all of its threads
+    passed_s: float = 0.0  # since then
     active: bool = False  # something may have changed
     due: bool = False  # it is to be asked
     on_gpu: bool = False  # the model lies there wholly
+    killed: bool = False  # SIGKILL waits for it, and it holds its memory
+
+    @property
+    def working(self) -> bool:
+        """Tell whether it has used CPU since the last look, however soon that comes."""
+        return self.cpu_s > WORKING_SHARE * self.passed_s
 
 
 class RunnerState:
@@ -34,34 +47,29 @@ class RunnerState:
 
     def __init__(self, runner: Runner, now: float, stuck_s: float):
         self.runner = runner
-        self._stuck_s = stuck_s
         self.process = runner.process
         self.model: str | None = None
         self.state = "loading"
         self.since = now
         self.evidence = ""  # of a fault, as it was at the verdict
-        self.healed: str | None = None  # the fault that it was healed of
+        self.counters: list[tuple] = []  # of each slot: task, prompt tokens, tokens decoded
+        self.survives = False  # SIGKILL has not ended it for GHOST_S
         self.tokens = 0
         self.tokens_per_second = 0.0
         self.memory_mb = 0
         self.cpu_percent = 0.0
         self.under_way = True  # at the last look
-        self._cpu_s = 0.0
-        self._cpu_at = now  # when that was read
-        self._worked = False  # used CPU at the last look, if it has no slots
         self.asked_at = now
+        self._stuck_s = stuck_s
+        self._worked = False  # used CPU at the last look, if it has no slots
         self._looked_at = now
         self._step_s = 0.0  # between the last two looks
-        self._counters: list[tuple] = []  # of each slot: task, prompt tokens, tokens decoded
-        # The last looks without progress; it is full once these are enough for a verdict.
-        self._still: collections.deque[Look] = collections.deque(maxlen=STUCK_LOOKS)
         self._begin_count(now)
 
-    def cpu_spent(self, now: float) -> tuple[float, float]:
-        """Return the CPU seconds since the last call, and the seconds that passed."""
-        cpu_s, at = self._cpu_s, self._cpu_at
-        self._cpu_s, self._cpu_at = cpu_seconds(self.process), now
-        return self._cpu_s - cpu_s, now - at
+    @property
+    def faulty(self) -> bool:
+        """Tell whether it is in a state that is healed."""
+        return self.state in FAULTS or self.survives
 
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
@@ -70,14 +78,30 @@ class RunnerState:
         self.tokens_per_second = 0.0
         if self._step_s > GAP_S:
             self._begin_count(look.at)
-        state = self._judge(look)
-        if state != self.state:
-            self.state = state
-            self.since = look.at
+        self.survives = look.killed and self._shows("survivor", look) >= GHOST_S
+        if not look.killed:
+            self._began.pop("survivor", None)
+        self._change(self._judge(look), look.at)
+
+    def _change(self, state: str, at: float) -> None:
+        """Take on a state. Each change is one line of the log."""
+        if state == self.state:
+            return
+        level = logging.WARNING if state in (*FAULTS, "orphan") else logging.INFO
+        pid, seconds = self.process.pid, at - self.since
+        words = "runner %d of %s: %s, after %.0f s of %s"
+        log.log(level, words, pid, self.model, state, seconds, self.state)
+        self.state = state
+        self.since = at
 
     def _begin_count(self, now: float) -> None:
         self._began = {"stuck": now}  # since when each fault shows
-        self._still.clear()
+        self._first_still: Look | None = None  # the first look without progress
+        self._still: collections.deque[Look] = collections.deque(maxlen=STUCK_LOOKS)
+
+    def _shows(self, fault: str, look: Look) -> float:
+        """Return for how many seconds a fault has shown."""
+        return look.at - self._began.setdefault(fault, look.at)
 
     def _judge(self, look: Look) -> str:
         if look.health == "silent":
@@ -90,13 +114,16 @@ class RunnerState:
             return self._judge_fault("ghost", look, GHOST_S, words, self.state)
         if look.health == "ok":
             return self._judge_work(look)
+        survivor = self._began.get("survivor", look.at)
         self._begin_count(look.at)
+        self._began["survivor"] = survivor
         if look.health == "unasked":
             return self.state
         self.under_way = look.health == "loading"
         return look.health
 
     def _judge_work(self, look: Look) -> str:
+        busy = "busy"
         if look.late:
             self.under_way = True
             moved = False
@@ -104,49 +131,60 @@ class RunnerState:
             # One look without CPU is no idleness: on a busy machine it may have got none.
             self.under_way = moved = look.working or self._worked
             self._worked = look.working
+            busy = "unwatched"
         else:
             self.under_way = is_working(look.slots)
             moved = self._count_tokens(look.slots)
         if moved or not self.under_way:
             self._begin_count(look.at)
-            return "busy" if self.under_way else "idle"
+            return busy if self.under_way else "idle"
+        return self._judge_standstill(look)
+
+    def _judge_standstill(self, look: Look) -> str:
+        """Tell busy from stuck, where something is under way and no counter moves."""
+        self._first_still = self._first_still or look
         self._still.append(look)
-        if len(self._still) < STUCK_LOOKS:
+        if len(self._still) < STUCK_LOOKS or self._computes_on(self._first_still, look):
             return "busy"
-        words = f"its counters have stood at {self._counters}"
+        words = f"its counters have stood at {self.counters}"
         if look.late:
             words = "its /slots has not answered"
-        return self._judge_fault("stuck", look, self._patience_s(look), words, "busy")
+        return self._judge_fault("stuck", look, self._stuck_s, words, "busy")
+
+    def _computes_on(self, first: Look, look: Look) -> bool:
+        """Tell whether it computes on the CPU, and its patience there is not used up.
+
+        One batch of a large model takes minutes there, and moves no counter meanwhile: so many
+        seconds of CPU time, which others on the machine cannot use up.
+        """
+        before = self._still[0]
+        ready_s = look.main_cpu_s + look.main_wait_s - before.main_cpu_s - before.main_wait_s
+        computes = ready_s >= WORKING_SHARE * (look.at - before.at)
+        used_s = look.main_cpu_s - first.main_cpu_s
+        return not look.on_gpu and computes and used_s < self._stuck_s * SLOW_FACTOR
 
     def _judge_fault(
         self, fault: str, look: Look, patience_s: float, words: str, until_then: str
     ) -> str:
         """Return the fault as the state once it has shown for so long."""
-        seconds = look.at - self._began.setdefault(fault, look.at)
+        seconds = self._shows(fault, look)
         if seconds < patience_s:
             return until_then
         if self.state != fault:
             self.evidence = f"for {seconds:.0f} s {words}"
         return fault
 
-    def _patience_s(self, look: Look) -> float:
-        """One batch of a large model takes minutes on a CPU, and moves no counter meanwhile."""
-        first = self._still[0]
-        used_s = look.main_cpu_s - first.main_cpu_s
-        computes = used_s >= WORKING_SHARE * (look.at - first.at)
-        return self._stuck_s * SLOW_FACTOR if computes and not look.on_gpu else self._stuck_s
-
     def _count_tokens(self, slots: list[Json]) -> bool:
         """Count what was decoded since the last look; return whether any counter moved."""
-        before = self._counters
-        self._counters = list(map(slot_counters, slots))
+        before = self.counters
+        self.counters = list(map(slot_counters, slots))
         new = 0
-        for (old_task, _, old), (task, _, decoded) in zip(before, self._counters, strict=False):
+        for (old_task, _, old), (task, _, decoded) in zip(before, self.counters, strict=False):
             goes_on = task == old_task and decoded >= old  # its end sets it to 0
             new += decoded - old if goes_on else decoded
         self.tokens += new
         self.tokens_per_second = round(new / max(self._step_s, 0.1), 1)
-        return self._counters != before
+        return self.counters != before
 
     def report(self, now: float) -> Json:
         """Return the line of ``runners`` in /health and /api/stats."""

@@ -202,7 +202,7 @@ def test_a_call_that_hangs_costs_its_time_once_and_one_thread_and_passes(gpu, nv
     began = time.monotonic()
     first = gpu.sample(0.05)
     assert 0.05 <= time.monotonic() - began < 0.4
-    assert (first["state"], first["gpus"]) == ("unresponsive", [])
+    assert (first["state"], first["gpus"]) == ("slow", [])
     began = time.monotonic()
     for _ in range(20):
         assert gpu.sample(0.05) == first
@@ -213,10 +213,43 @@ def test_a_call_that_hangs_costs_its_time_once_and_one_thread_and_passes(gpu, nv
     assert gpu.memory_in_use(first) == ("system", None)
     nvml.answer()
     until = time.monotonic() + 5
-    while gpu.sample()["state"] == "unresponsive" and time.monotonic() < until:
+    while gpu.sample()["state"] == "slow" and time.monotonic() < until:
         time.sleep(0.005)
     assert gpu.sample()["gpus"] == [FIGURES]
     assert threading.active_count() == threads
+
+
+def waited(gpu, seconds, step):
+    """Return the states of a GPU that is asked again and again while it does not answer."""
+    now = iter(range(0, seconds + 1, step))
+    return [gpu.sample(0.01, lambda at=at: at)["state"] for at in now]
+
+
+def test_a_gpu_that_does_not_answer_is_slow_for_thirty_seconds(gpu, nvml):
+    nvml.answer("nvmlDeviceGetCount")
+    states = waited(gpu, 34, 2)
+    assert states == ["slow"] * 15 + ["unresponsive"] * 3
+    nvml.answer()
+
+
+def test_a_pause_of_the_service_is_no_time_that_a_gpu_had(gpu, nvml):
+    nvml.answer("nvmlDeviceGetCount")
+    assert waited(gpu, 3600 * 4, 3600) == ["slow"] * 5
+    nvml.answer()
+
+
+def test_an_error_of_our_own_is_logged_and_is_no_state_of_the_gpu(gpu, monkeypatch, caplog):
+    assert gpu.sample()["state"] == "ok"
+
+    def broken(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(gpu, "_read_nvml", broken)
+    reading = gpu.sample()
+    assert (reading["state"], reading["gpus"]) == ("ok", [FIGURES])
+    assert "TypeError: a bug" in caplog.text
+    monkeypatch.setattr(gpu, "_last", gpu.NOTHING_READ)
+    assert gpu.sample()["state"] == "unknown"
 
 
 def test_many_callers_of_a_hanging_gpu_share_one_thread(gpu, nvml):
@@ -224,7 +257,7 @@ def test_many_callers_of_a_hanging_gpu_share_one_thread(gpu, nvml):
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         states = set(pool.map(lambda _: gpu.sample(0.2)["state"], range(200)))
-    assert states == {"unresponsive"}
+    assert states == {"slow"}
     assert time.monotonic() - began < 0.8  # 200 callers by 32 in turn: 1.4 s if each waited
     assert nvml.calls == ["nvmlInit", "nvmlDeviceGetCount"]
 
@@ -251,6 +284,8 @@ def test_every_state_has_its_own_word_and_an_action(gpu):
         "unified": "none",
         "lost": "restart_service",
         "driver_mismatch": "reboot_host",
-        "no_permission": "restart_service",
+        "no_permission": "none",
+        "slow": "wait",
         "unresponsive": "reboot_host",
+        "unknown": "none",
     }

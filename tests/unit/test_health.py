@@ -8,7 +8,7 @@ import pytest
 import app
 from llm_service.errors import TimedOut, Unreachable
 from llm_service.processes import alive
-from llm_service.watch import ServerState
+from llm_service.server_state import ServerState
 
 
 @pytest.fixture
@@ -59,8 +59,7 @@ def test_one_that_was_told_to_end_is_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(app.processes, "state_file", tmp_path / "state")
     seen = []
     monkeypatch.setattr(
-        "llm_service.processes.end",
-        lambda *_: seen.append(diagnosis(Unreachable, asked)),
+        app.processes, "_send", lambda *_: seen.append(diagnosis(Unreachable, asked))
     )
     assert not app.processes.end_server(0)
     assert alive(asked) and set(seen) == {("ollama_dead", "wait")}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from helpers.waiting import wait_for
-from llm_service.processes import Processes, alive, dying, end
+from llm_service.processes import Processes, alive, end, life
 
 DIGEST = "c" * 64
 SLEEP = "import time; time.sleep(60)"
@@ -165,11 +165,11 @@ def test_one_whose_main_thread_has_ended_lives_until_its_last_thread_has():
     with subprocess.Popen([sys.executable, "-c", script]) as started:
         process = psutil.Process(started.pid)
         wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 10, "the main thread's end")
-        assert alive(process) and dying(process)
+        assert alive(process) and life(process).dying
         end(process)
         wait_for(lambda: not alive(process), 5, "the end of the last thread")
-        assert dying(process)  # until it is reaped
-    assert not dying(process)
+        assert life(process).dying  # until it is reaped
+    assert not life(process).dying
 
 
 def test_signalling_a_process_that_has_ended_does_nothing(server):

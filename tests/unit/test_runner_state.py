@@ -1,7 +1,6 @@
 """The states of a runner and of the server, by looks that are made by hand."""
 
 import os
-import time
 import types
 
 import psutil
@@ -9,8 +8,10 @@ import pytest
 
 from llm_service import processes
 from llm_service.downloads import Downloads
-from llm_service.processes import Processes
+from llm_service.machine import Machine
+from llm_service.processes import Processes, age_s
 from llm_service.runner_state import GAP_S, STUCK_LOOKS, Look, RunnerState
+from llm_service.server_state import ServerState
 from llm_service.store import Store
 from llm_service.watch import Watch
 from ollama_client import Ollama
@@ -23,7 +24,8 @@ def make_watch(runners=()):
     found = Processes(os.devnull)
     found.runners = lambda: list(runners)
     ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
-    return Watch(ollama, store, found, Downloads(ollama, store, found, 1), stuck_s=STUCK_S)
+    machine = Machine(store, Downloads(ollama, store, found, 1))
+    return Watch(ollama, store, found, machine, stuck_s=STUCK_S)
 
 
 def slot(task=1, decoded=5, prompt=10, active=True):
@@ -54,7 +56,8 @@ class Runner:
     def look(self, *slots, after=2.0, health="ok", **fields):
         self.now += after
         seen = list(slots) if slots else None
-        self.state.note(Look(self.now, health=health, slots=seen, **fields))
+        look = {"passed_s": after, **fields}
+        self.state.note(Look(self.now, health=health, slots=seen, **look))
         return self.state.state
 
     def for_(self, seconds, *slots, cpu_share=0.0, step=2.0, **fields):
@@ -129,7 +132,8 @@ def test_the_machines_cpu_is_told_however_many_runners_came_and_went():
         watch.look()
         process.kill()
         process.wait()
-    assert isinstance(watch.cpu_percent, float)
+    watch.machine.measure()
+    assert isinstance(watch.machine.cpu_percent, float)
     assert [each["pid"] for each in watch.runners()] == [process.pid]
 
 
@@ -213,10 +217,24 @@ def test_an_idle_one_that_was_held_and_then_asked_is_stuck(runner):
 # Ten times as long on the CPU
 
 
-@pytest.mark.parametrize("share", [0.06, 1.0, 7.0])
-def test_a_batch_on_the_cpu_gets_ten_times_as_long(busy, share):
-    assert busy.for_(STUCK_S * 10 - 2, slot(), cpu_share=share) == {"busy"}
-    assert "stuck" in busy.for_(8, slot(), cpu_share=share)
+@pytest.mark.parametrize("share", [0.06, 0.5, 1.0])
+def test_a_batch_on_the_cpu_gets_ten_times_as_many_seconds_of_cpu_time(busy, share):
+    assert busy.for_(STUCK_S * 10 / share, slot(), cpu_share=share) == {"busy"}
+    assert "stuck" in busy.for_(2 / share + 8, slot(), cpu_share=share)
+
+
+def test_where_others_take_the_cpu_a_batch_takes_as_long_as_it_takes(busy):
+    """It is ready to run all the time and gets hardly any CPU: a standstill waits for nothing."""
+    for n in range(STUCK_S * 20):
+        assert busy.look(slot(), main_cpu_s=n * 0.02, main_wait_s=n * 1.98) == "busy"
+
+
+def test_a_clock_that_jumps_is_no_progress_and_no_verdict(busy, monkeypatch):
+    for moment in (0, 4e9):
+        monkeypatch.setattr("time.time", lambda moment=moment: moment)
+        assert busy.for_(STUCK_S / 2 - 2, slot()) == {"busy"}
+    busy.for_(4, slot())
+    assert busy.state.state == "stuck"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.04])
@@ -314,8 +332,8 @@ def test_one_whose_server_has_died_is_an_orphan_for_ever(busy):
 # Without /slots
 
 
-def test_without_slots_it_is_busy_while_it_uses_cpu(runner):
-    assert runner.for_(STUCK_S * 30, working=True) == {"busy"}
+def test_without_slots_it_is_unwatched_while_it_uses_cpu(runner):
+    assert runner.for_(STUCK_S * 30, cpu_s=1.0) == {"unwatched"}
     assert runner.state.under_way
     runner.look()
     assert runner.for_(10) == {"idle"}
@@ -323,18 +341,15 @@ def test_without_slots_it_is_busy_while_it_uses_cpu(runner):
 
 
 def test_without_slots_one_look_without_cpu_is_no_idleness(runner):
-    runner.look(working=True)
+    runner.look(cpu_s=1.0)
     for _ in range(3):
-        assert [runner.look(), runner.look(working=True)] == ["busy", "busy"]
-    assert [runner.look(), runner.look()] == ["busy", "idle"]
+        assert [runner.look(), runner.look(cpu_s=1.0)] == ["unwatched", "unwatched"]
+    assert [runner.look(), runner.look()] == ["unwatched", "idle"]
 
 
 @pytest.mark.parametrize(("passed_s", "working"), [(0.1, True), (2, False)])
-def test_it_works_by_its_share_of_cpu_however_soon_the_look_comes(monkeypatch, passed_s, working):
-    me = psutil.Process()
-    state = RunnerState(types.SimpleNamespace(process=me), time.monotonic() - passed_s, STUCK_S)
-    monkeypatch.setattr("llm_service.runner_state.cpu_seconds", lambda _: 0.09)
-    assert make_watch()._glance(state, me.parent()).working is working
+def test_it_works_by_its_share_of_cpu_however_soon_the_look_comes(passed_s, working):
+    assert Look(1000.0, cpu_s=0.09, passed_s=passed_s).working is working
 
 
 # Tokens
@@ -393,43 +408,110 @@ def server():
     return psutil.Process()
 
 
-def server_state():
-    watch = make_watch()
-    return watch.server_state
+class ServerClock:
+    """A ServerState that is looked at every two seconds."""
+
+    def __init__(self):
+        self.now = self.age = 1000.0
+        watch = make_watch()
+        self.state = ServerState(
+            watch.ollama, watch.store, watch.processes, lambda: self.now, lambda _: self.age
+        )
+
+    def silence(self, server, looks, step=2):
+        for _ in range(looks):
+            self.now += step
+            self.state.note_silence(server)
+        return self.state.hung(server)
 
 
-def silence(state, server, looks):
-    for _ in range(looks):
-        state.note_silence()
-    return state.hung(server)
+@pytest.fixture
+def watched():
+    return ServerClock()
 
 
-def test_a_server_that_answered_is_hung_after_fifteen_looks(server):
-    state = server_state()
-    state.note_answer(server)
-    assert not silence(state, server, 14)
-    assert silence(state, server, 1)
-    state.note_answer(server)
-    assert not silence(state, server, 14)
+def test_a_server_that_answered_is_hung_after_fifteen_looks(server, watched):
+    watched.state.note_answer(server)
+    assert not watched.silence(server, 14)
+    assert watched.silence(server, 1)
+    watched.state.note_answer(server)
+    assert not watched.silence(server, 14)
 
 
-def test_a_server_that_has_not_answered_yet_is_never_hung(server, monkeypatch):
-    state = server_state()
-    monkeypatch.setattr("time.time", lambda: server.create_time() + 299)
-    assert state.starting(server)
-    assert not silence(state, server, 500)
-    monkeypatch.setattr("time.time", lambda: server.create_time() + 301)
-    assert not state.starting(server)
+def test_a_server_that_has_not_answered_yet_is_hung_once_its_time_is_over(server, watched):
+    watched.age = 299
+    assert watched.state.starting(server)
+    assert not watched.silence(server, 500)
+    watched.age = 301
+    assert not watched.state.starting(server)
+    assert watched.state.hung(server)
 
 
-def test_no_server_is_never_hung():
-    assert not silence(server_state(), None, 50)
+def test_a_pause_of_everything_starts_the_count_of_silent_looks_anew(server, watched):
+    watched.state.note_answer(server)
+    assert not watched.silence(server, 14)
+    assert not watched.silence(server, 1, step=3600)
+    assert not watched.silence(server, 13)
+    assert watched.silence(server, 1)
 
 
-def test_the_next_server_starts_again(server):
-    state = server_state()
-    state.note_answer(server)
+def test_the_age_of_a_server_does_not_move_with_the_clock(server, monkeypatch):
+    state = make_watch().server_state
+    before = age_s(server)
+    for moment in (0, 4e9):  # a board without a battery for its clock
+        monkeypatch.setattr("time.time", lambda moment=moment: moment)
+        assert 0 <= age_s(server) - before < 60
+        assert state.starting(server)
+
+
+def test_no_server_is_never_hung(watched):
+    assert not watched.silence(None, 50)
+
+
+def test_the_next_server_starts_again(server, watched):
+    watched.age = 10
+    watched.state.note_answer(server)
     following = psutil.Process(server.ppid())
-    assert not silence(state, following, 50)
-    silence(state, server, 15)
-    assert not silence(state, None, 1)
+    assert not watched.silence(following, 50)
+    watched.silence(server, 15)
+    assert not watched.silence(None, 1)
+
+
+def test_each_change_of_a_server_is_a_line_in_the_log(server, watched, caplog):
+    caplog.set_level("INFO")
+    watched.state.note_answer(server)
+    watched.silence(server, 20)
+    watched.state.note_answer(server)
+    assert [line.message.split(",")[0] for line in caplog.records] == [
+        "Ollama is answering",
+        "Ollama is silent",
+        "Ollama is answering",
+    ]
+
+
+def test_each_change_of_a_runner_is_a_line_in_the_log(busy, caplog):
+    caplog.set_level("INFO")
+    busy.for_(STUCK_S, slot())
+    busy.for_(20, slot())
+    busy.look(slot(decoded=6))
+    assert [(line.levelname, line.message) for line in caplog.records] == [
+        ("WARNING", f"runner 7 of None: stuck, after {STUCK_S} s of busy"),
+        ("INFO", "runner 7 of None: busy, after 22 s of stuck"),
+    ]
+
+
+# What SIGKILL does not end
+
+
+def test_one_that_sigkill_does_not_end_is_a_fault_though_its_server_has_gone(busy):
+    assert busy.for_(9, health="orphan", killed=True) == {"orphan"}
+    assert not busy.state.faulty
+    busy.for_(4, health="orphan", killed=True)
+    assert busy.state.survives and busy.state.faulty
+
+
+def test_a_killed_one_that_ends_in_time_does_not_survive(busy):
+    busy.for_(8, health="dead", killed=True)
+    busy.look(health="dead")  # a zombie holds nothing
+    busy.for_(8, health="dead", killed=True)
+    assert not busy.state.survives

@@ -9,7 +9,7 @@ import pytest
 
 import app
 from helpers.waiting import wait_for
-from llm_service.watch import ServerState
+from llm_service.server_state import ServerState
 
 # Uses 20 ms of CPU for each line that it reads.
 WORKER = """
@@ -76,7 +76,7 @@ def test_after_its_end_its_successor_is_asked(asked, server, reaped):
 
 
 def test_a_server_that_was_silent_at_the_last_look_is_asked(asked):
-    asked.note_silence()
+    asked.note_silence(app.processes.server())
     assert asked.loaded_now() == [{"name": "m2"}]
     assert asked.loaded_now() == [{"name": "m2"}]  # it has answered
 
@@ -95,6 +95,6 @@ def test_what_was_said_while_the_server_worked_is_not_kept(asked, server, monkey
 
 
 def test_where_the_clock_cannot_be_read_the_server_is_asked(asked, monkeypatch):
-    monkeypatch.setattr("llm_service.watch.cpu_clock_s", lambda _: math.nan)
+    monkeypatch.setattr("llm_service.server_state.cpu_clock_s", lambda _: math.nan)
     assert asked.loaded_now() == [{"name": "m2"}]
     assert asked.loaded_now() == [{"name": "m3"}]

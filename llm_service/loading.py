@@ -1,0 +1,98 @@
+"""Loads one model in the background: the newest order counts."""
+
+import logging
+import threading
+import time
+import typing
+
+from ollama_client import Json, Ollama, ServiceError, name_key
+
+log = logging.getLogger("llm-service")
+STARTING_S = 300  # for which a server may take its time until it answers
+ANSWERING_LOOK_S = 0.2
+FIRST_S = 0.3  # a small model is loaded by then
+RETRIES_S = (5, 30, 120)
+FINAL = ("model_not_found", "model_damaged", "bad_model_name")  # no other try would help
+
+
+class Loader:
+    """One load at a time; who orders another, or cancels, ends the one that is due."""
+
+    def __init__(
+        self,
+        ollama: Ollama,
+        answers: typing.Callable[[], bool],
+        retries_s: typing.Sequence[float] = RETRIES_S,
+    ):
+        """``answers()`` tells whether Ollama answers; ``retries_s`` are pauses between tries."""
+        self.load: Json | None = None  # the last one: model, state, error
+        self._ollama, self._answers, self._retries_s = ollama, answers, retries_s
+        self._changed = threading.Condition()
+
+    def order(self, model: str, wait_s: float = FIRST_S) -> str:
+        """Load a model in the background; return its state after so many seconds at most.
+
+        ``load`` then has its outcome: "loading", "loaded", "failed" or "cancelled".
+        """
+        load: Json = {"model": model, "state": "loading", "error": None}
+        with self._changed:
+            self._cancel()
+            self.load = load
+        name = f"load {model}"
+        loader = threading.Thread(target=self._work, args=(load,), name=name, daemon=True)
+        loader.start()
+        with self._changed:
+            self._changed.wait_for(lambda: load["state"] != "loading", max(0, wait_s))
+        return "loaded" if load["state"] == "loaded" else "loading"
+
+    def cancel_for(self, model: str | None) -> None:
+        """End the load that is due, if it is of this model or of any: it is no failure then."""
+        with self._changed:
+            due = self.load and (model is None or name_key(self.load["model"]) == name_key(model))
+            if due:
+                self._cancel()
+
+    def _cancel(self) -> None:
+        if self.load and self.load["state"] == "loading":
+            self.load["state"] = "cancelled"
+        self._changed.notify_all()
+
+    def _work(self, load: Json) -> None:
+        for pause_s in (*self._retries_s, None):
+            error = self._try(load)
+            if error is None or load["state"] != "loading":
+                break
+            if pause_s is None or error.code in FINAL:
+                log.error("load %s: %s", load["model"], error)
+                self._end(load, "failed", str(error))
+                return
+            log.warning("load %s: %s; trying again in %g s", load["model"], error, pause_s)
+            load["error"] = str(error)
+            self._pause(load, pause_s)
+        self._end(load, "loaded", None)
+
+    def _try(self, load: Json) -> ServiceError | None:
+        """Wait for the server and load the model; return what went wrong."""
+        until = time.monotonic() + STARTING_S
+        while load["state"] == "loading" and time.monotonic() < until:
+            if self._answers():
+                break
+            self._pause(load, ANSWERING_LOOK_S)
+        if load["state"] != "loading":
+            return None
+        try:
+            self._ollama.load(load["model"])
+        except ServiceError as e:
+            return e
+        return None
+
+    def _pause(self, load: Json, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: load["state"] != "loading", seconds)
+
+    def _end(self, load: Json, state: str, error: str | None) -> None:
+        """Note the outcome, unless another order has come meanwhile."""
+        with self._changed:
+            if load["state"] == "loading":
+                load.update(state=state, error=error)
+            self._changed.notify_all()

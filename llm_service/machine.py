@@ -1,0 +1,100 @@
+"""The machine: its GPUs, memory, CPU and the models' disk, read beside the watch.
+
+A slow disk or driver holds up these threads only, and neither blinds the watch nor restarts its
+counts.
+"""
+
+import logging
+import threading
+import time
+import typing
+
+import psutil
+
+import gpu
+from llm_service.downloads import Downloads
+from llm_service.matching import Matching
+from llm_service.store import Store
+from ollama_client import Json, ServiceError
+
+log = logging.getLogger("llm-service")
+LOOK_S = 2
+DISK_LOOK_S = 60
+SLOW_S = 1.0  # a look at the store that is under way for longer
+LOST_LOOKS = 3  # in a row, until the GPU counts as lost
+
+
+class Machine:
+    """Looks at the GPUs and at the store every LOOK_S; all read what it saw last."""
+
+    def __init__(self, store: Store, downloads: Downloads, matching: Matching):
+        self._store, self._downloads, self.matching = store, downloads, matching
+        self.gpu: Json = gpu.NOTHING_READ
+        self.memory: typing.Any = psutil.virtual_memory()
+        self.cpu_percent: float | None = None
+        self.disk: Json | None = None
+        self.store_writable = True
+        self.store_read_only = False
+        self.models: dict[str, list[str]] = {}  # as Store.models gives them
+        self._lost_looks = 0
+        self._disk_key: object = None
+        self._began: float | None = None  # the look at the store that is under way, monotonic
+
+    def start(self) -> None:
+        """Begin to look."""
+        self.measure()
+        for look in (self.measure, self.look_at_store):
+            threading.Thread(target=_repeat, args=(look,), daemon=True).start()
+
+    def gpu_is_lost(self) -> bool:
+        """Tell whether the GPU has been lost for some looks: one bad answer is no loss."""
+        return self._lost_looks >= LOST_LOOKS
+
+    def store_is_slow(self) -> bool:
+        """Tell whether the models' disk keeps a look waiting."""
+        began = self._began
+        return began is not None and time.monotonic() - began > SLOW_S
+
+    def free_bytes(self) -> int | None:
+        """Return the free bytes of the models' disk as of the last look."""
+        return self.disk["free_bytes"] if self.disk else None
+
+    def measure(self) -> None:
+        """Take the figures of the GPUs, the memory and the CPU."""
+        self.gpu = gpu.sample()
+        self._lost_looks = self._lost_looks + 1 if self.gpu["state"] == "lost" else 0
+        self.memory = psutil.virtual_memory()
+        self.cpu_percent = psutil.cpu_percent()  # since the look before
+
+    def look_at_store(self) -> None:
+        """Take the figures of the models' disk, as far as something may have changed."""
+        self._began = time.monotonic()
+        try:
+            self.models = self._store.models()
+            self.matching.look_at_disk()
+            # Parts grow, and their folder does not change
+            downloading = self._downloads.running_count()
+            minute = time.monotonic() // DISK_LOOK_S
+            free = self._store.free_bytes()
+            changed = self._store.signature(), self._store.changed_ns(), free is None
+            key = (changed, downloading, minute)
+            if downloading or key != self._disk_key:
+                self.disk = self._store.disk()
+                self.store_writable = self._store.writable()
+                self.store_read_only = self._store.read_only()
+                self._disk_key = key
+            elif self.disk:  # what others write to the disk
+                self.disk = {**self.disk, "free_bytes": free}
+        finally:
+            self._began = None
+
+
+def _repeat(look: typing.Callable[[], None]) -> None:
+    while True:
+        try:
+            look()
+        except ServiceError as e:
+            log.warning("the machine: %s", e)
+        except Exception:
+            log.exception("the machine: a bug")
+        time.sleep(LOOK_S)

@@ -1,0 +1,136 @@
+"""What is known of Ollama's server: whether it starts, answers or hangs, and what it says."""
+
+import contextlib
+import logging
+import time
+import typing
+
+import psutil
+
+from llm_service.manifests import is_lent
+from llm_service.processes import Processes, age_s, cpu_clock_s, life
+from llm_service.runner_state import GAP_S
+from llm_service.store import Store
+from ollama_client import ANSWER_S, Json, Ollama, ServiceError
+
+log = logging.getLogger("llm-service")
+VERSION_S = 0.4
+STARTING_S = 300
+HUNG_LOOKS = 15
+# What Ollama's server uses at rest, and for one /api/ps; a change of models takes 1 ms more.
+QUIET_CPU_S = 0.0002
+QUESTION_CPU_S = 0.001
+
+
+class ServerState:
+    """Whether the server has answered since it was started, and for how long it is silent."""
+
+    def __init__(
+        self,
+        ollama: Ollama,
+        store: Store,
+        processes: Processes,
+        clock: typing.Callable[[], float] = time.monotonic,
+        age: typing.Callable[[psutil.Process], float] = age_s,
+    ):
+        """``clock()`` gives monotonic seconds, ``age(process)`` its seconds since its start."""
+        self._clock, self._age = clock, age
+        self.version: str | None = None
+        self.state = "not started"  # then "starting", "answering", "silent", "ended"
+        self.answered: psutil.Process | None = None  # the server that has answered last
+        self._ollama, self._store, self._processes = ollama, store, processes
+        self._tags: tuple[tuple, list[Json]] = ((), [])  # with the store's signature
+        self._silent: tuple[psutil.Process | None, int] = (None, 0)  # the server, its silent looks
+        self._since = self._looked_at = self._clock()
+        # The server of the last answer of /api/ps, its CPU time then, and the answer
+        self._listed: tuple[psutil.Process | None, float, list[Json]] = (None, 0.0, [])
+
+    def starting(self, server: psutil.Process) -> bool:
+        """Tell whether this server has not answered yet and still may take its time."""
+        return server != self.answered and self._age(server) < STARTING_S
+
+    def hung(self, server: psutil.Process | None) -> bool:
+        """Tell whether this server, which has answered or had its time, is silent for good."""
+        silent, looks = self._silent
+        if server is None or server != silent or self.starting(server):
+            return False
+        return looks >= HUNG_LOOKS
+
+    def ended_s(self) -> float:
+        """Return for how many seconds there has been no server; 0 where there is one."""
+        return self._clock() - self._since if self.state == "ended" else 0.0
+
+    def note_answer(self, server: psutil.Process | None) -> None:
+        """Note that this server has answered."""
+        if server != self.answered:
+            self.version = None  # it may be another one now
+        self.answered = server
+        self._silent = server, 0
+        self._change("answering")
+
+    def note_silence(self, server: psutil.Process | None) -> None:
+        """Note that this server has not answered a look, or that there is none."""
+        now = self._clock()
+        known, looks = self._silent
+        goes_on = server == known and now - self._looked_at <= GAP_S
+        self._silent = server, looks + 1 if goes_on else 1
+        self._looked_at = now
+        if server is None:
+            if self._processes.ever_started():
+                self._change("ended")
+        elif self._processes.ending(server):
+            self._change("ended")
+        else:
+            self._change("starting" if self.starting(server) else "silent")
+
+    def _change(self, state: str) -> None:
+        """Take on a state. Each change is one line of the log."""
+        if state != self.state:
+            words = "Ollama is %s, after %.0f s of %s"
+            log.info(words, state, self._clock() - self._since, self.state)
+            self.state, self._since = state, self._clock()
+
+    def ask_loaded(self, server: psutil.Process | None, timeout_s: float) -> list[Json]:
+        """Ask this server what it has loaded: ``/api/ps``."""
+        before_s = cpu_clock_s(server)
+        loaded = self._ollama.ps(timeout_s)
+        self.note_answer(server)
+        after_s = cpu_clock_s(server)
+        if after_s - before_s < QUESTION_CPU_S:  # else it may have done more than answer
+            self._listed = server, after_s, loaded
+        return loaded
+
+    def loaded_now(self, timeout_s: float = ANSWER_S) -> list[Json]:
+        """Return what is loaded, without a question where the server has done nothing since.
+
+        A stopped one is asked, which tells that it hangs.
+        """
+        asked, cpu_s, loaded = self._listed
+        if asked and not self._silent[1] and life(asked).runs:
+            if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
+                return loaded
+        return self.ask_loaded(self._processes.server(), timeout_s)
+
+    def known_version(self) -> str | None:
+        """Return the version; asked for once a server."""
+        if self.version is None:
+            with contextlib.suppress(ServiceError):
+                self.version = self._ollama.version(VERSION_S)
+        return self.version
+
+    def tags(self, timeout_s: float) -> list[Json]:
+        """Return the models on disk, asked for anew unless the store is certainly as it was."""
+        signature = self._store.signature()
+        known, models = self._tags
+        if not signature or signature != known:
+            models = self._ollama.tags(timeout_s)
+            models = [model for model in models if not is_lent(model["name"])]
+            self._tags = signature or (), models
+        return models
+
+    def answers(self, timeout_s: float = VERSION_S) -> bool:
+        """Tell whether Ollama answers."""
+        try:
+            return bool(self._ollama.version(timeout_s))
+        except ServiceError:
+            return False

@@ -1,0 +1,201 @@
+"""Clear and reset: their lanes, the server's restart, and the load that follows."""
+
+import logging
+import time
+import typing
+
+import psutil
+
+import gpu
+from llm_service.clearing import Clearing, Steps, clear_failure, clear_message
+from llm_service.downloads import Downloads
+from llm_service.loading import FIRST_S, Loader
+from llm_service.processes import MB, Runner, wait_until
+from llm_service.sharing import Outcome, SharedRun
+from llm_service.watch import Watch
+from ollama_client import Json, ServiceError, name_key
+
+log = logging.getLogger("llm-service")
+CLEAR_S = 3.7
+RESET_S = 3.9
+SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
+ASK_S = 0.6  # an answer that may take longer than the first question's
+
+
+class Session:
+    """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
+
+    def __init__(self, watch: Watch, downloads: Downloads, default_model: str):
+        self._watch, self._downloads = watch, downloads
+        self._store, self._processes = watch.store, watch.processes
+        self._default_model = default_model
+        self.loader = Loader(watch.ollama, watch.server_state.answers)
+        self.clears_done = 0
+        self.resets_done = 0
+        self.clears = SharedRun(clear_suits)
+        self.resets = SharedRun(reset_suits)
+        self._reset_began: float | None = None  # of the reset under way
+        self._restarted_at = 0.0
+
+    def clear(self, model: str | None = None, force: bool = True) -> Json:
+        """Unload all models or one; with ``force`` end the runners left. Returns the report."""
+        report = self._clear(model, force, time.monotonic() + CLEAR_S)
+        if force and not report["verified"]:
+            raise clear_failure(report)
+        return {"status": "success", "message": clear_message(report), **report}
+
+    def reset(self, model: str | None = None, restart: bool = False) -> Json:
+        """Clear all, restart Ollama where it must be, load the model that is due."""
+        came = time.monotonic()
+        key = (model and name_key(model), restart)
+        self._store.require(model)
+        return self.resets.get(
+            lambda: self._reset(model, restart, came),
+            RESET_S + SHARE_S,
+            key,
+            came,
+        )
+
+    def recover(self) -> Json:
+        """Clear what is idle; answer as the service that this one replaces does."""
+        report = self.clear(force=False)
+        memory = report["memory"]
+        total_mb = gpu.memory_totals(gpu.sample())[1]
+        free_mb = psutil.virtual_memory().available // MB
+        return {
+            "status": "recovered",
+            "freed_mb": memory["freed_mb"],
+            "free_mb": total_mb - memory["after_mb"] if total_mb else free_mb,
+            "unloaded_models": report["unloaded_models"],
+            "can_retry": not report["left"],
+        }
+
+    def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
+        self._store.require(model)
+
+        def work() -> Clearing:
+            self.clears_done += 1
+            self.loader.cancel_for(model)
+            clearing = Clearing(self._watch, model, force, deadline)
+            clearing.run()
+            if not self._reset_began:  # a reset looks at its end
+                self._watch.look(deadline)
+            return clearing
+
+        key = (model and name_key(model), force)
+        at = self._reset_began or time.monotonic()  # during a reset its clear will do
+        came = Arrival(at, self._watch.known_runners())
+        limit_s = deadline - time.monotonic() + SHARE_S
+        return self.clears.get(work, limit_s, key, came).report
+
+    def _reset(self, model: str | None, restart: bool, came: float) -> Json:
+        self._reset_began = came
+        try:
+            cleared = self._clear(None, True, came + CLEAR_S - 1)
+            steps = Steps(cleared["steps"])
+            self._restart_if_due(cleared["verified"], restart, came, steps)
+            self._watch.look(came + RESET_S + SHARE_S)
+        finally:
+            self._reset_began = None
+        due = self.model_due(model, cleared["unloaded_models"])
+        wait_s = min(FIRST_S, came + RESET_S - time.monotonic())
+        state = self.loader.order(due, wait_s) if due else "none"
+        said = f"no model to load ({self._default_model} is not downloaded)"
+        if due:
+            said = f"{due} is {state}"
+        steps.note("load", True, said)
+        self.resets_done += 1
+        return {
+            "status": "success",
+            "message": f"Session reset, {said}.",
+            "steps": steps,
+            "model": due,
+            "model_state": state,
+            "memory": cleared["memory"],
+            "managed": True,
+        }
+
+    def _restart_if_due(self, verified: bool, restart: bool, came: float, steps: Steps) -> None:
+        """Restart a server that hangs, has a ghost, or shall be restarted."""
+        server = self._processes.server()
+        state = self._watch.server_state
+        if server and state.starting(server):
+            steps.note("start_ollama", True, "it is starting")
+            return
+        answers = state.answers() or state.answers(ASK_S)
+        steps.note("ask_ollama", answers, "answers", "does not answer")
+        healthy = answers and verified
+        if healthy and (not restart or self._restarted_at > came):
+            return
+        deadline = came + RESET_S
+        grace_s = 0.0
+        if healthy:  # with time left for the next server
+            grace_s = min(1, deadline - time.monotonic() - 0.5)
+        failure = self.restart(steps, deadline, grace_s)
+        if failure and server:
+            words = "Ollama was told to end, and no new one has come: ask /health, which says more."
+            raise ServiceError("restart_incomplete", words, recommended_action=failure, steps=steps)
+
+    def restart(self, steps: Steps, deadline: float, grace_s: float, why_s: float = 0) -> str:
+        """End the server, heed SIGTERM or not, and wait for the launcher's new one.
+
+        Returns what would heal where that has failed, else "". It is no failure that the new
+        one is starting yet.
+        """
+        old = self._processes.server()
+        self._downloads.reconnect()  # while Ollama still keeps their parts
+        ended = self._processes.end_server(grace_s, why_s)
+        steps.note("end_ollama", ended, "ended", "it does not end")
+        answers = wait_until(self._is_answering_anew(old), deadline)
+        self._restarted_at = time.monotonic()
+        new = self._processes.server()
+        comes = answers or (new is not None and new != old)
+        steps.note("start_ollama", comes, "answers" if answers else "it is starting", "none comes")
+        if not ended:
+            return "reboot_host"
+        return "" if comes else "restart_service"
+
+    def _is_answering_anew(self, old: object) -> typing.Callable[[], bool]:
+        def answers() -> bool:
+            new = self._processes.server()
+            return new is not None and new != old and self._watch.server_state.answers()
+
+        return answers
+
+    def model_due(self, model: str | None, unloaded: list[str]) -> str | None:
+        """Return the first that is downloaded: the one named, the default, what was loaded."""
+        there = self._store.models()
+        for name in (model, self._default_model, *unloaded):
+            if name and name_key(name) in there:
+                return name
+        return None
+
+    def load_due(self) -> None:
+        """Load what a reset would load, unless one is under way."""
+        due = self.model_due(None, [])
+        if due and not self._reset_began:
+            log.info("preloading %s", due)
+            self.loader.order(due, 0)
+
+
+class Arrival(typing.NamedTuple):
+    """When a caller of a clear came (monotonic), and the runners that were there then."""
+
+    at: float
+    runners: list[Runner]
+
+
+def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
+    """A clear serves who came before its end, asked for the same or less, and met no other runner.
+
+    One that was started after the clear's own begin, and before this caller came, is his to see
+    go.
+    """
+    fits = outcome.ended >= came.at and outcome.key in (key, (None, True))
+    return fits and outcome.value is not None and outcome.value.serves(came.runners)
+
+
+def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
+    """A reset serves who came before its end and asked for the same, or for no restart."""
+    model, _restart = key
+    return outcome.ended >= came and outcome.key in (key, (model, True))
