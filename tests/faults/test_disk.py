@@ -524,7 +524,7 @@ def foreign(make_service, make_unprivileged, registry):
     pull(first, name)
     first.stop()
     give_to(1000, first.models)
-    constants = {"llm_service.watch.DISK_LOOK_S": 2}
+    constants = {"llm_service.machine.DISK_LOOK_S": 2}
     return make_unprivileged(OLLAMA_MODELS=first.models, constants=constants), name
 
 

@@ -31,7 +31,7 @@ QUICK = {
     "llm_service.runner_state.GHOST_S": 2,
     "llm_service.runner_state.SILENT_S": 2,
     "llm_service.watch.LONG_IDLE_S": 2,
-    "llm_service.watch.HUNG_LOOKS": 8,
+    "llm_service.server_state.HUNG_LOOKS": 8,
 }
 
 
@@ -335,7 +335,7 @@ def test_a_model_updated_while_it_is_stuck_loses_no_other_runner(well, make_gguf
 # Runners of other kinds
 
 
-def test_a_runner_without_slots_is_busy_while_it_uses_cpu(make_service, tmp_path):
+def test_a_runner_without_slots_is_unwatched_while_it_uses_cpu(make_service, tmp_path):
     """MLX has none, and neither has Ollama's older runner."""
     program, work = tmp_path / "ollama", tmp_path / "work"
     port = free_port()
@@ -346,10 +346,10 @@ def test_a_runner_without_slots_is_busy_while_it_uses_cpu(make_service, tmp_path
     (runner,) = wait_for(service.runners, 5, "the runner")
     wait_state(service, runner, "idle")
     work.touch()
-    wait_state(service, runner, "busy")
+    wait_state(service, runner, "unwatched")
     until = time.monotonic() + 5
     while time.monotonic() < until:
-        assert state_of(service, runner) == "busy"
+        assert state_of(service, runner) == "unwatched"
         time.sleep(0.05)  # else the questions take the CPU that it shall use
     assert [each["model"] for each in stats(service)["runners"]] == ["mlx:latest"]
     work.unlink()
@@ -497,7 +497,7 @@ def test_without_self_healing_health_says_what_a_reset_then_heals(off):
     wait_loaded(off, M1)
     health(off)
     faults.works(M1)
-    assert stats(off)["healed"] == {"runners": 0, "ollama": 0, "last": None}
+    assert stats(off)["healed"] == {"runners": 0, "ollama": 0, "failed": 0, "last": None}
 
 
 def test_without_self_healing_a_reset_heals_a_ghost(off):

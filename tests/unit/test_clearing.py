@@ -189,12 +189,12 @@ def test_a_clear_during_a_reset_ends_what_was_started_after_the_resets_clearing(
         monkeypatch.setattr(app.watch, "look", lambda *_: None)
         gpu.runners["late:latest"] = late
         gpu.slots["late:latest"] = BUSY
-        reports.append(app.healing.clear())
+        reports.append(app.session.clear())
 
     monkeypatch.setitem(DIGESTS, "late:latest", "1" * 64)
     monkeypatch.setattr(app.ollama, "load", lambda *_: None)
     monkeypatch.setattr(app.watch, "look", look)
-    app.healing.reset()
+    app.session.reset()
     assert [each["pid"] for each in reports[0]["killed"]] == [late.pid]
     assert not alive(late)
 

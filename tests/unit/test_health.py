@@ -1,12 +1,15 @@
 """What /health says of an Ollama that gave no answer."""
 
 import subprocess
+import threading
+import time
 
 import psutil
 import pytest
 
 import app
-from llm_service.errors import TimedOut, Unreachable
+from helpers.waiting import wait_for
+from llm_service.errors import ServiceError, TimedOut, Unreachable
 from llm_service.processes import alive
 from llm_service.server_state import ServerState
 
@@ -63,3 +66,109 @@ def test_one_that_was_told_to_end_is_started_again(tmp_path, monkeypatch):
     )
     assert not app.processes.end_server(0)
     assert alive(asked) and set(seen) == {("ollama_dead", "wait")}
+
+
+# Slow is not hung
+
+
+@pytest.fixture
+def slow(monkeypatch, server):
+    """An Ollama that answers /api/version, and lists nothing in time."""
+    monkeypatch.setattr(app.watch, "server", psutil.Process(server.pid))
+
+    def late(*_):
+        raise TimedOut("ollama_timeout", "late")
+
+    monkeypatch.setattr(app.ollama, "tags", late)
+    monkeypatch.setattr(app.ollama, "ps", late)
+    monkeypatch.setattr(app.ollama, "version", lambda *_: "0.0.0")
+    monkeypatch.setattr(app.store, "signature", lambda: None)
+    monkeypatch.setattr(app.machine, "models", {"here:latest": ["a" * 64]})
+    monkeypatch.setattr(app.watch, "loaded", [{"name": "here:latest"}])
+    return monkeypatch
+
+
+@pytest.mark.parametrize("what", ["tags", "ps", "the disk"])
+def test_slow_lists_are_a_warning_and_what_was_seen_last(slow, what):
+    if what == "ps":
+        slow.setattr(app.ollama, "tags", lambda *_: [{"name": "here:latest"}])
+    if what == "the disk":
+        slow.setattr(app.machine, "_began", time.monotonic() - 60)
+        slow.setattr(app.store, "signature", lambda: pytest.fail("the disk was read"))
+    told = app.health_report.check()
+    assert (told["status"], told["recommended_action"]) == ("healthy", "none")
+    assert told["models"] == told["loaded"] == ["here:latest"]
+    assert "ollama_slow" in [each["code"] for each in told["warnings"]]
+
+
+def test_where_the_version_does_not_answer_either_it_hangs(slow):
+    def late(*_):
+        raise TimedOut("ollama_timeout", "late")
+
+    slow.setattr(app.ollama, "version", late)
+    with pytest.raises(ServiceError) as caught:
+        app.health_report.check()
+    assert caught.value.code == "ollama_hung"
+    assert caught.value.fields["recommended_action"] == "reset_session"
+
+
+def test_who_waits_too_long_for_another_callers_check_is_told_to_wait(slow):
+    go_on = threading.Event()
+    slow.setattr(app.health_report, "check", lambda: go_on.wait(9))
+    slow.setattr("llm_service.health.HEALTH_S", 0.2)
+    first = threading.Thread(target=app.health_report.report)
+    first.start()
+    wait_for(app.health_report._checks._lock.locked, 5, "the first check")
+    with pytest.raises(ServiceError) as caught:
+        app.health_report.report()
+    go_on.set()
+    first.join()
+    assert (caught.value.code, caught.value.fields["recommended_action"]) == ("timeout", "wait")
+
+
+@pytest.mark.parametrize(
+    ("ended_s", "there", "expected"),
+    [
+        (5, False, ("ollama_dead", "wait")),
+        (61, False, ("ollama_dead", "restart_service")),
+        (5, True, ("ollama_dead", "wait")),
+        (16, True, ("ollama_dead", "reboot_host")),
+    ],
+)
+@pytest.mark.usefixtures("server")
+def test_an_end_is_waited_for_but_not_for_ever(monkeypatch, ended_s, there, expected):
+    state = app.watch.server_state
+    monkeypatch.setattr(state, "ended_s", lambda: ended_s)
+    monkeypatch.setattr(app.processes, "ending", lambda _: True)
+    if not there:
+        monkeypatch.setattr(app.processes, "server", lambda: None)
+    assert diagnosis(Unreachable, None) == expected
+
+
+def test_a_store_without_rights_gets_none_by_a_restart():
+    error = ServiceError("store_not_writable", "permission denied")
+    assert app.health_report.diagnose(error, None)[::2] == ("model_store_unreadable", "wait")
+
+
+# What the metric says
+
+
+@pytest.mark.parametrize(
+    ("answered", "state", "up"),
+    [(True, "answering", True), (False, "starting", False), (True, "silent", False)],
+)
+@pytest.mark.usefixtures("server")
+def test_it_is_up_only_where_the_server_that_is_there_has_answered(
+    monkeypatch, answered, state, up
+):
+    known = app.watch.server_state
+    monkeypatch.setattr(known, "answered", app.processes.server() if answered else None)
+    monkeypatch.setattr(known, "state", state)
+    monkeypatch.setattr(app.watch, "well", True)
+    assert app.health_report.is_up() is up
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_a_gpu_is_lost_after_three_looks(monkeypatch, looks):
+    monkeypatch.setattr(app.machine, "_lost_looks", looks)
+    assert (app.health_report._gpu_fault() is not None) is (looks == 3)

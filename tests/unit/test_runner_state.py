@@ -9,6 +9,7 @@ import pytest
 from llm_service import processes
 from llm_service.downloads import Downloads
 from llm_service.machine import Machine
+from llm_service.matching import Matching
 from llm_service.processes import Processes, age_s
 from llm_service.runner_state import GAP_S, STUCK_LOOKS, Look, RunnerState
 from llm_service.server_state import ServerState
@@ -24,7 +25,7 @@ def make_watch(runners=()):
     found = Processes(os.devnull)
     found.runners = lambda: list(runners)
     ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
-    machine = Machine(store, Downloads(ollama, store, found, 1))
+    machine = Machine(store, Downloads(ollama, store, found, 1), Matching(ollama, store.manifests))
     return Watch(ollama, store, found, machine, stuck_s=STUCK_S)
 
 

@@ -1,0 +1,260 @@
+"""What is healed, on real processes that stand for Ollama and its runners."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from helpers.waiting import wait_for
+from llm_service import runner_state
+from llm_service.downloads import Downloads
+from llm_service.errors import TimedOut
+from llm_service.healing import HEALINGS, ORPHAN_S, Healing
+from llm_service.machine import Machine
+from llm_service.manifests import Manifest
+from llm_service.matching import Matching
+from llm_service.processes import Processes, Runner, end
+from llm_service.session import Session
+from llm_service.store import Store
+from llm_service.watch import Watch
+from ollama_client import Ollama
+
+# Starts two runners, and reaps them.
+SERVER = """
+import subprocess, time
+runners = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+print(*(each.pid for each in runners), flush=True)
+while True:
+    time.sleep(0.005)
+    [each.poll() for each in runners]
+"""
+STUCK_S = 0.2
+A, B = "a:latest", "b:latest"
+DIGESTS = {A: "a" * 64, B: "b" * 64}
+
+
+def slot(decoded):
+    return {"id_task": 1, "is_processing": True, "next_token": [{"n_decoded": decoded}]}
+
+
+class Place:
+    """A watch and a healing of two models that stand, and what was signalled.
+
+    .ended          names of what was ended by the watch
+    .on_end         called with the name when one is about to be ended
+    .decoded        tokens of each model, which stand until they are changed
+    """
+
+    def __init__(self, server, monkeypatch):
+        self.server = psutil.Process(server.pid)
+        pids = list(map(int, server.stdout.readline().split()))
+        self.process = dict(zip((A, B), map(psutil.Process, pids), strict=True))
+        self.decoded = {A: 5, B: 5}
+        self.ended, self.on_end, self.kills = [], lambda _: None, True
+        ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
+        self.found = Processes(os.devnull)
+        self.answers = True
+        stand_ins = {
+            (ollama, "ps"): lambda *_: self._answer(
+                [{"name": name, "digest": name} for name in DIGESTS]
+            ),
+            (ollama, "version"): lambda *_: self._answer("0"),
+            (ollama, "unload"): lambda *_: None,
+            (ollama, "runner_health"): lambda *_: "ok",
+            (ollama, "runner_slots"): lambda name, *_: [slot(self.decoded[name])],
+            (self.found, "server"): lambda: self.server if self.server.is_running() else None,
+            (self.found, "runners"): self._runners,
+            (self.found, "ever_started"): lambda: True,
+            (store.manifests, "there"): lambda: {
+                name: [Manifest(name, ["sha256:" + digest], set(), True, (digest,), (name,))]
+                for name, digest in DIGESTS.items()
+            },
+        }
+        for (owner, name), stand_in in stand_ins.items():
+            monkeypatch.setattr(owner, name, stand_in)
+        downloads = Downloads(ollama, store, self.found, 1)
+        machine = Machine(store, downloads, Matching(ollama, store.manifests))
+        machine.matching.look_at_disk()
+        self.watch = Watch(ollama, store, self.found, machine, STUCK_S, self._end)
+        self.session = Session(self.watch, downloads, default_model="none")
+        self.healing = Healing(self.watch, self.session, self_heal=True)
+
+    def _answer(self, answer):
+        if not self.answers:
+            raise TimedOut("ollama_timeout", "no answer")
+        return answer
+
+    def _runners(self):
+        return [
+            Runner(process, DIGESTS[name], name)
+            for name, process in self.process.items()
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def _end(self, process):
+        (name,) = (name for name, each in self.process.items() if each == process)
+        self.on_end(name)
+        self.ended.append(name)
+        if self.kills:
+            end(process)
+
+    def look(self, looks=1):
+        for _ in range(looks):
+            self.watch.look()
+            time.sleep(STUCK_S / 8)
+        return {state.model: state.state for state in self.watch.states()}
+
+
+@pytest.fixture
+def place(monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
+        one = Place(server, monkeypatch)
+        yield one
+        for process in [one.server, *one.process.values()]:
+            end(process)
+
+
+def test_the_second_of_two_that_stood_is_left_alone_once_it_goes_on(place):
+    """One kernel holds the GPU of both: as soon as the one is ended the other goes on."""
+    place.on_end = lambda _: place.decoded.update({A: 6, B: 6})
+    assert place.look(14) == {A: "stuck", B: "stuck"}
+    place.healing.after_look()
+    assert len(place.ended) == 1
+    (other,) = {A, B} - set(place.ended)
+    assert place.process[other].is_running()
+    assert (place.healing.healed["runners"], place.healing.healed["failed"]) == (1, 0)
+    assert place.look()[other] == "busy"
+
+
+def test_two_that_stand_each_for_itself_are_both_ended_in_one_turn(place):
+    place.look(14)
+    place.healing.after_look()
+    assert sorted(place.ended) == [A, B]
+    assert place.healing.healed["runners"] == 2
+
+
+def test_one_that_has_gone_on_since_the_last_look_is_not_ended(place, caplog):
+    caplog.set_level("INFO")
+    place.look(14)
+    place.decoded = {A: 9, B: 9}
+    place.healing.after_look()
+    assert place.ended == []
+    assert place.healing.healed["runners"] == 0
+    assert "left alone, as it is busy now" in caplog.text
+
+
+def test_one_that_goes_on_while_ollama_is_asked_to_unload_it_is_not_ended(place, monkeypatch):
+    place.decoded[B] = 6
+    for _ in range(14):
+        place.decoded[B] += 1
+        place.look()
+    monkeypatch.setattr(place.watch.ollama, "unload", lambda *_: place.decoded.update({A: 7}))
+    place.healing.after_look()
+    assert place.ended == []
+
+
+def test_one_that_sigkill_does_not_end_is_told_as_failed_and_only_a_reboot_helps(
+    place, monkeypatch
+):
+    place.kills = False
+    place.look(14)
+    monkeypatch.setattr("llm_service.healing.GHOST_S", 0.1)
+    place.healing.after_look()
+    time.sleep(0.2)
+    place.healing.after_look()
+    assert place.healing.healed["runners"] == 0
+    assert place.healing.healed["failed"] == 2
+    assert place.healing.healed["last"]["ok"] is False
+    state = place.watch.states()[0]
+    state.survives = True  # as its looks say after GHOST_S
+    assert place.healing.action(state) == "reboot_host"
+    assert state in place.watch.faults()
+
+
+def test_a_model_that_becomes_a_ghost_after_its_end_was_healed_once(place):
+    place.look(14)
+    place.healing.after_look()
+    assert [len(place.healing._healings[name]) for name in (A, B)] == [1, 1]
+    state = runner_state.RunnerState(Runner(place.process[A], None, None), 0, STUCK_S)
+    place.healing._healed_of[state.runner] = "stuck"
+    place.healing._note_try(state.runner, A, "ghost")
+    assert len(place.healing._healings[A]) == 1
+
+
+def test_after_three_healings_it_is_left_alone_and_says_so(place):
+    place.look(14)
+    for name in (A, B):
+        place.healing._healings[name] = [time.monotonic()] * HEALINGS
+    place.healing.after_look()
+    assert place.ended == []
+    assert {place.healing.action(state) for state in place.watch.faults()} == {"restart_service"}
+
+
+def test_the_verdict_keeps_its_evidence(place):
+    place.look(14)
+    place.healing.after_look()
+    last = place.healing.healed["last"]
+    assert last["ok"] is True and last["why"].startswith("stuck: for ")
+    assert last["evidence"]["counters"] == [(1, None, 5)]
+    assert {"gpus", "ollama_said"} <= last["evidence"].keys()
+
+
+def test_living_orphans_are_ended_where_the_launcher_has_left_them(place):
+    place.look()
+    end(place.server)
+    wait_for(lambda: place.look() == {A: "orphan", B: "orphan"}, 5, "orphans")
+    place.healing.after_look()
+    assert place.ended == []  # the launcher gets its time
+    for state in place.watch.states():
+        state.since -= ORPHAN_S
+    place.healing.after_look()
+    assert sorted(place.ended) == [A, B]
+
+
+def test_a_server_that_answers_again_is_not_ended(place, monkeypatch):
+    ended = []
+    monkeypatch.setattr(place.found, "end_server", lambda *_: ended.append(1) or True)
+    monkeypatch.setattr("llm_service.server_state.HUNG_LOOKS", 3)
+    place.look()
+    place.answers = False
+    place.decoded = {A: 6, B: 6}
+    place.look(4)
+    assert place.watch.server_state.hung(place.server)
+    place.answers = True
+    place.healing.after_look()
+    assert ended == [] and place.healing.healed["ollama"] == 0
+
+
+def test_a_restart_that_brings_no_new_server_is_told_as_failed(place, monkeypatch):
+    monkeypatch.setattr("llm_service.session.RESET_S", 0.5)
+    monkeypatch.setattr("llm_service.healing.RESET_S", 0.5)
+    monkeypatch.setattr("llm_service.server_state.HUNG_LOOKS", 3)
+
+    def end_server(*_):
+        end(place.server)
+        place.server.wait(5)
+        return True
+
+    monkeypatch.setattr(place.found, "end_server", end_server)
+    place.look()
+    place.answers = False
+    place.look(4)
+    place.healing.after_look()
+    healed = place.healing.healed
+    assert (healed["ollama"], healed["failed"], healed["last"]["ok"]) == (0, 1, False)
+    assert place.healing.server_action() == "restart_service"
+
+
+def test_a_server_that_does_not_end_is_told_as_failed(place, monkeypatch):
+    monkeypatch.setattr("llm_service.healing.RESET_S", 0.5)
+    monkeypatch.setattr("llm_service.server_state.HUNG_LOOKS", 3)
+    monkeypatch.setattr(place.found, "end_server", lambda *_: False)
+    place.look()
+    place.answers = False
+    place.look(4)
+    place.healing.after_look()
+    assert place.healing.healed["failed"] == 1
+    assert place.healing.server_action() == "reboot_host"
