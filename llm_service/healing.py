@@ -46,13 +46,14 @@ class Healing:
         self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
         self._healed_of: dict[Runner, str] = {}  # what known runners have been healed of
         self._killed: dict[Runner, Killed] = {}  # which have not ended yet
+        self._unended: set[Runner] = set()  # which SIGKILL has not ended in time
         self._server_failure: str | None = None  # what heals, where a restart has failed
         self._preloaded: object = None  # the server that it was done for
         self._cleaner = ListCleaner(watch.matching, watch.processes)
 
     def action(self, state: RunnerState) -> str:
         """Return what heals this runner's fault, as /health recommends it."""
-        if state.survives:
+        if state.survives or state.runner in self._unended:
             return "reboot_host"
         if not self.self_heal:
             return "reset_session"
@@ -76,6 +77,7 @@ class Healing:
         """Do what follows from what the watch has just seen."""
         there = {state.runner for state in self._watch.states()}
         self._healed_of = {each: of for each, of in self._healed_of.items() if each in there}
+        self._unended &= there
         answered = self._watch.server_state.answered
         if answered and answered == self._processes.server():
             self._server_failure = None
@@ -123,20 +125,15 @@ class Healing:
             if not self._watch.holds(runner, fault):
                 return self._tell_recovered(state)
             evidence = self._evidence(state)
-            killed = Killed(
-                time.monotonic(),
-                model,
-                f"{fault}: {state.evidence or 'its server has gone'}",
-                evidence,
-                used_mb(self._watch.known_runners())[1],
-            )
+            why = f"{fault}: {state.evidence or 'its server has gone'}"
+            before_mb = used_mb(self._watch.known_runners())[1]
             held = self._watch.held.get(runner)
             if held and held.line and fault != "orphan":
                 self._watch.matching.unload(held.line, runner)
             if not self._watch.end_runner(runner, fault):
                 return self._tell_recovered(state)
             self._note_try(runner, model, fault)
-            self._killed[runner] = killed
+            self._killed[runner] = Killed(time.monotonic(), model, why, evidence, before_mb)
             wait_until(lambda: not alive(runner.process), time.monotonic() + KILL_WAIT_S)
             self._tell_killed()
             self._watch.look()
@@ -158,6 +155,8 @@ class Healing:
             ended = not alive(runner.process)
             if ended or time.monotonic() - killed.at >= GHOST_S:
                 del self._killed[runner]
+                if not ended:
+                    self._unended.add(runner)
                 after_mb = used_mb(self._watch.known_runners())[1]
                 freed_mb = max(0, killed.before_mb - after_mb)
                 self._note_healing(

@@ -13,6 +13,7 @@ import typing
 
 import psutil
 
+from llm_service import messages
 from ollama_client import DIGEST, ServiceError
 
 MB = 1024 * 1024
@@ -101,11 +102,7 @@ class Processes:
 
     def last_lines(self) -> list[str]:
         """Return what Ollama has said last, as far as the launcher keeps it."""
-        try:
-            text = pathlib.Path(f"{self.state_file}.said").read_text(errors="replace")
-        except OSError:
-            return []
-        return text.splitlines()[-SAID_LINES:]
+        return messages.last_lines(self.state_file, SAID_LINES)
 
     def all(self) -> list[psutil.Process]:
         """Return every process of the recorded sessions, zombies included."""
