@@ -91,7 +91,7 @@ def scrape(service):
 @pytest.fixture
 def app():
     module = importlib.import_module("app")
-    module.watch.measure()
+    module.machine.measure()
     return module
 
 
@@ -192,9 +192,9 @@ def test_two_runners_of_one_model_are_two(told):
     assert len(families["llm_runner_state"].samples) == 2
 
 
-@pytest.mark.parametrize("state, up", [("none", 1), ("ok", 1), ("lost", 0)])
-def test_a_lost_gpu_is_not_up(app, told, monkeypatch, state, up):
-    monkeypatch.setattr(app.watch, "up", 1)
-    families = told(gpu=state)
+@pytest.mark.parametrize("up", [True, False])
+def test_it_is_up_where_health_finds_no_fault(app, told, monkeypatch, up):
+    monkeypatch.setattr(app.figures, "_is_up", lambda: up)
+    families = told(gpu="lost")
     assert value(families, "llm_up") == up
-    assert value(families, "llm_gpu_state", state=state) == 1
+    assert value(families, "llm_gpu_state", state="lost") == 1
