@@ -755,11 +755,21 @@ def test_what_another_model_needs_is_not_deleted(models, text, refuses):
     write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
     write_manifest(models, PLACES[1], text)
     write_manifest(models, f"{PLACES[0]}~", manifest_of(f"sha256-{DIGEST}"))
+    write_blob(models, f"sha256-{DIGEST}")
     check = Store(models).manifests.check_deletable
-    if refuses:
-        with pytest.raises(ServiceError, match=PLACES[1]):
-            check("gemma")
-    else:
+    with pytest.raises(ServiceError, match=PLACES[1]) if refuses else contextlib.nullcontext():
+        check("gemma")
+    blob_path(models, f"sha256:{DIGEST}").unlink(missing_ok=True)
+    check("gemma")
+
+
+def test_a_manifest_to_which_others_are_links_is_not_deleted(models):
+    """Ollama lists nothing at all while a link among the manifests leads nowhere."""
+    file = write_manifest(models, PLACES[0], "{}")
+    (file.parent / "copy").symlink_to(file)
+    check = Store(models).manifests.check_deletable
+    check("gemma:copy")
+    with pytest.raises(ServiceError, match="library/gemma/copy"):
         check("gemma")
 
 
