@@ -114,9 +114,9 @@ class Manifests:
         if plain and plain != key and (plain in there or key in there):
             raise ServiceError(
                 "model_not_addressable",
-                f"Ollama takes the end of {model} for where to run, and would delete {key}: "
-                f"nothing was deleted. Name {key}, or remove the file of {plain} under "
-                f"{self._root}.",
+                f"Ollama takes the end of {model} for where to run, and would delete "
+                f"{key}: nothing was deleted. Name {key}, or remove the file of {plain} "
+                f"under {self._root}.",
             )
         found = there.get(key)
         if not found:
@@ -132,8 +132,9 @@ class Manifests:
         for other in self._hurt_by_deleting(found[0]):
             raise ServiceError(
                 "model_not_addressable",
-                f"With {model} Ollama would remove what {other.place} needs: that is a link to "
-                "it, cannot be read, or writes digests in another way. Mend or remove that first.",
+                f"With {model} Ollama would remove what {other.place} needs: that is a "
+                "link to it, cannot be read, or writes digests in another way. Mend or "
+                "remove that first.",
             )
 
     def _hurt_by_deleting(self, model: Manifest) -> list[Manifest]:
@@ -143,12 +144,14 @@ class Manifests:
         """
         others = [each for each in sum(self.there().values(), []) if each.path != model.path]
         in_use = set(sum((each.layers or [] for each in others), []))
-        unused = {digest[7:] for digest in set(model.layers or []) - in_use}
-        going = {hexes for hexes in unused if os.path.lexists(f"{self._blobs}/sha256-{hexes}")}
+        going = {digest[7:] for digest in set(model.layers or []) - in_use}
+        going &= {name[7:] for name in glob.iglob("sha256-*", root_dir=self._blobs)}
         file = None if os.path.islink(model.path) else os.path.realpath(model.path)
-        return [
-            each for each in others if _needs(each, going) or os.path.realpath(each.path) == file
-        ]
+        hurt = []
+        for other in others:
+            if _needs(other, going) or os.path.realpath(other.path) == file:
+                hurt.append(other)
+        return hurt
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
@@ -199,9 +202,9 @@ class Manifests:
         name = os.path.relpath(path, self._root)
         return ServiceError(
             "manifest_unreadable",
-            f"The manifest of {clean(name)} cannot be read, so what that model needs is unknown: "
-            "pull it again, or copy another model over it (ollama cp) and delete it; if it is "
-            f"none, remove the file {clean(path)} ({clean(reason)}).",
+            f"The manifest of {clean(name)} cannot be read, so what that model needs is "
+            "unknown: pull it again, or copy another model over it (ollama cp) and delete "
+            f"it; if it is none, remove the file {clean(path)} ({clean(reason)}).",
         )
 
     def _read_manifests(self) -> dict[str, list[Manifest]]:

@@ -146,7 +146,7 @@ class Comparison:
             answer = self.service.post(PRUNE, json={"older_than_s": 0}).json()
             freed, files = answer["freed_bytes"], answer["files"]
         else:
-            freed, files = later.prune(3600, NOTHING_OPEN)
+            freed, files = later.unused.prune(3600, NOTHING_OPEN)
             assert freed == unused
         gone = removed_since(before, self.ours)
         assert gone == due and files == len(gone), (self.ours.places, gone ^ due)
