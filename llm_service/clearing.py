@@ -19,6 +19,7 @@ from llm_service.processes import (
     unreaped,
     wait_until,
 )
+from llm_service.reports import Steps
 from llm_service.runner_state import is_working
 from llm_service.sharing import in_parallel
 from llm_service.watch import Watch
@@ -35,29 +36,6 @@ VERIFY_WAIT_S = 0.6
 KILL_RESERVE_S = 1.2  # of a clear's time, to end runners and to measure
 
 
-class Steps(list):
-    """The steps of a clear or reset, as they are answered."""
-
-    def __init__(self, steps: typing.Iterable[Json] = ()):
-        super().__init__(steps)
-        self._began = time.monotonic()  # of the step under way
-
-    def note(self, step: str, ok: bool, done: str, failed: str = "") -> None:
-        """Note how a step went that has just ended."""
-        now = time.monotonic()
-        seconds = round(now - self._began, 3)
-        detail = done if ok else failed
-        self.append(
-            {
-                "step": step,
-                "ok": ok,
-                "seconds": seconds,
-                "detail": detail,
-            }
-        )
-        self._began = now
-
-
 class Clearing:
     """One clear: choose, unload, wait, end, measure, report."""
 
@@ -67,12 +45,13 @@ class Clearing:
         model: str | None,
         force: bool,
         deadline: float,
-        only: Runner | None = None,
     ):
-        """Choose all, a model, or ``only`` one runner, which holds ``model``."""
+        """Choose all models or one; nothing is done yet."""
         self.steps = Steps()
-        self._watch, self._matching = watch, watch.matching
-        self._ollama, self._store = watch.ollama, watch.store
+        self.report: Json = {}
+        self._watch = watch
+        self._matching = watch.matching
+        self._ollama = watch.ollama
         self._processes = watch.processes
         self._model = model
         self._force = force
@@ -81,15 +60,15 @@ class Clearing:
         self._before = used_mb(self._there)
         children = self._processes.unknown_children()
         self._strangers = list(filter(may_hold_model, children))
-        # To be ended; to be unloaded; what may hold the memory, too, and is not ours to end
-        self._mine: list[Runner] = []
-        self._asked: list[Json] = []
-        self._spared: list[Runner] = []
-        self._choose(only)
+        self._loaded: list[Json] = []  # the lines of /api/ps
+        self._held: dict[Runner, Held] = {}
+        self._mine: list[Runner] = []  # to be ended
+        self._asked: list[Json] = []  # lines that Ollama is asked to unload
+        self._spared: list[Runner] = []  # what may hold the memory and is not ours to end
+        self._choose()
         self._agreed: list[Json] = []  # lines that Ollama has agreed to unload
         self._killed: dict[Runner, str] = {}  # and why
         self._ghosts: list[Runner] = []  # dead ones whose end Ollama waits for
-        self.report: Json = {}
 
     def run(self) -> None:
         """Do it; the report tells how it went."""
@@ -98,88 +77,104 @@ class Clearing:
             names = ", ".join(line["name"] for line in self._asked)
             self.steps.note("unload", bool(self._agreed), names, names)
         if self._agreed:
-            until = min(time.monotonic() + UNLOAD_WAIT_S, self._deadline - KILL_RESERVE_S)
-            gone = wait_until(lambda: not living(self._mine + self._spared), until)
-            self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
+            self._wait()
         self._end_runners()
+        wait_until(self._is_let_go, self._until(VERIFY_WAIT_S))
         self.report = self._report()
 
     def serves(self, runners: list[Runner]) -> bool:
         """Tell whether all of these were there when it began, or are gone."""
-        return not living([runner for runner in runners if runner not in self._there])
+        others = [runner for runner in runners if runner not in self._there]
+        return not living(others)
+
+    def _until(self, seconds: float, reserve_s: float = 0) -> float:
+        """Return until when a step may wait, with so much of the clear's time left for others."""
+        return min(time.monotonic() + seconds, self._deadline - reserve_s)
 
     # Choosing
 
-    def _choose(self, only: Runner | None) -> None:
+    def _choose(self) -> None:
         error = self._look()
-        if only:
-            self._mine = [only]
-            self._asked = [line for line in [self._held_by(only).line] if line]
-        elif self._model:
-            # While a runner loads, it may be for one or another model of the same weights.
-            until = min(time.monotonic() + NAME_WAIT_S, self._deadline - 2 * KILL_RESERVE_S)
-            while not self._choose_model(self._model) and time.monotonic() < until and not error:
-                time.sleep(NAME_PAUSE_S)
-                error = self._look()
-        else:
+        if self._model is None:
             self._mine = self._there
             self._asked = self._loaded
             self._spared = self._strangers
+        else:
+            # While a runner loads, it may be for one or another model of the same weights.
+            until = self._until(NAME_WAIT_S, 2 * KILL_RESERVE_S)
+            self._choose_model(self._model)
+            while self._spared and not error and time.monotonic() < until:
+                time.sleep(NAME_PAUSE_S)
+                error = self._look()
+                self._choose_model(self._model)
         self.steps.note("list", not error, f"{len(self._loaded)} loaded", error)
 
     def _look(self) -> str:
         """Ask what is loaded, and match it to what was there; return why Ollama does not tell."""
         error = ""
-        self._loaded: list[Json] = []
+        self._loaded = []
         try:
             self._loaded = self._ollama.ps(CLEAR_ASK_S)
         except ServiceError as e:
             error = str(e)
-        self._held = self._matching.match([*self._there, *self._strangers], self._loaded)
+        there = self._there + self._strangers
+        self._held = self._matching.match(there, self._loaded)
         return error
 
-    def _choose_model(self, model: str) -> bool:
-        """Leave all other models alone; tell whether each runner is known to hold it or not."""
+    def _choose_model(self, model: str) -> None:
+        """Leave all other models alone."""
         versions = self._matching.versions(model, self._loaded)
-        self._asked = [line for line in self._loaded if version(line) in versions]
         server = self._processes.server()
+        self._asked = [line for line in self._loaded if version(line) in versions]
         self._mine = []
         self._spared = []
         for runner, held in self._held.items():
-            ours = runner in self._there
-            unused = ours and is_orphan(runner.process, server)  # nobody's answer comes from it
-            if ours and held.is_one_of(versions):
+            if not held.may_be_one_of(versions):
+                continue
+            # An orphan that may be one of two models: nobody's answer comes from it.
+            sure = held.is_one_of(versions) or is_orphan(runner.process, server)
+            if sure and runner in self._there:
                 self._mine.append(runner)
-            elif held.may_be_one_of(versions):
-                (self._mine if unused else self._spared).append(runner)
-        return not self._spared
+            else:
+                self._spared.append(runner)
 
     def _held_by(self, runner: Runner) -> Held:
         return self._held.get(runner) or Held(None, None, frozenset())
 
     def _name(self, runner: Runner) -> str | None:
         """Return the model of a runner; None where nobody knows."""
-        return self._held_by(runner).name or (self._model if runner in self._mine else None)
+        name = self._held_by(runner).name
+        if name is None and runner in self._mine:
+            name = self._model
+        return name
 
     # Unloading and ending
 
     def _unload(self) -> list[Json]:
         """Ask for all at once; return the lines that Ollama has agreed to unload."""
 
-        def ask(line: Json) -> bool:
-            holders = [each for each, held in self._held.items() if held.line is line]
-            return self._matching.unload(line, next(iter(holders), None))
+        def ask(line: Json) -> list[Json]:
+            holder = None
+            for runner, held in self._held.items():
+                if held.line is line:
+                    holder = runner
+            agreed = self._matching.unload(line, holder)
+            return [line] if agreed else []
 
-        agreed = in_parallel(ask, self._asked)
-        return [line for line, yes in zip(self._asked, agreed, strict=True) if yes]
+        return sum(in_parallel(ask, self._asked), [])
+
+    def _wait(self) -> None:
+        until = self._until(UNLOAD_WAIT_S, KILL_RESERVE_S)
+        there = self._mine + self._spared
+        gone = wait_until(lambda: not living(there), until)
+        self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
 
     def _end_runners(self) -> None:
         """End by SIGKILL what is left and due."""
         in_parallel(self._end_if_due, living(self._mine))
         if not self._killed:
             return
-        until = min(time.monotonic() + KILL_WAIT_S, self._deadline)
-        wait_until(lambda: not living(self._killed), until)
+        wait_until(lambda: not living(self._killed), self._until(KILL_WAIT_S))
         self.steps.note("end_runners", True, f"{len(self._killed)} ended")
         self._unload()  # Ollama lists a busy one that was killed until it is asked
 
@@ -195,8 +190,8 @@ class Clearing:
         self._killed[runner] = reason
         end(runner.process)
         level = logging.INFO if reason == "idle" else logging.ERROR
-        name = self._name(runner)
-        log.log(level, "ending runner %d of %s: %s", runner.process.pid, name, reason)
+        pid, name = runner.process.pid, self._name(runner)
+        log.log(level, "ending runner %d of %s: %s", pid, name, reason)
 
     def _reason_to_end(self, runner: Runner) -> str:
         """Tell what a runner is that is still there: "orphan", "hung", "busy" or "idle"."""
@@ -219,25 +214,32 @@ class Clearing:
     # Reporting
 
     def _report(self) -> Json:
-        wait_until(self._is_let_go, min(time.monotonic() + VERIFY_WAIT_S, self._deadline))
         left = living(self._mine)
         unknown = living(self._spared)
         stay = left + self._ghosts + unknown
         self.steps.note("verify", not stay, "gone", "still there")
+        names = by_key(map(self._name, self._mine))
+        names |= by_key(line["name"] for line in self._asked)
         kept = by_key(map(self._name, stay))
-        names = by_key([*map(self._name, self._mine), *(line["name"] for line in self._asked)])
-        nameless = [f"process {each.process.pid}" for each in stay if not self._name(each)]
+        gone = names.keys() - kept.keys()
+        nameless = []
+        for runner in stay:
+            if self._name(runner) is None:
+                nameless.append(f"process {runner.process.pid}")
+        killed = []
+        for runner, reason in self._killed.items():
+            killed.append(
+                {
+                    "pid": runner.process.pid,
+                    "model": self._name(runner),
+                    "reason": reason,
+                }
+            )
         return {
-            "unloaded_models": sorted(names[key] for key in names.keys() - kept.keys()),
-            "killed": [
-                {"pid": runner.process.pid, "model": self._name(runner), "reason": reason}
-                for runner, reason in self._killed.items()
-            ],
+            "unloaded_models": sorted(names[key] for key in gone),
+            "killed": killed,
             "left": sorted(kept.values()) + nameless,
-            "new_runners": [
-                {"pid": runner.process.pid, "model": held.name}
-                for runner, held in self._new_runners().items()
-            ],
+            "new_runners": self._tell_new_runners(),
             "memory": self._memory(),
             "verified": not stay,
             "survived": bool(left),
@@ -245,6 +247,12 @@ class Clearing:
             "managed": True,
             "steps": self.steps,
         }
+
+    def _tell_new_runners(self) -> list[Json]:
+        found = []
+        for runner, held in self._new_runners().items():
+            found.append({"pid": runner.process.pid, "model": held.name})
+        return found
 
     def _is_let_go(self) -> bool:
         """Note the ghosts; tell whether there are none, and Ollama lists only what is left.
@@ -256,25 +264,32 @@ class Clearing:
         if not self._watch.server_state.answers():
             return True
         server = self._processes.server()
-        dead = [runner for runner in self._mine if not alive(runner.process)]
-        self._ghosts = [runner for runner in dead if unreaped(runner.process, server)]
+        for runner in self._mine:
+            if not alive(runner.process) and unreaped(runner.process, server):
+                self._ghosts.append(runner)
         with contextlib.suppress(ServiceError):
             self._loaded = self._ollama.ps(CLEAR_ASK_S)
-        stay = map(self._held_by, living(self._mine + self._spared))
-        lines = [held.line for held in [*self._new_runners().values(), *stay] if held.line]
-        listed = set(map(version, self._asked)).intersection(map(version, self._loaded))
-        return not self._ghosts and listed <= set(map(version, lines))
+        listed = set(map(version, self._loaded))
+        listed.intersection_update(map(version, self._asked))
+        stay = [self._held_by(runner) for runner in living(self._mine + self._spared)]
+        for held in [*stay, *self._new_runners().values()]:
+            if held.line:
+                listed.discard(version(held.line))
+        return not self._ghosts and not listed
 
     def _new_runners(self) -> dict[Runner, Held]:
         """Return the runners that other callers have started since."""
-        now = self._processes.runners()
-        held = self._matching.match(now, self._loaded)
-        return {runner: held[runner] for runner in held if runner not in self._there}
+        runners = self._processes.runners()
+        found = {}
+        for runner, held in self._matching.match(runners, self._loaded).items():
+            if runner not in self._there:
+                found[runner] = held
+        return found
 
     def _memory(self) -> Json:
         """Measure what came free."""
         if gpu.sample()["memory_shared"]:
-            self._store.drop_page_cache()
+            self._watch.store.drop_page_cache()
         source, before_mb = self._before
         _, after_mb = used_mb(self._there)
         freed_mb = max(0, before_mb - after_mb)
@@ -288,7 +303,11 @@ class Clearing:
 
 def by_key(names: typing.Iterable[str | None]) -> dict[str, str]:
     """Return those names that are known, by their keys."""
-    return {name_key(name): name for name in names if name}
+    found = {}
+    for name in names:
+        if name:
+            found[name_key(name)] = name
+    return found
 
 
 def living(runners: typing.Iterable[Runner]) -> list[Runner]:
@@ -306,31 +325,3 @@ def used_mb(runners: list[Runner]) -> tuple[str, int]:
     if used is None:
         used = sum(memory_mb(runner.process) for runner in runners)
     return source, used
-
-
-def clear_message(report: Json) -> str:
-    """Say in a sentence what a clear did."""
-    unloaded, killed, left = report["unloaded_models"], report["killed"], report["left"]
-    if not unloaded and not killed and not left:
-        return "Cache cleared: nothing was loaded."
-    done = f"{len(unloaded)} unloaded, {report['memory']['freed_mb']} MB came free"
-    if killed:
-        done += f", {len(killed)} runner(s) ended"
-    if left:
-        done += f", still busy: {', '.join(left)}"
-    return f"Cache cleared: {done}."
-
-
-def clear_failure(report: Json) -> ServiceError:
-    """Make the 503 of a clear that did not free all."""
-    if report["survived"]:
-        words = "A runner does not end, not even by SIGKILL: reboot the host."
-        return ServiceError("runner_survived", words, recommended_action="reboot_host", **report)
-    if report["unknown_processes"]:
-        words = (
-            f"Process {report['unknown_processes'][0]} may hold that memory, and Ollama does not "
-            "say what it is for: if it is not just loading, POST /api/session/reset."
-        )
-        return ServiceError("runner_unknown", words, recommended_action="reset_session", **report)
-    words = "Ollama goes on listing a runner that is dead: POST /api/session/reset."
-    return ServiceError("runner_ghost", words, recommended_action="reset_session", **report)

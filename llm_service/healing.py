@@ -5,9 +5,10 @@ import logging
 import time
 import typing
 
-from llm_service.clearing import Steps, used_mb
+from llm_service.clearing import used_mb
 from llm_service.matching import ListCleaner
 from llm_service.processes import Runner, alive, unreaped, wait_until
+from llm_service.reports import Steps
 from llm_service.runner_state import GHOST_S, RunnerState
 from llm_service.server_state import HUNG_LOOKS
 from llm_service.session import CLEAR_S, RESET_S, Session
@@ -82,7 +83,7 @@ class Healing:
         if answered and answered == self._processes.server():
             self._server_failure = None
             if self._preload and answered != self._preloaded:
-                self._session.load_due(answered)
+                self._session.load_due()
             self._preloaded = answered
         self._tell_killed()
         if self.self_heal:

@@ -7,17 +7,19 @@ import threading
 import time
 import typing
 
+import psutil
+
 from llm_service.errors import ServiceError
 from llm_service.manifests import Manifest, Manifests
-from llm_service.processes import Processes, Runner
+from llm_service.processes import Processes, Runner, is_orphan
 from ollama_client import Json, Ollama, name_key
 
 log = logging.getLogger("llm-service")
 UNLOAD_ASK_S = 0.4
-REPLACED_S = 10  # a runner first seen now may have been started for what was there so long ago
+REPLACED_S = 10  # what was there so long before a runner was first seen, or after, may be its model
 # A model of several files is started by links in a folder that is named after its manifest.
 SPLIT = re.compile(r"/\.ollama-split-([0-9a-f]{12})-")
-Version = tuple[str, str | None]  # of a model: the key of its name, the digest of its manifest
+Version = tuple[str, str]  # of a model: the key of its name, and the digest of its manifest
 
 
 class Held(typing.NamedTuple):
@@ -48,41 +50,59 @@ class Matching:
         self,
         ollama: Ollama,
         manifests: Manifests,
+        processes: Processes,
         clock: typing.Callable[[], float] = time.monotonic,
     ):
-        self._ollama, self._manifests, self._clock = ollama, manifests, clock
+        self._ollama = ollama
+        self._manifests = manifests
+        self._processes = processes
+        self._clock = clock
         self._seen: dict[str, Manifest] = {}  # by digest: all that were ever seen
         self._on_disk: dict[Version, float] = {}  # and when that was so last
         self._lines: dict[Runner, Json] = {}  # by which a runner was listed last
+        self._first_seen: dict[Runner, float] = {}
         self._started_for: dict[Runner, frozenset[Version]] = {}  # as far as the weights tell
         self._lock = threading.Lock()
 
     def match(
-        self, runners: list[Runner], loaded: list[Json], fresh: bool = True
+        self,
+        runners: list[Runner],
+        loaded: list[Json],
+        fresh: bool = True,
     ) -> dict[Runner, Held]:
-        """Tell what each of these runners holds that have not ended.
+        """Tell what each of these runners holds. Only the server's own children are listed.
 
         ``fresh`` reads the manifests first; without it, what was read last is good enough.
         """
-        there = [runner for runner in runners if runner.process.is_running()]
         if fresh:
             self.look_at_disk()
+        server = self._processes.server()
         with self._lock:
-            self._forget_ended()
-            for runner in there:
-                if not self._started_for.get(runner):
-                    self._started_for[runner] = self._made_of(runner)
-            lines = self._match_lines(there, loaded)
+            self._look_at(runners)
+            children = []
+            for runner in runners:
+                if is_child(runner, server):
+                    children.append(runner)
+            lines = self._match_lines(children, loaded)
             self._lines |= lines
-            nameless = self._unknown_versions(loaded, lines)
-            return {runner: self._held(runner, lines.get(runner), nameless) for runner in runners}
+            unseen = self._unseen(loaded)
+            unseen.difference_update(map(version, lines.values()))
+            held = {}
+            for runner in runners:
+                held[runner] = self._held(runner, lines.get(runner), unseen)
+            return held
 
     def versions(self, model: str, loaded: list[Json]) -> set[Version]:
         """Return all versions of a model, by any of its names, that a runner may hold."""
         key = name_key(model)
+        ids: set[str] = set()
+        for name, manifest in self._there():
+            if name == key:
+                ids.update(manifest.ids)
         with self._lock:
-            known = {*self._on_disk, *map(version, [*loaded, *self._lines.values()])}
-        ids = {digest for name, manifest in self._there() if name == key for digest in manifest.ids}
+            known = {*self._on_disk}
+            known.update(map(version, self._lines.values()))
+        known.update(map(version, loaded))
         return {each for each in known if each[0] == key or each[1] in ids}
 
     def unload(self, line: Json, runner: Runner | None = None) -> bool:
@@ -101,114 +121,165 @@ class Matching:
 
         Raises ServiceError where there is none: its own may be another version's by now.
         """
-        there = self._there()
-        own = name_key(line["name"])
-        digest = line.get("digest", "")
-        seen = self._seen.get(digest)
-        weights = seen.weights if seen else ()
-        if runner and runner.digest and not seen:
-            weights = (runner.digest,)
-        same = [key for key, other in there if weights and other.weights == weights]
-        same += [key for key, other in there if digest in other.ids]
-        if own in same or own not in dict(there) and not weights:
+        own, digest = version(line)
+        weights = self._weights(digest, runner)
+        same: list[str] = []
+        names: set[str] = set()
+        for key, manifest in self._there():
+            names.add(key)
+            if digest in manifest.ids or weights and weights == manifest.weights:
+                same.append(key)
+        if own in same:
             yield line["name"]
         elif same:
             yield same[0]
         elif weights:
             with self._manifests.lent_name(weights) as name:
                 yield name
+        elif own in names:
+            words = f"{line['name']} is another version's name by now."
+            raise ServiceError("model_not_found", words)
         else:
-            raise ServiceError("model_not_found", f"{line['name']} is another version's name now.")
+            yield line["name"]
 
-    def _there(self) -> list[tuple[str, Manifest]]:
-        """Return the models on the disk that Ollama can load: the key of each and its manifest."""
-        found = self._manifests.there().items()
-        return [(key, each) for key, several in found for each in several if each.layers]
+    def _weights(self, digest: str, runner: Runner | None) -> tuple[str, ...]:
+        """Return the weights of a manifest, or of the runner where nobody has seen that one."""
+        if digest in self._seen:
+            return self._seen[digest].weights
+        if runner and runner.digest:
+            return (runner.digest,)
+        return ()
+
+    # What is there
+
+    def _there(self) -> typing.Iterator[tuple[str, Manifest]]:
+        """Yield the models on the disk that Ollama can load: the key of each and its manifest."""
+        for key, found in self._manifests.there().items():
+            for manifest in found:
+                if manifest.layers:
+                    yield key, manifest
 
     def look_at_disk(self) -> None:
         """Note which models are there; a slow disk holds up nobody who matches meanwhile."""
-        there, now = self._there(), self._clock()
+        there = list(self._there())
+        now = self._clock()
         with self._lock:
             for key, manifest in there:
                 for digest in manifest.ids:
                     self._seen[digest] = manifest
                     self._on_disk[key, digest] = now
 
-    def _forget_ended(self) -> None:
-        for known in (self._lines, self._started_for):
-            for runner in [each for each in known if not each.process.is_running()]:
-                del known[runner]
+    def _look_at(self, runners: list[Runner]) -> None:
+        """Note what new runners were started for, and forget those that have ended."""
+        now = self._clock()
+        for runner in runners:
+            since = self._first_seen.setdefault(runner, now)
+            before = self._started_for.get(runner, frozenset())
+            if not before or now - since < REPLACED_S:
+                self._started_for[runner] = before | self._made_of(runner)
+        for runner in list(self._first_seen):
+            if not runner.process.is_running() and runner not in runners:
+                self._lines.pop(runner, None)
+                del self._first_seen[runner], self._started_for[runner]
 
     def _made_of(self, runner: Runner) -> frozenset[Version]:
-        """Return the models that a new runner may have been started for; those there now first."""
-        fitting = {each: at for each, at in self._on_disk.items() if self._fits(runner, each)}
+        """Return the models that a new runner may have been started for, the latest alone."""
         since = self._clock() - REPLACED_S
-        young = {each for each, at in fitting.items() if at >= since}
-        return frozenset(young or fitting)
+        fitting = set()
+        latest = set()
+        for each, at in self._on_disk.items():
+            if self._fits(runner, each):
+                fitting.add(each)
+                if at >= since:
+                    latest.add(each)
+        return frozenset(latest or fitting)
 
     def _fits(self, runner: Runner, model: Version) -> bool:
         """Tell whether a runner's command line names this model, or its weights."""
         key, digest = model
-        if runner.digest:
-            manifest = self._seen.get(digest or "")
-            return manifest is not None and manifest.weights[:1] == (runner.digest,)
         split = SPLIT.search(runner.model)
         if split:
-            return (digest or "").startswith(split[1])
-        return name_key(runner.model) == key
+            return digest.startswith(split[1])
+        if not runner.digest:
+            return name_key(runner.model) == key
+        seen = self._seen.get(digest)
+        if seen is None:
+            return False
+        return seen.weights[:1] == (runner.digest,)
+
+    # What belongs together
 
     def _match_lines(self, runners: list[Runner], loaded: list[Json]) -> dict[Runner, Json]:
-        """Pair those that fit nothing else: first as before, then by what the lines tell."""
-        found: dict[Runner, Json] = {}
+        """Pair runners and lines: as before, then by what fits alone, then the last two."""
         free = {version(line): line for line in loaded}
+        found: dict[Runner, Json] = {}
         for runner in runners:
             before = self._lines.get(runner)
             if before and version(before) in free:
                 found[runner] = free.pop(version(before))
-        left = [runner for runner in runners if runner not in found]
         for each in list(free):
-            fitting = [runner for runner in left if self._fits(runner, each)]
-            new = [runner for runner in fitting if runner not in self._lines]
-            if len(new or fitting) == 1:
-                (runner,) = new or fitting
-                found[runner] = free.pop(each)
-                left.remove(runner)
-        unknown = [line for line in free.values() if not self._is_known(line)]
-        nameless = [runner for runner in left if not self._started_for[runner]]
-        if len(unknown) == len(nameless) == 1:
-            found[nameless[0]] = unknown[0]
+            fitting = self._only_one_for(each, runners, found)
+            if fitting:
+                found[fitting] = free.pop(each)
+        left = [runner for runner in runners if runner not in found]
+        return found | self._last_two(left, free)
+
+    def _last_two(
+        self,
+        runners: list[Runner],
+        free: dict[Version, Json],
+    ) -> dict[Runner, Json]:
+        """Pair the only runner and the only line of which nobody knows the manifest."""
+        unseen = self._unseen(free.values())
+        nameless = [runner for runner in runners if not self._started_for[runner]]
+        if len(unseen) == len(nameless) == 1:
+            return {nameless[0]: free[unseen.pop()]}
+        return {}
+
+    def _only_one_for(
+        self,
+        listed: Version,
+        runners: list[Runner],
+        found: dict[Runner, Json],
+    ) -> Runner | None:
+        """Return the one that fits and has no line yet; a new one before one that had another."""
+        fitting = []
+        for runner in runners:
+            if runner not in found and self._fits(runner, listed):
+                fitting.append(runner)
+        new = [runner for runner in fitting if runner not in self._lines]
+        chosen = new or fitting
+        return chosen[0] if len(chosen) == 1 else None
+
+    def _unseen(self, loaded: typing.Iterable[Json]) -> set[Version]:
+        """Return those lines' versions of which nobody has seen the manifest."""
+        found = set()
+        for line in loaded:
+            key, digest = version(line)
+            if digest not in self._seen:
+                found.add((key, digest))
         return found
 
-    def _is_known(self, line: Json) -> bool:
-        return line.get("digest") in self._seen
-
-    def _unknown_versions(self, loaded: list[Json], lines: dict[Runner, Json]) -> set[Version]:
-        """Return what is listed, and matches no runner, and of which no manifest was seen."""
-        matched = set(map(version, lines.values()))
-        unknown = {version(line) for line in loaded if not self._is_known(line)}
-        return unknown - matched
-
-    def _held(self, runner: Runner, line: Json | None, nameless: set[Version]) -> Held:
+    def _held(self, runner: Runner, line: Json | None, unseen: set[Version]) -> Held:
         """Say what is known of a runner, whether it is listed (``line``) or not."""
         listed = line or self._lines.get(runner)
         if listed:
-            return Held(listed["name"], line, frozenset([version(listed)]))
-        may_be = self._started_for.get(runner, frozenset())
-        manifests = {self._seen[digest].ids for _, digest in may_be if digest}
-        name = min(may_be)[0] if len(manifests) == 1 and not nameless else None
-        return Held(name, None, may_be | nameless)
-
-
-def version(line: Json) -> Version:
-    """Return which version of which model a line of ``/api/ps`` lists."""
-    return name_key(line["name"]), line.get("digest")
+            only = frozenset([version(listed)])
+            return Held(listed["name"], line, only)
+        started_for = self._started_for[runner]
+        ids = {self._seen[digest].ids for _, digest in started_for}
+        name = None
+        if len(ids) == 1 and not unseen:
+            name, _ = min(started_for)
+        return Held(name, None, started_for | unseen)
 
 
 class ListCleaner:
     """Has Ollama let go of what it lists without a process: the runner was killed from outside."""
 
     def __init__(self, matching: Matching, processes: Processes):
-        self._matching, self._processes = matching, processes
+        self._matching = matching
+        self._processes = processes
         self._found: dict[Version, Json] = {}  # at the last look
 
     def clean(self, loaded: list[Json], runners: typing.Collection[Held]) -> None:
@@ -219,13 +290,32 @@ class ListCleaner:
             self._matching.unload(self._found[each])
 
     def _without_process(
-        self, loaded: list[Json], runners: typing.Collection[Held]
+        self,
+        loaded: list[Json],
+        runners: typing.Collection[Held],
     ) -> dict[Version, Json]:
         """Return the lines of ``/api/ps`` that no child of the server may stand behind."""
-        matched = {version(held.line) for held in runners if held.line}
-        unlisted = [held for held in runners if not held.line]
         found = {version(line): line for line in loaded}
-        for each in list(found):
-            if each in matched or any(held.may_be_one_of({each}) for held in unlisted):
-                del found[each]
-        return found if found and not self._processes.unknown_children() else {}
+        for held in runners:
+            if held.line:
+                found.pop(version(held.line), None)
+            elif not held.may_be:
+                return {}
+            for each in held.may_be:
+                found.pop(each, None)
+        if found and self._processes.unknown_children():
+            return {}
+        return found
+
+
+def version(line: Json) -> Version:
+    """Return which version of which model a line of ``/api/ps`` lists."""
+    return name_key(line["name"]), line.get("digest") or ""
+
+
+def is_child(runner: Runner, server: psutil.Process | None) -> bool:
+    """Tell whether a runner has not ended and this server, that lives, has started it."""
+    try:
+        return runner.process.is_running() and not is_orphan(runner.process, server)
+    except psutil.Error:
+        return False

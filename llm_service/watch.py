@@ -68,7 +68,6 @@ class Watch:
     def start(self, after_look: typing.Callable[[], None]) -> None:
         """Begin to watch; ``after_look`` is called after each look, in the watch's thread."""
         self.store.manifests.take_names_back()
-        self.store.manifests.take_names_back()
         self._own = [psutil.Process(), psutil.Process().parent()]
         run = threading.Thread(target=self._run, args=(after_look,), name="watch", daemon=True)
         run.start()

@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from helpers.answers import CLEAR, ask, clear, error, stats
+from helpers.answers import CLEAR, ask, clear, error, reset, stats
 from helpers.causes import Waiting
+from helpers.embedding import split_embedding_model
 from helpers.gpu_ollama import RENAMING, gpu_ollama
 from helpers.models import config_json, manifest_path
 from helpers.processes import is_gone
@@ -199,6 +200,26 @@ def test_a_service_that_has_forgotten_all_clears_an_old_version(kin, make_gguf_v
     assert is_gone(old) and listed(kin) == []
 
 
+def test_a_model_of_several_files_is_told_from_another_of_the_same_files(kin):
+    parts = split_embedding_model()
+    kin.add_model("parts:latest", parts, config_json("bert", "8M", "F32"))
+    kin.add_model("twin:latest", parts, config_json("bert", "8M", "another"))
+    body = {"model": "parts", "input": ["a"], "keep_alive": -1}
+    assert kin.ollama("POST", "/api/embed", json=body, timeout=120).ok
+    (runner,) = kin.runners()
+    wait_for(lambda: shown(kin) == {runner.pid: "parts:latest"}, 10, "it is shown")
+    assert clear(kin, model="twin")["unloaded_models"] == []
+    assert not is_gone(runner)
+    kin.add_model("parts:latest", parts[:1], config_json("bert", "8M", "updated"))
+    for name in ("twin", "parts"):
+        report = clear(kin, model=name)
+        assert report["verified"] is True
+    assert (report["killed"], report["unloaded_models"]) == ([], ["parts:latest"])
+    assert is_gone(runner) and listed(kin) == []
+    for name in ("twin", "parts"):
+        delete(kin, name)
+
+
 # Processes that nobody can name
 
 
@@ -244,4 +265,6 @@ def test_no_clear_is_verified_while_a_process_that_is_not_known_holds_the_model(
     assert clear(renaming, model="other")["verified"] is True
     assert clear(renaming, force=False)["verified"] is False
     busy.goes_on()
-    busy.close()
+    assert reset(renaming)["model_state"] in ("loading", "loaded")
+    assert busy.wait(5).error
+    renaming.wait_healthy(30)

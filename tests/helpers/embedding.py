@@ -21,9 +21,17 @@ def add_embedding_model(models, name):
     add_model(models, name, path, config_json("bert", "8M", "F32"))
 
 
-def write_bert(path):
+def split_embedding_model():
+    """Write the same model in two files; return their paths."""
+    paths = [RUNS / f"bert-0000{number}-of-00002.gguf" for number in (1, 2)]
+    if not paths[-1].exists():
+        write_bert(RUNS / "bert.gguf", split_max_tensors=40)
+    return paths
+
+
+def write_bert(path, **options):
     """Write the model's file: its head, its vocabulary, its weights."""
-    writer = gguf.GGUFWriter(str(path), "bert")
+    writer = gguf.GGUFWriter(str(path), "bert", **options)
     writer.add_name("test")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(CONTEXT)

@@ -107,27 +107,30 @@ def manifest_path(models, name):
 
 
 def add_model(models, name, gguf, config=None):
-    """Write what `ollama create` would.
+    """Write what `ollama create` would; of a model of several files ``gguf`` is a list.
 
-    The weights are a hard link where the file system allows it: a test must not write into them.
+    The weights are hard links where the file system allows it: a test must not write into them.
     """
     config = config or config_json()
     last = config_layer(config)
-    weights = {
-        "mediaType": MEDIA + "model",
-        "digest": file_digest(str(gguf)),
-        "size": os.path.getsize(gguf),
-    }
-    manifest, blob = manifest_path(models, name), blob_path(models, weights["digest"])
+    layers = [_add_weights(models, path) for path in (gguf if isinstance(gguf, list) else [gguf])]
+    manifest = manifest_path(models, name)
     manifest.parent.mkdir(parents=True, exist_ok=True)
+    blob_path(models, last["digest"]).write_bytes(config)
+    manifest.write_bytes(manifest_json([*layers, last]))
+
+
+def _add_weights(models, gguf):
+    """Add a file of the weights; return its layer."""
+    digest = file_digest(str(gguf))
+    blob = blob_path(models, digest)
     blob.parent.mkdir(parents=True, exist_ok=True)
     if not blob.exists():
         try:
             os.link(gguf, blob)
         except OSError:
             shutil.copyfile(gguf, blob)
-    blob_path(models, last["digest"]).write_bytes(config)
-    manifest.write_bytes(manifest_json([weights, last]))
+    return {"mediaType": MEDIA + "model", "digest": digest, "size": os.path.getsize(gguf)}
 
 
 def add_sparse_model(models, name, size):

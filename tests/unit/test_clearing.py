@@ -14,9 +14,10 @@ import pytest
 
 import app
 from llm_service import clearing
-from llm_service.clearing import Clearing, clear_failure
+from llm_service.clearing import Clearing
 from llm_service.manifests import Manifest
 from llm_service.processes import Runner, alive, end
+from llm_service.reports import clear_failure
 from ollama_client import ServiceError
 
 # Starts two runners, and reaps them.

@@ -76,7 +76,7 @@ class Place:
         for (owner, name), stand_in in stand_ins.items():
             monkeypatch.setattr(owner, name, stand_in)
         downloads = Downloads(ollama, store, self.found, 1)
-        machine = Machine(store, downloads, Matching(ollama, store.manifests))
+        machine = Machine(store, downloads, Matching(ollama, store.manifests, self.found))
         machine.matching.look_at_disk()
         self.watch = Watch(ollama, store, self.found, machine, STUCK_S, self._end)
         self.session = Session(self.watch, downloads, default_model="none")

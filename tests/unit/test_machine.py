@@ -22,7 +22,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOOK_S", 0.02)
     monkeypatch.setattr(module, "SLOW_S", 0.05)
     ollama, processes, store = Ollama("http://127.0.0.1:9"), Processes(os.devnull), Store(tmp_path)
-    one = Machine(store, Downloads(ollama, store, processes, 1), Matching(ollama, store.manifests))
+    matching = Matching(ollama, store.manifests, processes)
+    one = Machine(store, Downloads(ollama, store, processes, 1), matching)
     one.watch = Watch(ollama, store, processes, one, stuck_s=1)
     one.go_on = threading.Event()
     one.store = store

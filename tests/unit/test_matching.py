@@ -22,14 +22,16 @@ class House:
     """A store, runners that are processes, and a clock.
 
     .asked      what Ollama was asked to unload: the name, and the weights that it has then
+    .parent     the server, which is this test
     .unknown    the children of the server that are not known as runners
     """
 
     def __init__(self, models):
         self.models, self.now, self.asked, self.unknown = models, 1000.0, [], []
+        self.parent = psutil.Process()
         self.store = Store(models)
-        self.matching = Matching(self, self.store.manifests, lambda: self.now)
-        self._started = []
+        self.matching = Matching(self, self.store.manifests, self, lambda: self.now)
+        self._started, self._ended = [], []
 
     def model(self, name, *weights, about="a", end=b""):
         """Write a model's manifest; return its line of /api/ps."""
@@ -45,7 +47,18 @@ class House:
         process = psutil.Process(self._started[-1].pid)
         return Runner(process, digest, None, model or f"/blobs/sha256-{digest}")
 
+    def start_server_with_runner(self, digest):
+        command = ["sh", "-c", "sleep 60 & echo $!; wait"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self._started.append(server)
+        self.parent = psutil.Process(server.pid)
+        runner = Runner(psutil.Process(int(server.stdout.readline())), digest, None)
+        self._ended.append(runner.process)
+        return runner
+
     def close(self):
+        for each in self._ended:
+            each.kill()
         for each in self._started:
             each.kill()
             each.wait()
@@ -67,6 +80,9 @@ class House:
     def unload(self, name, _timeout_s):
         layers = json.loads(manifest_path(self.models, name).read_text())["layers"]
         self.asked.append((name, layers[0]["digest"].removeprefix("sha256:")))
+
+    def server(self):
+        return self.parent
 
     def unknown_children(self):
         return self.unknown
@@ -203,6 +219,15 @@ def test_one_that_may_load_for_a_model_is_not_taken_for_what_is_left_over(house)
     assert [house.certain(name, runner, old) for name in "ab"] == [None, None]
 
 
+def test_an_orphan_is_not_what_the_new_server_lists(house):
+    line, orphan = house.model("a:latest", ONE), house.runner(ONE)
+    house.names([orphan], line)
+    runner = house.start_server_with_runner(ONE)
+    held = house.matching.match([orphan, runner], [line])
+    assert [held[each].line for each in (orphan, runner)] == [None, line]
+    assert [held[each].name for each in (orphan, runner)] == ["a:latest", "a:latest"]
+
+
 # Of other kinds
 
 
@@ -250,7 +275,7 @@ def test_what_has_no_name_gets_one_for_that_moment(house, seen, updated):
     if seen:
         house.names([])
     else:
-        house.matching = Matching(house, house.store.manifests)
+        house.matching = Matching(house, house.store.manifests, house)
     if updated:
         house.model("a:latest", TWO)
     else:

@@ -25,7 +25,8 @@ def make_watch(runners=()):
     found = Processes(os.devnull)
     found.runners = lambda: list(runners)
     ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
-    machine = Machine(store, Downloads(ollama, store, found, 1), Matching(ollama, store.manifests))
+    matching = Matching(ollama, store.manifests, found)
+    machine = Machine(store, Downloads(ollama, store, found, 1), matching)
     return Watch(ollama, store, found, machine, stuck_s=STUCK_S)
 
 
