@@ -150,6 +150,9 @@ def test_what_is_no_file_is_told(add, verify, models):
     blob.unlink()
     blob.symlink_to(blob)
     assert bad(verify()) == {"one:latest": ([], [], [digest(blob)])}
+    blob.unlink()
+    blob.symlink_to("/proc/self/mem")  # its first page reads as a disk that fails: EIO
+    assert bad(verify()) == {"one:latest": ([digest(blob)], [], [])}
 
 
 def test_a_manifest_that_ollama_refuses_is_a_damaged_file(add, verify, models):
