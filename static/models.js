@@ -243,28 +243,33 @@ async function repairModel(model) {
 }
 
 // Asks the registry first, and never replaces what was made here without a warning.
-async function updateModel(model) {
-  const told = await askRegistries(model);
+async function updateModel(model, insecure = false) {
+  const told = await askRegistries(model, insecure);
   if (!told) return;
-  const { state, made_here: own, download_bytes: bytes } = told;
+  const { state, code, made_here: own, download_bytes: bytes } = told;
+  if (code === "registry_insecure" && !insecure) {
+    const risk = `The registry of ${model} has no TLS: whoever is on the way can read and change its data.`;
+    if (await ask(risk, "Ask without TLS", true)) await updateModel(model, true);
+    return;
+  }
   if (state === "current") return say(`${model} is the registry's newest.`);
   if (bytes == null) return say(`${model} was not updated: ${reasonOf(told)}`, "warn");
   const warning = `${model} was made on this machine. An update replaces it by the registry's model of that name.`;
   const question = own ? warning : `Download the newer version of ${model}?`;
   const verb = own ? "Replace it" : "Update";
   if (!(await ask(question, `${verb}, fetches ${size(bytes)}`, own))) return;
-  await startPull(model);
+  await startPull(model, insecure ? { insecure } : {});
   updates.delete(lower(model));
 }
 
 const reasonOf = ({ code, reason }) => errorWords({ code, error: reason });
 
 // Asks about one model or all; returns what is told of the one.
-async function askRegistries(model) {
+async function askRegistries(model, insecure = false) {
   say("The registry is being asked …", "work");
-  const query = model ? `?model=${encodeURIComponent(model)}` : "";
+  const query = model ? `?${new URLSearchParams({ model, insecure })}` : "";
   const answer = await call("GET", `api/models/updates${query}`, null, UPDATES_S);
-  if (!answer.ok) return void sayError("Updates", answer);
+  if (!answer.ok) return void sayError("The registry was not asked", answer);
   if (!model) updates.clear();
   for (const each of answer.models) updates.set(lower(each.name), each);
   return updates.get(lower(model));

@@ -39,6 +39,7 @@ ORDER = ["slow", "faults", "api", "unit"]
 LONGEST = [
     "test_soak.py",
     "test_page.py",
+    "test_page_views.py",
     "test_watch.py",
     "test_launcher.py",
     "test_pull_errors.py",

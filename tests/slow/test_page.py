@@ -277,12 +277,22 @@ def test_files_are_read_and_the_damaged_ones_told(page, make_gguf_variant):
     page.service.delete("/api/models/delete", json={"model": "own:latest"})
 
 
-def test_a_model_of_a_registry_that_is_away_is_not_updated(page, registry, make_gguf_variant):
-    name = registry.add("ns/gone:latest", make_gguf_variant(6))
+def test_an_update_of_a_registry_without_tls_is_looked_for_after_a_warning(
+    page, registry, make_gguf_variant
+):
+    name = registry.add("ns/plain:latest", make_gguf_variant(6))
     insecure_pull(page, name)
     page.wait_row("models", name, "not loaded", 60)
     page.press("models", name, "Update")
-    page.wait_text("messages", f"{name} was not updated:", 60)
+    page.wait_text("ask-text", "has no TLS", 60)
+    page.answer("ask-yes")
+    page.wait_text("messages", f"{name} is the registry's newest.", 60)
+    registry.add(name.partition("/")[2], make_gguf_variant(7))
+    page.press("models", name, "Update")
+    page.answer("ask-yes")
+    wait_for(lambda: page.text("ask-yes").startswith("Update, fetches 253 MB"), 60, "the size")
+    page.answer("ask-yes")
+    page.wait_text("messages", f"{name} is downloaded", 60)
     page.service.delete("/api/models/delete", json={"model": name})
 
 
