@@ -217,6 +217,7 @@ class Healing:
         healed["last"] = {
             "at": timestamp(time.time()),
             "what": name,
+            "state": why.partition(":")[0],  # as in `runners`, or "hung"
             "why": why,
             "freed_mb": freed_mb,
             "ok": ok,

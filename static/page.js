@@ -22,7 +22,11 @@ let rounds = 0;
 async function refreshAll() {
   const health = refresh("health", "health");
   if (tokenWanted()) return health;
-  const sources = [health, refresh("stats", "api/stats"), refresh("models", "api/models")];
+  const sources = [
+    health,
+    refresh("stats", "api/stats?evidence=false"),
+    refresh("models", "api/models"),
+  ];
   sources.push(refresh("pulls", "api/models/pull"), refreshHistory());
   if (!latest("info")?.ollama_version) sources.push(refresh("info", "api/info"));
   return Promise.all(sources);

@@ -106,7 +106,11 @@ def test_a_frozen_runner_shows_as_busy_and_then_as_healed_with_the_mark(browser,
     wait_for(lambda: re.match(r"busy, [1-9][\d.]* tokens/s", page.state(GEMMA)[0]), 60, "busy")
     assert "work" in page.state(GEMMA)[1]
     with frozen(service.runners()[0]):
-        page.wait_text("marks", f"Healed: {GEMMA}", 60)
+        page.wait_text("marks", f"Healed: {GEMMA} (stuck)", 60)
+        last = service.get("/api/stats").json()["healed"]["last"]
+        assert last["evidence"] and last["state"] == "stuck"
+        shown = service.get("/api/stats?evidence=false").json()["healed"]["last"]
+        assert shown == {key: last[key] for key in last if key != "evidence"}
         page.wait_row("models", GEMMA, "not loaded")
     answer.wait(10)
     assert "came free" in page.text("marks") and answer.error
