@@ -14,7 +14,7 @@ from llm_service.session import CLEAR_S, Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.store import Store
 from llm_service.watch import Watch
-from ollama_client import Json, ServiceError, name_key, timestamp
+from ollama_client import Json, ServiceError, name_key, plain_key, timestamp
 
 log = logging.getLogger("llm-service")
 LIST_S = 1.2
@@ -87,7 +87,7 @@ class Models:
             if not match:  # a copy: Ollama has loaded it under the other name
                 match = by_digest.get(model.get("digest"), {})
             entry = model_entry(model, match)
-            entry["frees_bytes"] = own.get(name_key(model["name"]))
+            entry["frees_bytes"] = own.get(plain_key(model["name"]) or "")
             listed.append(entry)
         answer = {"models": listed, "count": len(listed)}
         return json.dumps(answer, separators=(",", ":")) + "\n"

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from helpers.answers import GEMMA, clear, health, stats
-from helpers.models import blob_path, file_digest
+from helpers.models import blob_path, file_digest, manifest_path
 from helpers.waiting import wait_for
 
 
@@ -154,6 +154,48 @@ def test_a_copy_shows_under_which_name_it_is_loaded(quiet):
     clear(quiet)
     assert entry(quiet)["loaded_as"] is None
     assert delete(quiet, "twin").ok
+
+
+def test_a_delete_never_takes_another_model_than_the_one_named(service):
+    """Ollama takes the end of `m:local` for where to run, and would delete `m:latest`."""
+    for name in ("m", "m:local"):
+        copy(service, "gemma", name)
+    there = {GEMMA, "m:latest", "m:local"}
+    try:
+        assert names(service) == there
+        refused = delete(service, "m:local", force=True)
+        assert (refused.status_code, refused.json()["code"]) == (409, "model_not_addressable")
+        assert "m:latest" in refused.json()["error"] and names(service) == there
+        cleared = service.post("/api/cache/clear", json={"model": "m:local"})
+        assert cleared.status_code == 200
+        assert delete(service, "m").json()["message"] == "m is deleted."
+        assert names(service) == there - {"m:latest"}
+        assert delete(service, "m:local").status_code == 409
+    finally:
+        manifest_path(service.models, "m:local").unlink()
+    assert names(service) == {GEMMA}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "{}",
+        '{"schemaVersion":2,"layers":null}',
+        '{"manifests":[{"digest":"sha256:0","platform":{}}]}',
+    ],
+)
+def test_what_is_listed_can_be_cleared_and_deleted(service, text):
+    """A model in the cloud, or an index that was pulled, has no files."""
+    path = manifest_path(service.models, "bare")
+    path.parent.mkdir()
+    path.write_text(text)
+    assert names(service) == {GEMMA, "bare:latest"}
+    for path in ("/api/cache/clear", "/api/session/reset"):
+        assert service.post(path, json={"model": "bare"}).status_code == 200
+    assert delete(service, "bare").json()["status"] == "success"
+    assert names(service) == {GEMMA}
+    assert service.post("/api/session/reset").json()["model"] == GEMMA  # no failed load is left
 
 
 def test_delete_refuses_a_busy_model_unless_forced(quiet, make_gguf_variant):
