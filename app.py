@@ -164,7 +164,7 @@ downloads = Downloads(ollama, store, processes, MAX_PULLS)
 machine = Machine(store, downloads, Matching(ollama, store.manifests, processes))
 watch = Watch(ollama, store, processes, machine, stuck_s=STUCK_S)
 session = Session(watch, downloads, default_model=MODEL)
-healing = Healing(watch, session, self_heal=SELF_HEAL)
+healing = Healing(watch, session, self_heal=SELF_HEAL, preload=PRELOAD)
 health_report = Health(watch, session, healing, gpu_layers=GPU_LAYERS)
 verifying = Verifying(store)
 updates = Updates(store, Registries(os.environ, lambda: registry_agent()))
@@ -668,6 +668,15 @@ def model_updates():
     if asked.insecure and not asked.model:
         raise ServiceError("bad_field", '"insecure" wants a "model": it is of one registry.')
     return updates.ask(asked.model, asked.insecure)
+
+
+@app.post("/api/models/load")
+def load():
+    """Load a model in the background."""
+    asked = arguments(model=True)
+    store.require(asked.model)
+    state = session.loader.order(asked.model)
+    return {"status": "accepted", "model": asked.model, "model_state": state}, 202
 
 
 @app.post("/api/models/prune")

@@ -530,9 +530,9 @@ class Downloads:
                         "A download is under way: wait for its end, or cancel it.",
                     )
                 files = self.processes.open_files()
-                self.store.check_at_rest(files)
+                self.store.unused.check_at_rest(files)
                 if time.monotonic() >= until:
-                    return self.store.prune(older_than_s, files, dry_run)
+                    return self.store.unused.prune(older_than_s, files, dry_run)
             time.sleep(0.05)
 
     def remove_replaced(self, model: str, digests: set[str]) -> str:
@@ -543,7 +543,7 @@ class Downloads:
                 self.store.note_replaced(digests)
                 if len(self._running) == 1:  # this one
                     reason = "a process has them open"
-                    self.store.prune(0, self.processes.open_files(), only=digests)
+                    self.store.unused.prune(0, self.processes.open_files(), only=digests)
         except ServiceError as e:
             reason = str(e)
         stays = self.store.sizes(digests.difference(*self.store.models().values()))

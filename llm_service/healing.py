@@ -83,7 +83,7 @@ class Healing:
         if answered and answered == self._processes.server():
             self._server_failure = None
             if self._preload and answered != self._preloaded:
-                self._session.load_due()
+                self._session.load_due(answered)
             self._preloaded = answered
         self._tell_killed()
         if self.self_heal:

@@ -1,6 +1,7 @@
 """Loads one model in the background: the newest order counts."""
 
 import logging
+import math
 import threading
 import time
 import typing
@@ -22,11 +23,13 @@ class Loader:
         self,
         ollama: Ollama,
         answers: typing.Callable[[], bool],
-        retries_s: typing.Sequence[float] = RETRIES_S,
+        retries_s: typing.Sequence[float] | None = None,
     ):
-        """``answers()`` tells whether Ollama answers; ``retries_s`` are pauses between tries."""
+        """``answers()`` tells whether Ollama answers; ``retries_s``: the pauses between tries."""
         self.load: Json | None = None  # the last one: model, state, error
-        self._ollama, self._answers, self._retries_s = ollama, answers, retries_s
+        self._ollama, self._answers = ollama, answers
+        self._retries_s = RETRIES_S if retries_s is None else retries_s
+        self._ordered_at = -math.inf
         self._changed = threading.Condition()
 
     def order(self, model: str, wait_s: float = FIRST_S) -> str:
@@ -38,12 +41,19 @@ class Loader:
         with self._changed:
             self._cancel()
             self.load = load
+            self._ordered_at = time.monotonic()
         name = f"load {model}"
         loader = threading.Thread(target=self._work, args=(load,), name=name, daemon=True)
         loader.start()
         with self._changed:
             self._changed.wait_for(lambda: load["state"] != "loading", max(0, wait_s))
         return "loaded" if load["state"] == "loaded" else "loading"
+
+    def rests_s(self) -> float:
+        """Return for how many seconds no load was ordered; 0 while one goes on."""
+        if self.load and self.load["state"] == "loading":
+            return 0
+        return time.monotonic() - self._ordered_at
 
     def cancel_for(self, model: str | None) -> None:
         """End the load that is due, if it is of this model or of any: it is no failure then."""

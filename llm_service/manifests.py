@@ -57,8 +57,8 @@ class Manifests:
     """What lies under ``manifests/`` of a store."""
 
     def __init__(self, store: pathlib.Path, ages: Ages):
-        self._store, self._ages = store, ages
-        self._root = f"{store}/manifests"
+        self._ages = ages
+        self._root, self._blobs = f"{store}/manifests", f"{store}/blobs"
         self._lent = pathlib.Path(self._root, "registry.ollama.ai", LENT)
         self._lending = threading.Lock()
         self._signature: tuple[tuple, ...] = ()
@@ -114,9 +114,9 @@ class Manifests:
         if plain and plain != key and (plain in there or key in there):
             raise ServiceError(
                 "model_not_addressable",
-                f"Ollama takes the end of {model} for where to run, and would delete {key}: "
-                f"nothing was deleted. Name {key}, or remove the file of {plain} under "
-                f"{self._root}.",
+                f"Ollama takes the end of {model} for where to run, and would delete "
+                f"{key}: nothing was deleted. Name {key}, or remove the file of {plain} "
+                f"under {self._root}.",
             )
         found = there.get(key)
         if not found:
@@ -129,12 +129,29 @@ class Manifests:
             )
         if found[0].layers is None:
             raise self.unreadable(found[0].path, "Ollama refuses it")
-        for other in _hurt_by_deleting(found[0], sum(there.values(), [])):
+        for other in self._hurt_by_deleting(found[0]):
             raise ServiceError(
                 "model_not_addressable",
-                f"With {model} Ollama would remove what {other.place} needs: that manifest it "
-                "cannot read, or its digests are written in another way. Mend or remove it first.",
+                f"With {model} Ollama would remove what {other.place} needs: that is a "
+                "link to it, cannot be read, or writes digests in another way. Mend or "
+                "remove that first.",
             )
+
+    def _hurt_by_deleting(self, model: Manifest) -> list[Manifest]:
+        """Return what would lose its file or a blob with a model.
+
+        [Manifest.RemoveLayers] compares how digests are written, and reads no other manifests.
+        """
+        others = [each for each in sum(self.there().values(), []) if each.path != model.path]
+        in_use = set(sum((each.layers or [] for each in others), []))
+        going = {digest[7:] for digest in set(model.layers or []) - in_use}
+        going &= {name[7:] for name in glob.iglob("sha256-*", root_dir=self._blobs)}
+        file = None if os.path.islink(model.path) else os.path.realpath(model.path)
+        hurt = []
+        for other in others:
+            if _needs(other, going) or os.path.realpath(other.path) == file:
+                hurt.append(other)
+        return hurt
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
@@ -144,7 +161,7 @@ class Manifests:
             # What is known is looked at first: that takes a call for each, a walk many.
             if not known or known != tuple(stamp(path) for path, *_ in known):
                 entries = [entry.path for entry in below(self._root)]
-                known = tuple(map(stamp, [f"{self._store}/blobs", self._root, *entries]))
+                known = tuple(map(stamp, [self._blobs, self._root, *entries]))
         except OSError:
             known = ()
         if any(self._ages.just_now(changed_ns) for _, changed_ns, *_ in known):
@@ -185,9 +202,9 @@ class Manifests:
         name = os.path.relpath(path, self._root)
         return ServiceError(
             "manifest_unreadable",
-            f"The manifest of {clean(name)} cannot be read, so what that model needs is unknown: "
-            "pull it again, or copy another model over it (ollama cp) and delete it; if it is "
-            f"none, remove the file {clean(path)} ({clean(reason)}).",
+            f"The manifest of {clean(name)} cannot be read, so what that model needs is "
+            "unknown: pull it again, or copy another model over it (ollama cp) and delete "
+            f"it; if it is none, remove the file {clean(path)} ({clean(reason)}).",
         )
 
     def _read_manifests(self) -> dict[str, list[Manifest]]:
@@ -276,18 +293,7 @@ def _no_constant(word: str) -> None:
 _GO_JSON = json.JSONDecoder(object_pairs_hook=_go_object, parse_constant=_no_constant)
 
 
-def _hurt_by_deleting(model: Manifest, there: list[Manifest]) -> list[Manifest]:
-    """Return whose blobs Ollama would remove with a model: it compares how digests are written.
-
-    [Manifest.RemoveLayers]
-    """
-    others = [each for each in there if each.path != model.path]
-    in_use = set(sum((each.layers or [] for each in others), []))
-    going = {digest[7:].lower() for digest in set(model.layers or []) - in_use}
-    return [each for each in others if going & _needs(each)]
-
-
-def _needs(manifest: Manifest) -> set[str]:
+def _needs(manifest: Manifest, going: set[str]) -> bool:
     if manifest.layers is None:
-        return manifest.named
-    return {digest[7:].lower() for digest in manifest.layers}
+        return not manifest.named.isdisjoint(map(str.lower, going))
+    return not going.isdisjoint(digest[7:] for digest in manifest.layers)

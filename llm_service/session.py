@@ -9,8 +9,8 @@ import psutil
 import gpu
 from llm_service.clearing import Clearing
 from llm_service.downloads import Downloads
-from llm_service.loading import FIRST_S, Loader
-from llm_service.processes import MB, Runner, wait_until
+from llm_service.loading import FIRST_S, STARTING_S, Loader
+from llm_service.processes import MB, Runner, age_s, wait_until
 from llm_service.reports import Steps, clear_failure, clear_message
 from llm_service.sharing import Outcome, SharedRun
 from llm_service.watch import Watch
@@ -171,10 +171,15 @@ class Session:
                 return name
         return None
 
-    def load_due(self) -> None:
-        """Load what a reset would load, unless one is under way."""
+    def load_due(self, server: psutil.Process) -> None:
+        """Load what a reset would load, for a server that has just begun to answer.
+
+        Not where a load was ordered since it was started, or is tried again: a reset may want
+        another model. Nor where the server is an old one, and this process alone is new.
+        """
         due = self.model_due(None, [])
-        if due and not self._reset_began:
+        age = age_s(server)
+        if due and age < min(STARTING_S, self.loader.rests_s()) and not self._reset_began:
             log.info("preloading %s", due)
             self.loader.order(due, 0)
 

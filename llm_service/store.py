@@ -8,9 +8,7 @@ import contextlib
 import glob
 import os
 import pathlib
-import re
 import shutil
-import stat
 import time
 import typing
 
@@ -18,18 +16,13 @@ from llm_service.errors import ServiceError
 from llm_service.files import Ages, File, bytes_freed, seconds_since_boot, seen_files
 from llm_service.manifests import Manifests
 from llm_service.parts import usable
-from llm_service.processes import OpenFiles
+from llm_service.unused import Unused, digest_of
 from ollama_client import Json, name_key, plain_key
 
 PURGE_S = 2  # the most that a purge waits
 PURGE_PAUSE_S = 0.3
 BLOB_NAME_LENGTH = 71  # of sha256-<digest>
 PRUNE_AGE_S = 3600  # an `ollama create` uploads long before it writes the manifest
-# The names that Ollama gives to files in blobs/: a digest, a part, an upload under way; and
-# in metadata/: what it has read in a blob, and that while it is written.
-_BLOB_FILE = re.compile(r"sha256-(?:[0-9a-fA-F]{64}(?:-partial.*)?|\d+|.*\.tmp)")
-_METADATA_FILE = re.compile(r"(sha256-[0-9a-fA-F]{64})\.json")
-_METADATA_LEFTOVER = re.compile(r"\.gguf-metadata-.*\.tmp")
 
 
 class Store:
@@ -42,9 +35,9 @@ class Store:
         since_boot: typing.Callable[[], float] = seconds_since_boot,
     ):
         self.path = pathlib.Path(os.path.normpath(path))  # as Go's filepath.Join does
-        self._ages = Ages(wall, since_boot)
-        self.manifests = Manifests(self.path, self._ages)
-        self._replaced: dict[str, int] = {}  # an old version's blobs: when they last changed
+        ages = Ages(wall, since_boot)
+        self.manifests = Manifests(self.path, ages)
+        self.unused = Unused(self.path, self.manifests, ages)
 
     # Models
 
@@ -104,6 +97,10 @@ class Store:
         self.blob(digest).unlink(missing_ok=True)
         self._metadata(digest).unlink(missing_ok=True)
 
+    def note_replaced(self, digests: typing.Iterable[str]) -> None:
+        """Let these blobs be old enough for any prune: they are no upload under way."""
+        self.unused.note_replaced([str(self.blob(digest)) for digest in digests])
+
     def changed_ns(self) -> int:
         """Return when a blob or part was last added or removed."""
         try:
@@ -131,7 +128,7 @@ class Store:
             return None
         unused = None
         with contextlib.suppress(ServiceError, OSError):
-            unused = bytes_freed(self._unused(PRUNE_AGE_S))
+            unused = bytes_freed(self.unused.find(PRUNE_AGE_S))
         return {
             "path": str(self.path),
             "blobs_path": self.where(),
@@ -177,7 +174,7 @@ class Store:
             with contextlib.suppress(OSError), file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    # What no model needs
+    # Unfinished downloads
 
     def parts(self, digest: str) -> list[pathlib.Path]:
         """Return the files of an unfinished download of this digest ("*": of all)."""
@@ -187,14 +184,14 @@ class Store:
         """Map the digests of unfinished downloads to the bytes that their files take."""
         found: collections.Counter[str] = collections.Counter()
         for part in self.parts("*"):
-            found[_digest_of(part.name)] += _size(part)
+            found[digest_of(part.name)] += _size(part)
         return found
 
     def damaged_parts(self) -> set[str]:
         """Return the digests of unfinished downloads that Ollama cannot go on from."""
         found = collections.defaultdict(list)
         for part in self.parts("*"):
-            found[_digest_of(part.name)].append(part)
+            found[digest_of(part.name)].append(part)
         return {digest for digest, parts in found.items() if not usable(parts)}
 
     def unverified(self) -> set[str]:
@@ -203,33 +200,8 @@ class Store:
         Ollama checks what one pull has downloaded, at its end; the next one takes what is there.
         """
         names = {file.name for file in self._files("blobs/sha256-*")}
-        whole = {_digest_of(name) for name in names if len(name) == BLOB_NAME_LENGTH}
+        whole = {digest_of(name) for name in names if len(name) == BLOB_NAME_LENGTH}
         return whole.difference(*self.models().values())
-
-    def prune(
-        self,
-        older_than_s: float,
-        files: "OpenFiles",
-        dry_run: bool = False,
-        only: set[str] | None = None,
-    ) -> tuple[int, int]:
-        """Remove blobs and parts that no manifest names; return (freed bytes, files).
-
-        ``files`` are those that processes have open, ``only`` limits it to blobs of these
-        digests. Raises ServiceError ``manifest_unreadable`` or ``model_being_pulled``, with
-        nothing removed.
-        """
-        self.check_at_rest(files)
-        going = self._unused(older_than_s, files.held, only)
-        if not dry_run:
-            for file in going:
-                pathlib.Path(file.path).unlink(missing_ok=True)
-        return bytes_freed(going), len(going)
-
-    def note_replaced(self, digests: typing.Iterable[str]) -> None:
-        """Let these blobs be old enough for any prune: they are no upload under way."""
-        for file in seen_files(str(self.blob(digest)) for digest in digests):
-            self._replaced[file.name] = file.about.st_ctime_ns
 
     def purge(
         self,
@@ -257,45 +229,6 @@ class Store:
                     part.unlink(missing_ok=True)
         return freed
 
-    def check_at_rest(self, files: "OpenFiles") -> None:
-        """Refuse while Ollama writes a file of the store, or reads one that has no manifest yet."""
-        named = self.manifests.named()
-        new = {name for name in files.of_server if _digest_of(name) not in named}
-        if any(map(_BLOB_FILE.fullmatch, files.written | new)):
-            raise ServiceError(
-                "model_being_pulled",
-                "Ollama is at work on the model store: wait for the pull or create to end.",
-            )
-
-    def _unused(
-        self,
-        older_than_s: float,
-        held: typing.Container[str] = (),
-        only: typing.Container[str] | None = None,
-    ) -> list[File]:
-        """Return what a prune may remove."""
-
-        def due(file: File) -> bool:
-            wanted = only is None or _digest_of(file.name) in only
-            return wanted and file.name not in held and self._is_old(file, older_than_s)
-
-        old = [file for file in self._regular("blobs", _BLOB_FILE) if due(file)]
-        named = self.manifests.named()  # after the blobs: a model's manifest is written last
-        going = [file for file in old if _digest_of(file.name) not in named]
-        names = {file.name for file in going}
-        for file in self._regular("metadata", _METADATA_FILE):
-            blob = file.name.removesuffix(".json")
-            wanted = only is None or _digest_of(blob) in only
-            if blob in names or (wanted and not (self.path / "blobs" / blob).exists()):
-                going.append(file)  # [pruneGGUFMetadata]
-        return going + [file for file in self._regular("metadata", _METADATA_LEFTOVER) if due(file)]
-
-    def _is_old(self, file: File, older_than_s: float) -> bool:
-        """Go by the later of both times: what was copied here carries an old one."""
-        about = file.about
-        age_s = self._ages.age_s(max(about.st_mtime, about.st_ctime))
-        return age_s >= older_than_s or self._replaced.get(file.name) == about.st_ctime_ns
-
     def _models_bytes(self) -> int:
         found = {}
         for digest in set().union(*self.models().values()):
@@ -313,21 +246,9 @@ class Store:
     def _metadata(self, digest: str) -> pathlib.Path:
         return self.path / "metadata" / f"sha256-{digest}.json"
 
-    def _regular(self, folder: str, pattern: re.Pattern) -> typing.Iterator[File]:
-        """Yield the files of such names; links and folders are nobody's to remove."""
-        with contextlib.suppress(FileNotFoundError):
-            for file in seen_files(entry.path for entry in os.scandir(self.path / folder)):
-                if pattern.fullmatch(file.name) and stat.S_ISREG(file.about.st_mode):
-                    yield file
-
     def _files(self, pattern: str) -> typing.Iterator[pathlib.Path]:
         """Yield what fits; pathlib's own fails where Ollama removes a folder meanwhile."""
         return map(self.path.joinpath, glob.iglob(pattern, root_dir=self.path, recursive=True))
-
-
-def _digest_of(name: str) -> str:
-    """Return the digest in the name of a blob or of a part of one."""
-    return name[7:71].lower()
 
 
 def _size(file: pathlib.Path) -> int:

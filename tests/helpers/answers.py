@@ -26,6 +26,7 @@ GETS = [
 ]
 WITH_MODEL = [
     ("POST", "/api/models/pull"),
+    ("POST", "/api/models/load"),
     ("DELETE", "/api/models/pull"),
     ("DELETE", "/api/models/delete"),
 ]

@@ -27,6 +27,7 @@ FLOORS = {
     "llm_service.verifying": 3,
     "llm_service.updates": 3,
     "llm_service.runner_state": 2,
+    "llm_service.unused": 1.5,
     "llm_service.reports": 2,
     "llm_service.store": 2,
     "llm_service.parts": 1,

@@ -298,7 +298,7 @@ def blobs_in(models):
 
 def prune(models, age_s=3600, held=(), written=(), of_server=(), **options):
     files = OpenFiles(set(held), set(written), set(of_server))
-    return store_of(models).prune(age_s, files, **options)
+    return store_of(models).unused.prune(age_s, files, **options)
 
 
 def refused(models, **options):
@@ -380,7 +380,7 @@ def test_a_time_in_the_future_is_young_and_protects_from_no_prune_without_an_age
 def test_what_was_copied_here_with_its_old_time_is_young(models):
     """As tar and rsync do: the inode has changed just now."""
     os.utime(write_blob(models, f"sha256-{DIGEST}"), (0, 0))
-    assert Store(models).prune(60, OpenFiles(set(), set(), set())) == (0, 0)
+    assert Store(models).unused.prune(60, OpenFiles(set(), set(), set())) == (0, 0)
     assert Store(models).disk()["unused_bytes"] == 0
     assert prune(models) == (8192, 1)
 
@@ -755,11 +755,21 @@ def test_what_another_model_needs_is_not_deleted(models, text, refuses):
     write_manifest(models, PLACES[0], manifest_of(f"sha256:{DIGEST}"))
     write_manifest(models, PLACES[1], text)
     write_manifest(models, f"{PLACES[0]}~", manifest_of(f"sha256-{DIGEST}"))
+    write_blob(models, f"sha256-{DIGEST}")
     check = Store(models).manifests.check_deletable
-    if refuses:
-        with pytest.raises(ServiceError, match=PLACES[1]):
-            check("gemma")
-    else:
+    with pytest.raises(ServiceError, match=PLACES[1]) if refuses else contextlib.nullcontext():
+        check("gemma")
+    blob_path(models, f"sha256:{DIGEST}").unlink(missing_ok=True)
+    check("gemma")
+
+
+def test_a_manifest_to_which_others_are_links_is_not_deleted(models):
+    """Ollama lists nothing at all while a link among the manifests leads nowhere."""
+    file = write_manifest(models, PLACES[0], "{}")
+    (file.parent / "copy").symlink_to(file)
+    check = Store(models).manifests.check_deletable
+    check("gemma:copy")
+    with pytest.raises(ServiceError, match="library/gemma/copy"):
         check("gemma")
 
 
