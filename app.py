@@ -27,6 +27,7 @@ from flask import Flask, Response, request
 from gunicorn.http import errors as http_errors
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from llm_service.callers import Callers
 from llm_service.downloads import Download, Downloads
 from llm_service.environment import RUNNER_SETTINGS
 from llm_service.healing import Healing
@@ -34,11 +35,13 @@ from llm_service.health import Health
 from llm_service.history import History
 from llm_service.machine import Machine
 from llm_service.matching import Matching
-from llm_service.metrics import Figures
+from llm_service.metrics import Metrics
 from llm_service.models import Models
 from llm_service.processes import Processes
 from llm_service.registry import Registries
+from llm_service.server_work import ServerWork
 from llm_service.session import Session
+from llm_service.stats import Stats
 from llm_service.store import PRUNE_AGE_S, Store
 from llm_service.trying import Trial, Trials
 from llm_service.updates import Updates
@@ -136,6 +139,7 @@ ALLOWED_ORIGINS = items(
 )
 try:
     OLLAMA_URL = dial_url(of_ollama("OLLAMA_HOST"))
+    OLLAMA_PORT = urllib.parse.urlsplit(OLLAMA_URL).port or 0
 except ValueError:
     wrong = ascii(os.environ["OLLAMA_HOST"])
     sys.exit(f"llm-service: OLLAMA_HOST is {wrong}; it takes an address such as 127.0.0.1:11434")
@@ -162,14 +166,23 @@ store = Store(MODELS_PATH)
 processes = Processes(STATE_FILE, int(os.environ.get("LLM_ENDED_FD") or -1))
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
 machine = Machine(store, downloads, Matching(ollama, store.manifests, processes))
-watch = Watch(ollama, store, processes, machine, stuck_s=STUCK_S)
+server_work = ServerWork(processes, OLLAMA_PORT, MODELS_PATH)
+callers = Callers(OLLAMA_PORT, stuck_s=STUCK_S, works=server_work.is_seen)
+watch = Watch(ollama, store, processes, machine, callers, stuck_s=STUCK_S)
 session = Session(watch, downloads, default_model=MODEL)
 healing = Healing(watch, session, self_heal=SELF_HEAL, preload=PRELOAD)
-health_report = Health(watch, session, healing, gpu_layers=GPU_LAYERS)
+health_report = Health(
+    watch,
+    session,
+    healing,
+    gpu_layers=GPU_LAYERS,
+    long_answer_s=LONG_ANSWER_S,
+)
 verifying = Verifying(store)
 updates = Updates(store, Registries(os.environ, lambda: registry_agent()))
-figures = Figures(watch, session, healing, downloads, health_report.is_up)
-history = History(figures.stats)
+stats_report = Stats(watch, session, healing)
+metrics_report = Metrics(stats_report, watch, downloads, health_report.is_up)
+history = History(stats_report.report)
 trials = Trials(ollama)
 catalogue = Models(watch, session, downloads)
 streams = threading.BoundedSemaphore(STREAMS)
@@ -211,6 +224,7 @@ STATUS = {
     "too_many_streams": 429,
     "try_under_way": 429,
     "bug": 500,
+    "callers_starved": 503,
     "gpu_lost": 503,
     "model_store_unreadable": 503,
     "ollama_dead": 503,
@@ -576,7 +590,7 @@ def health():
 @app.get("/metrics")
 def metrics():
     """Tell the same figures to Prometheus."""
-    return Response(figures.metrics_text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(metrics_report.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @app.get("/api/info")
@@ -589,7 +603,7 @@ def info():
 def stats():
     """Tell the load of the GPU, the machine and the service's own processes."""
     asked = arguments(model=False, evidence=True)
-    told = figures.stats()
+    told = stats_report.report()
     last = told["healed"]["last"]
     if last and not asked.evidence:  # 50 lines, which who polls does not want each time
         short = {key: value for key, value in last.items() if key != "evidence"}

@@ -243,6 +243,20 @@ class Ollama:
             return None
         return slots if all(isinstance(slot, dict) for slot in slots) else None
 
+    def runner_metrics(self, port: str | None, timeout_s: float) -> str:
+        """Return a runner's own counters in Prometheus' text format; "" where it has none.
+
+        Raises ServiceError ``ollama_timeout`` where it does not answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            with self._request("GET", runner_url(port, "metrics"), None, timeout_s) as response:
+                return _read(response, deadline).decode(errors="replace")
+        except TimedOut:
+            raise
+        except ServiceError:
+            return ""
+
     def _models(self, path: str, timeout_s: float) -> list[Json]:
         models = self._json("GET", path, timeout_s=timeout_s).get("models")
         if not isinstance(models, list) or not all(map(_is_model, models)):

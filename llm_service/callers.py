@@ -23,12 +23,14 @@ class Request(typing.NamedTuple):
 class Callers:
     """Looks at the connections of Ollama's port. It has no clock of its own."""
 
-    def __init__(self, port: int, stuck_s: float):
+    def __init__(self, port: int, stuck_s: float, works: typing.Callable[[], bool]):
+        """``works()`` tells whether the server does something itself."""
         self.report: Json | None = None  # ``callers`` in /api/stats
         self.starved = ""  # the evidence, where nothing works for who waits
-        self.queue = ""  # who waits for long while others are served
+        self._queue = ""  # who waits for long while others are served
         self._port = port
         self._stuck_s = stuck_s
+        self._works = works
         self._requests: dict[bytes, Request] = {}
         self._pid = 0  # of the server, and what it had read at the last look
         self._read_bytes: int | None = None
@@ -36,17 +38,13 @@ class Callers:
         self._quiet_since = 0.0
         self._quiet_looks = 0
 
-    def look(self, now: float, pid: int, tasks: int, works: typing.Callable[[], bool]) -> None:
-        """Look at the connections of the server ``pid``.
-
-        ``tasks`` are its runners' answers and loads under way. ``works`` tells whether the server
-        does something itself.
-        """
+    def look(self, now: float, pid: int, tasks: int) -> None:
+        """Look at a server's connections; ``tasks`` are its runners' answers and loads."""
         try:
             seen = connections(self._port)
         except OSError:
             self.report = None
-            return self.judge(now, [], 0, tasks)
+            return self.judge(now, [], whole_s=0, tasks=tasks)
         own = own_ends(self._port)
         whole = self._note_requests(seen, now, pid)
         callers = [each for each in seen if each.peer not in own]
@@ -58,13 +56,19 @@ class Callers:
             "waiting": len(waits),
             "longest_wait_s": round(longest_s, 1),
         }
-        if longest_s > CHECK_S and works():
+        if longest_s > CHECK_S and self._works():
             tasks += 1
         whole_waits = [each.wait_s for each in waiting if each.key in whole]
-        return self.judge(now, waits, max(whole_waits, default=0), tasks)
+        streams = sum(each.streams for each in callers)
+        return self.judge(now, waits, max(whole_waits, default=0), tasks, streams)
 
-    def judge(self, now: float, waits: list[float], whole_s: float, tasks: int) -> None:
-        """Judge by the waits in seconds; ``whole_s`` is the longest for a whole request."""
+    def judge(
+        self, now: float, waits: list[float], whole_s: float, tasks: int, streams: int = 0
+    ) -> None:
+        """Judge by the waits in seconds; ``whole_s`` is the longest for a whole request.
+
+        Of the answers under way, ``streams`` are for callers who do not wait.
+        """
         quiet = not tasks and max(waits, default=0) > CHECK_S
         asleep = now - self._looked_at > GAP_S
         self._looked_at = now
@@ -77,15 +81,27 @@ class Callers:
         in_vain = min(quiet_s, whole_s) >= self._stuck_s
         long = [wait_s for wait_s in waits if wait_s >= self._stuck_s]
         self.starved = ""
-        self.queue = ""
+        self._queue = ""
         if in_vain and self._quiet_looks >= LOOKS:
             self.starved = (
                 f"callers have waited for up to {whole_s:.0f} s; "
                 f"for {quiet_s:.0f} s no runner has worked, "
                 "and Ollama has used neither its store nor another machine"
             )
-        elif len(long) > tasks:
-            self.queue = f"{len(long)} callers have waited for up to {max(long):.0f} s"
+        elif len(long) > max(0, tasks - streams):
+            self._queue = f"{len(long)} callers of Ollama have waited for up to {max(long):.0f} s"
+
+    def warnings(self) -> list[Json]:
+        """Return the warning of /health where callers wait for long."""
+        if not self._queue or not self.report:
+            return []
+        advice = "others are served meanwhile, or what they sent is no whole request"
+        warning = {
+            "code": "callers_waiting",
+            "message": f"{self._queue}: {advice}.",
+            **self.report,
+        }
+        return [warning]
 
     def _note_requests(self, seen: list[Connection], now: float, pid: int) -> set[bytes]:
         """Return the connections whose last request is whole, as far as that can be told."""

@@ -42,6 +42,7 @@ def changes(environ: typing.Mapping[str, str], context_length: str, gpu_layers: 
     wanted = {
         "OLLAMA_CONTEXT_LENGTH": context_length,
         "OLLAMA_NOPRUNE": trimmed(environ.get("OLLAMA_NOPRUNE", "")) or "1",
+        "LLAMA_ARG_ENDPOINT_METRICS": "1",  # which the watch reads; "yes" is silently off
         "LLAMA_ARG_N_GPU_LAYERS": environ.get("LLAMA_ARG_N_GPU_LAYERS") or layers,
     }
     options = [f"--unset={name}" for name in hidden]

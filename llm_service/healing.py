@@ -70,6 +70,14 @@ class Healing:
             return self._server_failure
         return "reset_session" if self._may_heal(SERVER) else "restart_service"
 
+    def starved_action(self) -> str:
+        """Return what heals a server whose callers wait in vain, as /health recommends it."""
+        if not self.self_heal:
+            return "reset_session"
+        if self._server_failure:
+            return self._server_failure
+        return "wait" if self._may_heal(SERVER) else "restart_service"
+
     def _may_heal(self, name: str | None) -> bool:
         since = time.monotonic() - HEALINGS_S
         return sum(at > since for at in self._healings[name]) < HEALINGS
@@ -103,6 +111,10 @@ class Healing:
         if hung(self._processes.server()) and self._may_heal(SERVER):
             why = f"hung: no answer to /api/version in {HUNG_LOOKS} looks"
             self._restart_server(SERVER, why, {}, self._is_still_hung)
+        elif self._watch.callers.starved and self._may_heal(SERVER):
+            why = f"starved: {self._watch.callers.starved}"
+            evidence = {**self._evidence(None), "callers": self._watch.callers.report}
+            self._restart_server(SERVER, why, evidence, self._is_still_starved)
 
     def _next_fault(self, tried: set[Runner]) -> RunnerState | None:
         """Return a runner that is due to be healed now and has not been tried in this turn."""
@@ -175,6 +187,10 @@ class Healing:
     def _is_still_hung(self) -> bool:
         server = self._processes.server()
         return server is not None and not self._watch.server_state.answers(ASK_S)
+
+    def _is_still_starved(self) -> bool:
+        self._watch.look()
+        return bool(self._watch.callers.starved)
 
     def _restart_server(
         self,

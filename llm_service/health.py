@@ -2,10 +2,12 @@
 
 import contextlib
 import pathlib
+import time
 
 import psutil
 
 import gpu
+from llm_service.answers import Answer
 from llm_service.downloads import DISK_RESERVE_BYTES
 from llm_service.errors import TimedOut, Unreachable, clean, failure
 from llm_service.healing import Healing
@@ -27,10 +29,18 @@ SEVERITY = ("reboot_host", "restart_service", "reset_session", "wait")
 class Health:
     """Tells whether the service works, and what would heal it."""
 
-    def __init__(self, watch: Watch, session: Session, healing: Healing, gpu_layers: str):
+    def __init__(
+        self,
+        watch: Watch,
+        session: Session,
+        healing: Healing,
+        gpu_layers: str,
+        long_answer_s: float,
+    ):
         self._watch, self._session, self._healing = watch, session, healing
         self._machine, self._processes = watch.machine, watch.processes
         self._gpu_layers = gpu_layers
+        self._long_answer_s = long_answer_s
         self._checks = SharedRun(began_since)
 
     def report(self) -> Json:
@@ -52,7 +62,7 @@ class Health:
             names, loaded, slow = self._ask()
         except ServiceError as e:
             raise unhealthy(*self.diagnose(e, server)) from e
-        fault = self._runner_fault()
+        fault = self._runner_fault() or self._caller_fault()
         if fault:
             raise fault
         reading = self._machine.gpu
@@ -77,7 +87,8 @@ class Health:
         server = self._processes.server()
         state = self._watch.server_state
         answers = server is not None and server == state.answered and state.state == "answering"
-        return answers and self._watch.well and not (self._gpu_fault() or self._runner_fault())
+        fault = self._gpu_fault() or self._runner_fault() or self._caller_fault()
+        return answers and self._watch.well and not fault
 
     def _ask(self) -> tuple[list[str], list[Json], bool]:
         """Return the models on disk, what is loaded, and whether that is as of the last look.
@@ -115,6 +126,14 @@ class Health:
         error = unhealthy(f"runner_{word}", words, action)
         error.fields["runners"] = self._watch.runners()
         return error
+
+    def _caller_fault(self) -> ServiceError | None:
+        """Return the 503 of a server whose callers wait while nothing works."""
+        starved = self._watch.callers.starved
+        if not starved:
+            return None
+        words = f"Nothing works for those who wait for Ollama: {starved}."
+        return unhealthy("callers_starved", words, self._healing.starved_action())
 
     def diagnose(self, error: ServiceError, asked: psutil.Process | None) -> tuple[str, str, str]:
         """Tell code, reason and the action that heals from the error of the server asked."""
@@ -175,7 +194,17 @@ class Health:
         # Ollama may list dead ones, and one that still loads has not filled its memory.
         there = {each["model"] for each in self._watch.runners() if each["state"] != "loading"}
         warnings += self.gpu_warnings(reading, [each for each in loaded if each["name"] in there])
-        return [{"code": code, "message": message} for code, message in warnings]
+        told = [{"code": code, "message": message} for code, message in warnings]
+        return told + self._watch.callers.warnings() + self._long_answers()
+
+    def _long_answers(self) -> list[Json]:
+        """Return a warning for each answer that has been under way for very long."""
+        found = []
+        now = time.monotonic()
+        for state in self._watch.states():
+            for each in state.answers.longer_than(self._long_answer_s, now):
+                found.append(long_answer(state.model or "unknown", each, now))
+        return found
 
     def gpu_warnings(self, reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
         """Compare where Ollama says that its models lie with what was asked for and measured."""
@@ -210,6 +239,23 @@ class Health:
         advice = NO_GPU_ADVICE if hidden else PARTLY_ADVICE
         missing = f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory"
         return f"{missing}, which is slow. {advice}"
+
+
+def long_answer(model: str, answer: Answer, now: float) -> Json:
+    """Make the warning of an answer that has been under way for very long."""
+    seconds = round(now - answer.began)
+    words = (
+        f"{model} has been at one answer for {seconds // 60} minutes, {answer.tokens} tokens so "
+        f'far: if nobody wants it, POST /api/cache/clear with "model": "{model}".'
+    )
+    return {
+        "code": "long_answer",
+        "message": words,
+        "model": model,
+        "task": answer.task,
+        "seconds": seconds,
+        "tokens": answer.tokens,
+    }
 
 
 def unhealthy(code: str, reason: str, action: str) -> ServiceError:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import logging
 
+from llm_service.answers import Answers, slot_counters
 from llm_service.processes import Runner
 from ollama_client import Json
 
@@ -26,6 +27,7 @@ class Look:
     at: float  # monotonic
     health: str = "unasked"  # or "ok", "loading", "silent", "dead", "orphan"
     slots: list[Json] | None = None
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)  # the runner's own
     late: bool = False  # /slots has not answered
     main_cpu_s: float = 0.0  # CPU time of the main thread
     main_wait_s: float = 0.0  # for which it was ready to run and had no CPU
@@ -54,11 +56,13 @@ class RunnerState:
         self.evidence = ""  # of a fault, as it was at the verdict
         self.counters: list[tuple] = []  # of each slot: task, prompt tokens, tokens decoded
         self.survives = False  # SIGKILL has not ended it for GHOST_S
+        self.answers = Answers()  # under way
         self.tokens = 0
         self.tokens_per_second = 0.0
         self.memory_mb = 0
         self.cpu_percent = 0.0
         self.under_way = True  # at the last look
+        self.active = True  # or it has used CPU since the look before that
         self.asked_at = now
         self._stuck_s = stuck_s
         self._worked = False  # used CPU at the last look, if it has no slots
@@ -71,8 +75,16 @@ class RunnerState:
         """Tell whether it is in a state that is healed."""
         return self.state in FAULTS or self.survives
 
+    @property
+    def tasks(self) -> int:
+        """Return how many answers or loads are under way, as far as can be seen."""
+        if self.state in WORKING + FAULTS:
+            return max(1, len(self.answers))
+        return int(self.active)
+
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
+        self.active = look.active
         self._step_s = look.at - self._looked_at
         self._looked_at = look.at
         self.tokens_per_second = 0.0
@@ -135,6 +147,7 @@ class RunnerState:
         else:
             self.under_way = is_working(look.slots)
             moved = self._count_tokens(look.slots)
+            self.answers.note(look.at, look.slots)
         if moved or not self.under_way:
             self._begin_count(look.at)
             return busy if self.under_way else "idle"
@@ -197,19 +210,10 @@ class RunnerState:
             "tokens_per_second": self.tokens_per_second,
             "memory_mb": self.memory_mb,
             "cpu_percent": self.cpu_percent,
+            "answers": len(self.answers),
         }
 
 
 def is_working(slots: list[Json]) -> bool:
     """Tell whether something is under way in a runner's slots."""
     return any(slot.get("is_processing") for slot in slots)
-
-
-def slot_counters(slot: Json) -> tuple[object, object, int]:
-    """Return a slot's task, the prompt tokens processed for it and the tokens decoded."""
-    token = slot.get("next_token") or {}
-    token = token[0] if isinstance(token, list) else token
-    decoded = token.get("n_decoded")
-    if not isinstance(decoded, int):
-        decoded = 0
-    return slot.get("id_task"), slot.get("n_prompt_tokens_processed"), decoded

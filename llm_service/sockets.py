@@ -22,6 +22,8 @@ SOCKET = struct.Struct("=xBxx2x2s16s16s4x8s20x")  # state, peer's port, address,
 ATTRIBUTE = struct.Struct("=HH")
 TCP_INFO = struct.Struct("=44xI4xI72xQ20xI")  # ms since sent, received; bytes in, segments out
 
+JUST_NOW_MS = 3000
+LONG_AGO_MS = 4000
 ANYWHERE = bytes(16)
 IPV4_IN_IPV6 = bytes(10) + b"\xff\xff"
 
@@ -33,6 +35,7 @@ class Connection(typing.NamedTuple):
     peer: tuple[bytes, bytes]  # IPv6 address and port
     received: int  # bytes
     wait_s: float  # since it last received, where nothing was sent since; else 0
+    streams: bool  # something was sent just now, long after it last received
 
 
 def connections(port: int) -> list[Connection]:
@@ -47,8 +50,7 @@ def connections(port: int) -> list[Connection]:
             elif ANYWHERE in listening or address in listening:
                 if family == socket.AF_INET:
                     peer = IPV4_IN_IPV6 + peer[:4]
-                received, wait_s = traffic(message)
-                found.append(Connection(key, (peer, peer_port), received, wait_s))
+                found.append(Connection(key, (peer, peer_port), *traffic(message)))
         if listening:
             break
     return found
@@ -82,8 +84,8 @@ def ask_kernel(family: int, port: int) -> typing.Iterator[memoryview]:
                 answer = answer[aligned(length) :]
 
 
-def traffic(message: memoryview) -> tuple[int, float]:
-    """Return the bytes that a socket has received, and for how long they wait for an answer.
+def traffic(message: memoryview) -> tuple[int, float, bool]:
+    """Return what a Connection tells of a socket's traffic.
 
     What comes within the same tick of the kernel's clock as an answer counts as answered.
     Raises OSError where the kernel does not tell.
@@ -96,7 +98,9 @@ def traffic(message: memoryview) -> tuple[int, float]:
             sent_ms, received_ms, received, segments = figures
             answered = segments and sent_ms <= received_ms
             waits = received and not answered
-            return received, max(received_ms, 1) / 1000 if waits else 0.0
+            wait_s = max(received_ms, 1) / 1000 if waits else 0.0
+            streams = sent_ms < JUST_NOW_MS and received_ms > LONG_AGO_MS
+            return received, wait_s, bool(answered and streams)
         attributes = attributes[aligned(length) :]
     raise OSError("this kernel does not tell when a socket received and sent")
 

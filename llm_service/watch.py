@@ -8,6 +8,8 @@ import typing
 
 import psutil
 
+from llm_service.answers import Totals, totals_of
+from llm_service.callers import Callers
 from llm_service.machine import Machine
 from llm_service.matching import Held
 from llm_service.processes import (
@@ -46,11 +48,13 @@ class Watch:
         store: Store,
         processes: Processes,
         machine: Machine,
+        callers: Callers,
         stuck_s: float,
         send: typing.Callable[[psutil.Process], None] = end,
     ):
         """``send(process)`` is what ends a runner."""
         self.ollama, self.store, self.processes, self.machine = ollama, store, processes, machine
+        self.callers, self.totals = callers, Totals()
         self._stuck_s, self._send = stuck_s, send
         self.server_state = ServerState(ollama, store, processes)
         self.matching = machine.matching
@@ -115,6 +119,7 @@ class Watch:
             self._ask_server(server)
             self._find_runners()
             self._look_at_runners(self.states(), server)
+            self._look_at_callers(server)
             runners_mb = sum(state.memory_mb for state in self.states())
             self.process_memory_mb = runners_mb + sum(map(memory_mb, [*self._own, server]))
             self.looked_at = time.time()
@@ -178,6 +183,7 @@ class Watch:
             state.model = held.name or state.model
             states[runner] = state
         self._states = states
+        self.totals.keep(set(states))
         there = {runner.process for runner in states}
         self._cpu = {process: used for process, used in self._cpu.items() if process in there}
 
@@ -200,6 +206,15 @@ class Watch:
         in_parallel(ask, due)
         for state, look in looks:
             state.note(look)
+            told = look.totals or {"tokens": state.tokens}
+            if look.due:
+                self.totals.note(state.runner, state.model or "unknown", told)
+
+    def _look_at_callers(self, server: psutil.Process | None) -> None:
+        """Look at who waits for Ollama, and whether anything works for him."""
+        tasks = sum(state.tasks for state in self.states())
+        pid = server.pid if server else 0
+        self.callers.look(time.monotonic(), pid, tasks)
 
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         look = Look(time.monotonic())
@@ -237,8 +252,9 @@ class Watch:
         look.on_gpu = self._is_on_gpu(state.model)
         try:
             look.slots = self.ollama.runner_slots(port, RUNNER_ASK_S)
+            look.totals = totals_of(self.ollama.runner_metrics(port, RUNNER_ASK_S))
         except ServiceError:
-            look.late = True
+            look.late = look.slots is None
 
     def _is_on_gpu(self, model: str | None) -> bool:
         """Tell whether a model lies wholly there; of an unknown one, whether all do."""

@@ -11,6 +11,7 @@ from a loop in this process, which takes a core of its own.
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import select
@@ -39,9 +40,11 @@ import requests
 from helpers.browser import start_browser
 from helpers.models import blob_path, model_variant, real_model
 from helpers.ollama_server import OllamaServer
+from helpers.places import ROOT
 from helpers.processes import servers
 from helpers.registry import Registry
 from helpers.service import Service
+from helpers.strangers import program
 
 OLLAMA = os.environ["LLM_TEST_OLLAMA"]
 make = functools.partial(Service, binary=OLLAMA)
@@ -265,6 +268,37 @@ def bench_page():
             browser.quit()
     percent = statistics.median(polled) - statistics.median(idle)
     row("one tab of the page", f"{percent:.2f} % CPU", f"{kilobytes:.0f} kB in 30 s")
+
+
+CALLERS = """
+import socket, sys
+callers = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(200)]
+for caller in callers:
+    caller.sendall(b"POST /api/generate HTTP/1.1\\r\\n")
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def bench_callers():
+    """A look at who waits, and what it costs when idle."""
+
+    def look_ms(count=200):
+        before = time.thread_time()
+        for n in range(count):
+            callers.look(n, service.ollama_pid(), tasks=0)
+        return (time.thread_time() - before) / count * 1e3
+
+    sys.path.append(str(ROOT))
+    of_callers = importlib.import_module("llm_service.callers").Callers
+    with servers(make) as start:
+        service = start()
+        callers = of_callers(service.ollama_port, stuck_s=120, works=lambda: False)
+        none_ms = look_ms()
+        idle = cpu_percent(api_pids(service), 20)
+        with program(CALLERS, service.ollama_port):
+            said = f"{idle:.2f} % CPU when idle, {cpu_percent(api_pids(service), 20):.2f} % beside"
+            row("a look at 0 and 200 callers", f"{none_ms:.2f} and {look_ms():.2f} ms CPU", said)
 
 
 def bench_start():

@@ -1,6 +1,7 @@
 """/metrics, read by Prometheus' own parser."""
 
 import importlib
+import socket
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,6 +27,10 @@ ALWAYS = {
     "llm_clears": ("counter", []),
     "llm_resets": ("counter", []),
     "llm_healings": ("counter", ["what"]),
+    "llm_healings_failed": ("counter", []),
+    "llm_callers_connections": ("gauge", []),
+    "llm_callers_waiting": ("gauge", []),
+    "llm_callers_longest_wait_seconds": ("gauge", []),
     "llm_ollama_restarts": ("counter", []),
 }
 OF_GPUS = {
@@ -40,7 +45,13 @@ OF_RUNNERS = {
     "llm_runner_state": ("gauge", ["model", "pid", "state"]),
     "llm_runner_memory_bytes": ("gauge", ["model", "pid"]),
     "llm_runner_tokens_per_second": ("gauge", ["model", "pid"]),
-    "llm_runner_tokens": ("counter", ["model", "pid"]),
+    "llm_runner_answers": ("gauge", ["model", "pid"]),
+}
+OF_MODELS = {
+    "llm_runner_tokens": ("counter", ["model"]),
+    "llm_runner_seconds": ("counter", ["model"]),
+    "llm_runner_prompt_tokens": ("counter", ["model"]),
+    "llm_runner_prompt_seconds": ("counter", ["model"]),
 }
 GPU = {
     "index": 0,
@@ -59,6 +70,7 @@ RUNNER = {
     "memory_mb": 3,
     "tokens": 12,
     "tokens_per_second": 1.5,
+    "answers": 2,
 }
 
 
@@ -98,11 +110,11 @@ def app():
 @pytest.fixture
 def told(app, monkeypatch):
     """Return what /metrics says where /api/stats has these figures."""
-    base = app.figures.stats()
+    base = app.stats_report.report()
 
     def tell(**figures):
-        monkeypatch.setattr(app.figures, "stats", lambda: base | figures)
-        return parse(app.figures.metrics_text())
+        monkeypatch.setattr(app.stats_report, "report", lambda: base | figures)
+        return parse(app.metrics_report.text())
 
     return tell
 
@@ -110,9 +122,9 @@ def told(app, monkeypatch):
 def test_every_metric_is_there_with_its_type_and_labels(service):
     service.load(GEMMA, num_predict=1)
     families = wait_for(
-        lambda: (found := scrape(service)) and "llm_runner_state" in found and found, 10, "a runner"
+        lambda: (found := scrape(service)).keys() >= OF_MODELS.keys() and found, 10, "a runner"
     )
-    assert shapes(families) == ALWAYS | OF_RUNNERS
+    assert shapes(families) == ALWAYS | OF_RUNNERS | OF_MODELS
     for family in families.values():
         assert family.documentation
         for sample in family.samples:
@@ -163,9 +175,9 @@ def test_a_gpu_in_base_units(told):
 
 
 def test_what_is_unknown_is_left_out(told):
-    families = told(gpu="ok", gpus=[SILENT], cpu_percent=None, disk=None)
+    families = told(gpu="ok", gpus=[SILENT], cpu_percent=None, disk=None, callers=None)
     unknown = {*OF_GPUS, *OF_RUNNERS, "llm_cpu_utilization_ratio"} - {"llm_board_power_watts"}
-    unknown |= {name for name in ALWAYS if name.startswith("llm_disk")}
+    unknown |= {name for name in ALWAYS if name.startswith(("llm_disk", "llm_callers"))}
     assert not unknown & families.keys()
     assert [each.labels for each in told(gpus=[GPU, SILENT])["llm_gpu_power_watts"].samples] == [
         {"gpu": "0"}
@@ -182,7 +194,7 @@ def test_zero_is_a_figure(told):
 def test_labels_are_escaped(told, name):
     families = told(runners=[{**RUNNER, "model": name}])
     labels = {"model": name or "unknown", "pid": "7"}
-    assert value(families, "llm_runner_tokens", **labels) == 12
+    assert value(families, "llm_runner_answers", **labels) == 2
     assert value(families, "llm_runner_memory_bytes", **labels) == 3 * 2**20
     assert value(families, "llm_runner_state", **labels, state="busy") == 1
 
@@ -193,8 +205,67 @@ def test_two_runners_of_one_model_are_two(told):
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_it_is_up_where_health_finds_no_fault(app, told, monkeypatch, up):
-    monkeypatch.setattr(app.figures, "_is_up", lambda: up)
-    families = told(gpu="lost")
-    assert value(families, "llm_up") == up
-    assert value(families, "llm_gpu_state", state="lost") == 1
+def test_up_is_what_health_says(app, told, monkeypatch, up):
+    monkeypatch.setattr(app.metrics_report, "_is_up", lambda: up)
+    assert value(told(), "llm_up") == up
+
+
+@pytest.mark.parametrize("state", ["none", "ok", "lost"])
+def test_the_state_of_the_gpus_is_a_label(told, state):
+    assert value(told(gpu=state), "llm_gpu_state", state=state) == 1
+
+
+# Counted by the runners themselves
+
+
+def sums(service):
+    """Return what the four totals of the model are."""
+    families = scrape(service)
+    return [value(families, name, model=GEMMA) if name in families else 0 for name in OF_MODELS]
+
+
+def ask(service, **options):
+    """Ask for a short answer; return the tokens and the prompt's tokens that it took."""
+    body = {"model": GEMMA, "raw": True, "stream": False, "prompt": f"{options} and more"}
+    answer = service.ollama("POST", "/api/generate", json={**body, "options": options}).json()
+    return answer["eval_count"], answer["prompt_eval_count"]
+
+
+def test_tokens_are_counted_exactly_also_of_answers_shorter_than_a_look(service):
+    clear(service)  # what other tests have asked is counted by now, or never
+    tokens, seconds, prompt_tokens, prompt_seconds = sums(service)
+    taken = [ask(service, num_predict=n, seed=n) for n in range(1, 9)]
+    expected = tokens + sum(each for each, _ in taken)
+    wait_for(lambda: sums(service)[0] >= expected, 10, "all tokens are counted")
+    after = sums(service)
+    assert after[0] == expected
+    assert 0 < after[2] - prompt_tokens <= sum(each for _, each in taken)  # some were cached
+    assert after[1] > seconds and after[3] > prompt_seconds
+    clear(service)
+
+
+def test_what_was_counted_does_not_fall_when_a_runner_is_replaced(service):
+    clear(service)
+    before, _, *_ = sums(service)
+    ask(service, num_predict=5)
+    wait_for(lambda: sums(service)[0] >= before + 5, 10, "the tokens are counted")
+    before = sums(service)
+    clear(service)
+    assert sums(service) == before
+    tokens, _ = ask(service, num_predict=7)
+    wait_for(lambda: sums(service)[0] >= before[0] + tokens, 10, "the next runner's, too")
+    assert sums(service)[0] == before[0] + tokens
+    clear(service)
+
+
+def test_callers_are_told(service):
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as caller:
+        caller.sendall(b"POST /api/generate HTTP/1.1\r\n")  # half a request
+        wait_for(lambda: stats(service)["callers"]["waiting"] == 1, 10, "he is seen")
+        told = stats(service)["callers"]
+        families = scrape(service)
+    assert told["connections"] >= 1 and told["longest_wait_s"] > 0
+    assert value(families, "llm_callers_waiting") == 1
+    assert value(families, "llm_callers_connections") >= 1
+    assert value(families, "llm_callers_longest_wait_seconds") > 0
+    wait_for(lambda: stats(service)["callers"]["waiting"] == 0, 10, "he has left")

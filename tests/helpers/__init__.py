@@ -4,6 +4,7 @@ answers         assertions on answers: the one error shape, clear, reset, health
 browser         a headless Chromium
 clock           a wall clock that runs as a test wants
 causes          hung, dead and busy Ollamas and runners, made on purpose
+deaf_ollama     an Ollama that takes requests, and never answers those of one kind
 fake_ollama     an Ollama that answers whatever a test wants
 faults          what a registry does at one step of a pull, instead of its work
 frozen          a process whose main thread stands while the others go on

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import time
 import types
+import unittest.mock
 
 import pytest
 
@@ -23,12 +24,13 @@ class Looks:
     """
 
     def __init__(self):
-        self.callers = Callers(0, STUCK_S)
+        self.callers = Callers(0, STUCK_S, works=lambda: False)
         self.now = 1000.0
 
-    def look(self, *waits, tasks=0, whole=True, after=2.0):
+    def look(self, *waits, tasks=0, whole=True, after=2.0, streams=0):
         self.now += after
-        self.callers.judge(self.now, list(waits), max(waits, default=0) if whole else 0, tasks)
+        whole_s = max(waits, default=0) if whole else 0
+        self.callers.judge(self.now, list(waits), whole_s, tasks, streams)
 
     def for_(self, seconds, *waits, step=2.0, **fields):
         """Return when a fault was seen first, in seconds; None if it was not."""
@@ -48,7 +50,7 @@ def looks():
 
 def test_nobody_waits(looks):
     assert looks.for_(600) is None
-    assert not looks.callers.queue
+    assert not looks.callers._queue
 
 
 def test_who_waits_while_nothing_works_waits_in_vain(looks):
@@ -75,13 +77,13 @@ def test_one_look_at_which_something_works_begins_it_anew(looks):
 
 def test_a_request_that_is_not_whole_is_no_fault(looks):
     assert looks.for_(600, 0, whole=False) is None
-    assert looks.callers.queue  # it is told all the same
+    assert looks.callers._queue  # it is told all the same
 
 
 def test_many_who_wait_for_a_short_time_are_no_fault(looks):
     for n in range(600):
         looks.look(STUCK_S / 2, n % 30)
-    assert not looks.callers.starved and not looks.callers.queue
+    assert not looks.callers.starved and not looks.callers._queue
 
 
 def test_it_ends_when_nobody_waits(looks):
@@ -100,7 +102,7 @@ def test_a_pause_between_two_looks_begins_it_anew(looks):
 
 def test_it_takes_ten_looks():
     looks = Looks()
-    looks.callers = Callers(0, 1)
+    looks.callers = Callers(0, 1, works=lambda: False)
     assert looks.for_(60, 0) == pytest.approx(6 + 2 * 9)
 
 
@@ -109,17 +111,23 @@ def test_it_takes_ten_looks():
 
 def test_one_who_is_served_does_not_queue(looks):
     looks.for_(600, 0, tasks=1)
-    assert not looks.callers.queue
+    assert not looks.callers._queue
 
 
 def test_more_who_wait_than_are_served_queue(looks):
     looks.for_(600, 0, 0, tasks=1)
-    assert looks.callers.queue == "2 callers have waited for up to 600 s"
+    assert looks.callers._queue == "2 callers of Ollama have waited for up to 600 s"
+
+
+@pytest.mark.parametrize(("streams", "queue"), [(0, False), (1, True), (2, True)])
+def test_who_waits_behind_answers_that_stream_queues(looks, streams, queue):
+    looks.for_(600, 0, tasks=1, streams=streams)
+    assert bool(looks.callers._queue) is queue
 
 
 def test_those_who_came_just_now_do_not_queue(looks):
     looks.look(STUCK_S, STUCK_S - 1, STUCK_S - 2, tasks=1)
-    assert not looks.callers.queue
+    assert not looks.callers._queue
 
 
 # On real connections, to a server and from callers in processes of their own
@@ -135,20 +143,19 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def callers(server):
-    return Callers(server.port, STUCK_S)
+def works():
+    """What the server itself does."""
+    return unittest.mock.Mock(return_value=False)
+
+
+@pytest.fixture
+def callers(server, works):
+    return Callers(server.port, STUCK_S, works)
 
 
 @pytest.fixture
 def look(server, callers):
-    """Look once; return how often it was asked what else the server does."""
-
-    def once(tasks=0, works=False):
-        asked = []
-        callers.look(time.monotonic(), server.pid, tasks, lambda: asked.append(1) or works)
-        return len(asked)
-
-    return once
+    return lambda: callers.look(time.monotonic(), server.pid, tasks=0)
 
 
 @pytest.fixture
@@ -180,31 +187,33 @@ def test_a_kernel_that_tells_nothing_leaves_the_figures_out(callers, look, call,
     call("POST /api/generate")
     look()
     monkeypatch.setattr(sockets, "SOCK_DIAG", 31)
-    assert look() == 0
+    look()
     assert callers.report is None
-    assert not callers.starved and not callers.queue
+    assert not callers.starved and not callers._queue
 
 
-def test_what_the_server_does_is_asked_only_where_somebody_waits(look, call, monkeypatch):
-    assert look() == 0
+def test_what_the_server_does_is_asked_only_where_somebody_waits(look, works, call, monkeypatch):
+    monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.5)
     call()
     time.sleep(0.6)
-    monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.5)
-    assert look() == 0
+    look()
     call("POST /api/generate")
-    assert look() == 0
+    look()
+    works.assert_not_called()
     time.sleep(0.6)
-    assert look() == 1
+    look()
+    works.assert_called_once()
 
 
-def test_who_waits_in_vain_by_looks_at_real_connections(callers, look, call, monkeypatch):
+def test_who_waits_in_vain_by_looks_at_real_connections(callers, look, works, call, monkeypatch):
     monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.1)
     monkeypatch.setattr(callers, "_stuck_s", 1)
     look()
     call("{}")
     wait_for(lambda: look() or callers.starved, 10, "a caller that waits in vain")
+    works.return_value = True
     for _ in range(20):
-        look(works=True)
+        look()
         assert not callers.starved
 
 
@@ -248,6 +257,6 @@ def test_what_is_read_long_after_a_request_has_nothing_to_do_with_it(callers, lo
 def test_a_server_whose_reading_cannot_be_told_has_no_whole_requests(callers, server, call):
     for pid in (0, server.pid):
         call('{"model":"m"}')
-        callers.look(time.monotonic(), pid, 0, lambda: False)
+        callers.look(time.monotonic(), pid, tasks=0)
     assert whole(callers) == [False, False]
     assert bytes_read(0) is None

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.waiting import wait_for
 from llm_service import runner_state
+from llm_service.callers import Callers
 from llm_service.downloads import Downloads
 from llm_service.errors import TimedOut
 from llm_service.healing import HEALINGS, ORPHAN_S, Healing
@@ -78,7 +79,8 @@ class Place:
         downloads = Downloads(ollama, store, self.found, 1)
         machine = Machine(store, downloads, Matching(ollama, store.manifests, self.found))
         machine.matching.look_at_disk()
-        self.watch = Watch(ollama, store, self.found, machine, STUCK_S, self._end)
+        callers = Callers(9, STUCK_S, works=bool)
+        self.watch = Watch(ollama, store, self.found, machine, callers, STUCK_S, self._end)
         self.session = Session(self.watch, downloads, default_model="none")
         self.healing = Healing(self.watch, self.session, self_heal=True)
 
@@ -259,3 +261,52 @@ def test_a_server_that_does_not_end_is_told_as_failed(place, monkeypatch):
     place.healing.after_look()
     assert place.healing.healed["failed"] == 1
     assert place.healing.server_action() == "reboot_host"
+
+
+# Callers who wait in vain
+
+
+@pytest.fixture
+def starved(place, monkeypatch):
+    """A server whose callers wait in vain, until .starved is ""."""
+    for name in place.decoded:
+        place.decoded[name] = 0
+    callers = place.watch.callers
+    monkeypatch.setattr(callers, "look", lambda *_: None)
+    monkeypatch.setattr(place.found, "end_server", lambda *_: end(place.server) or True)
+    monkeypatch.setattr(place.session, "restart", lambda *_: place.found.end_server() and "")
+    callers.report = {"connections": 1, "waiting": 1, "longest_wait_s": 130.0}
+    callers.starved = "callers have waited for up to 130 s"
+    return callers
+
+
+def test_a_server_whose_callers_wait_in_vain_is_restarted(place, starved):
+    assert place.healing.starved_action() == "wait"
+    place.healing.after_look()
+    assert place.healing.healed["ollama"] == 1
+    last = place.healing.healed["last"]
+    assert last["why"] == f"starved: {starved.starved}"
+    assert last["evidence"]["callers"] == starved.report
+
+
+def test_one_whose_callers_are_answered_right_before_is_left_alone(place, starved):
+    starved.look = lambda *_: setattr(starved, "starved", "")
+    place.healing.after_look()
+    assert place.healing.healed["last"] is None
+    assert place.server.is_running()
+
+
+@pytest.mark.usefixtures("starved")
+def test_after_three_such_healings_it_is_left_alone(place):
+    for _ in range(HEALINGS + 1):
+        place.healing.after_look()
+    assert place.healing.healed["ollama"] == HEALINGS
+    assert place.healing.starved_action() == "restart_service"
+
+
+def test_without_self_healing_it_is_left_to_a_reset(place, starved):
+    place.healing.self_heal = False
+    place.healing.after_look()
+    assert place.healing.healed["last"] is None
+    assert place.healing.starved_action() == "reset_session"
+    assert place.server.is_running() and starved.starved

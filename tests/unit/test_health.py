@@ -10,7 +10,8 @@ import pytest
 import app
 from helpers.waiting import wait_for
 from llm_service.errors import ServiceError, TimedOut, Unreachable
-from llm_service.processes import alive
+from llm_service.processes import Runner, alive
+from llm_service.runner_state import RunnerState
 from llm_service.server_state import ServerState
 
 
@@ -172,3 +173,58 @@ def test_it_is_up_only_where_the_server_that_is_there_has_answered(
 def test_a_gpu_is_lost_after_three_looks(monkeypatch, looks):
     monkeypatch.setattr(app.machine, "_lost_looks", looks)
     assert (app.health_report._gpu_fault() is not None) is (looks == 3)
+
+
+# Callers and long answers
+
+
+@pytest.fixture
+def callers(monkeypatch):
+    """What is known of who waits for Ollama."""
+    known = app.watch.callers
+    report = {"connections": 3, "waiting": 2, "longest_wait_s": 130.0}
+    monkeypatch.setattr(known, "report", report)
+    for name in ("starved", "_queue"):
+        monkeypatch.setattr(known, name, "")
+    return known
+
+
+@pytest.mark.usefixtures("server")
+def test_who_waits_in_vain_makes_it_a_503_and_not_up(callers, slow):
+    slow.setattr(app.watch, "well", True)
+    slow.setattr(app.watch.server_state, "state", "answering")
+    slow.setattr(app.watch.ollama, "tags", lambda *_: [])
+    slow.setattr(app.watch.server_state, "loaded_now", lambda *_: [])
+    assert app.health_report.is_up()
+    callers.starved = "callers have waited for up to 130 s"
+    assert not app.health_report.is_up()
+    with pytest.raises(ServiceError) as caught:
+        app.health_report.check()
+    assert caught.value.code == "callers_starved"
+    assert caught.value.fields["recommended_action"] == "wait"
+    assert "130 s" in caught.value.fields["reason"]
+
+
+def warnings():
+    return app.health_report.find_warnings(app.machine.gpu, [])
+
+
+def test_who_waits_for_long_is_a_warning_with_figures(callers):
+    assert "callers_waiting" not in {each["code"] for each in warnings()}
+    callers._queue = "2 callers of Ollama have waited for up to 130 s"
+    (warning,) = [each for each in warnings() if each["code"] == "callers_waiting"]
+    assert warning["message"].startswith("2 callers of Ollama have waited for up to 130 s")
+    assert (warning["waiting"], warning["longest_wait_s"]) == (2, 130.0)
+
+
+@pytest.mark.parametrize(("age_s", "warned"), [(3590, False), (3610, True)])
+def test_an_answer_of_more_than_an_hour_is_a_warning(monkeypatch, age_s, warned):
+    state = RunnerState(Runner(psutil.Process(), None, None), 0, 120)
+    state.model = "m:latest"
+    state.answers.note(time.monotonic() - age_s, [{"is_processing": True, "id_task": 7}])
+    monkeypatch.setattr(app.watch, "_states", {state.runner: state})
+    told = [each for each in warnings() if each["code"] == "long_answer"]
+    assert len(told) == warned
+    for each in told:
+        assert (each["model"], each["task"], each["tokens"]) == ("m:latest", 7, 0)
+        assert 3600 < each["seconds"] < 3620

@@ -7,10 +7,11 @@ import pytest
 from helpers.places import ROOT
 
 FLOORS = {
-    "gunicorn.conf": 11,
-    "app": 10,
+    "gunicorn.conf": 12,
+    "app": 11,
     "llm_service.health": 9,
-    "llm_service.metrics": 9,
+    "llm_service.metrics": 10,
+    "llm_service.stats": 9,
     "llm_service.history": 9,
     "llm_service.models": 9,
     "llm_service.healing": 8,
@@ -20,6 +21,7 @@ FLOORS = {
     "llm_service.watch": 5,
     "llm_service.machine": 4,
     "llm_service.server_state": 3,
+    "llm_service.server_work": 3,
     "llm_service.callers": 3,
     "llm_service.downloads": 3,
     "llm_service.trying": 3,
@@ -41,6 +43,7 @@ FLOORS = {
     "llm_service.sharing": 1,
     "llm_service.environment": 1,
     "llm_service.messages": 0,
+    "llm_service.answers": 1,
     "ollama_client": 0,
     "llm_service.errors": -1,
     "gpu": 0,

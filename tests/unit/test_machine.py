@@ -7,6 +7,7 @@ import pytest
 
 from helpers.waiting import wait_for
 from llm_service import machine as module
+from llm_service.callers import Callers
 from llm_service.downloads import Downloads
 from llm_service.machine import Machine
 from llm_service.matching import Matching
@@ -24,7 +25,7 @@ def place(tmp_path, monkeypatch):
     ollama, processes, store = Ollama("http://127.0.0.1:9"), Processes(os.devnull), Store(tmp_path)
     matching = Matching(ollama, store.manifests, processes)
     one = Machine(store, Downloads(ollama, store, processes, 1), matching)
-    one.watch = Watch(ollama, store, processes, one, stuck_s=1)
+    one.watch = Watch(ollama, store, processes, one, Callers(9, 1, bool), stuck_s=1)
     one.go_on = threading.Event()
     one.store = store
     yield one

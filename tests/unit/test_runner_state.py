@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from llm_service import processes
+from llm_service.callers import Callers
 from llm_service.downloads import Downloads
 from llm_service.machine import Machine
 from llm_service.matching import Matching
@@ -27,7 +28,8 @@ def make_watch(runners=()):
     ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
     matching = Matching(ollama, store.manifests, found)
     machine = Machine(store, Downloads(ollama, store, found, 1), matching)
-    return Watch(ollama, store, found, machine, stuck_s=STUCK_S)
+    callers = Callers(9, STUCK_S, works=bool)
+    return Watch(ollama, store, found, machine, callers, stuck_s=STUCK_S)
 
 
 def slot(task=1, decoded=5, prompt=10, active=True):
@@ -517,3 +519,41 @@ def test_a_killed_one_that_ends_in_time_does_not_survive(busy):
     busy.look(health="dead")  # a zombie holds nothing
     busy.for_(8, health="dead", killed=True)
     assert not busy.state.survives
+
+
+# What is under way, for those who wait
+
+
+def test_an_idle_runner_does_nothing_for_anybody(runner):
+    assert runner.state.tasks == 0
+
+
+def test_each_answer_under_way_is_a_task(runner):
+    runner.look(slot(task=1), slot(task=2), FRESH)
+    assert runner.state.tasks == 2
+    assert runner.state.report(runner.now)["answers"] == 2
+
+
+def test_a_runner_that_loads_is_a_task(runner):
+    runner.look(health="loading")
+    assert runner.state.tasks == 1
+
+
+def test_a_runner_without_slots_that_computes_is_a_task(runner):
+    assert runner.look(cpu_s=1.0, passed_s=2.0, active=True) == "unwatched"
+    assert runner.state.tasks == 1
+
+
+def test_an_answer_shorter_than_a_look_is_a_task(runner):
+    assert runner.look(slot(active=False), active=True) == "idle"
+    assert runner.state.tasks == 1
+    runner.look(health="unasked")
+    assert runner.state.tasks == 0
+
+
+def test_a_runner_with_a_fault_of_its_own_is_no_idle_one(runner):
+    runner.look(slot())
+    for _ in range(10):
+        runner.look(health="silent")
+    assert runner.state.state == "silent"
+    assert runner.state.tasks == 1

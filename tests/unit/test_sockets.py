@@ -87,6 +87,29 @@ def test_the_wait_is_as_long_as_the_request_is_old(port):
     assert 0.3 <= seen.wait_s <= passed_s + 0.01
 
 
+def streams(port):
+    return [each.streams for each in connections(port.number)]
+
+
+def test_what_is_sent_long_after_the_request_is_a_stream(port, monkeypatch):
+    monkeypatch.setattr(sockets, "LONG_AGO_MS", 500)
+    monkeypatch.setattr(sockets, "JUST_NOW_MS", 300)
+    pair = port.pair()
+    pair.ask()
+    pair.answer()
+    assert streams(port) == [False]
+    time.sleep(0.6)
+    assert streams(port) == [False]
+    pair.answer()
+    assert streams(port) == [True]
+    time.sleep(0.4)
+    assert streams(port) == [False]  # it has ended
+    time.sleep(0.6)
+    pair.ask()
+    assert streams(port) == [False]
+    assert port.waits() == [True]
+
+
 def test_the_bytes_that_were_received_are_told(port):
     pair = port.pair()
     pair.ask(b"x" * 1000)

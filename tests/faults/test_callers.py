@@ -1,0 +1,142 @@
+"""Who waits for Ollama in vain, on a real Ollama and on one that never answers some requests."""
+
+import threading
+import time
+
+import pytest
+
+from helpers.answers import GEMMA, reset, stats
+from helpers.deaf_ollama import stand_in
+from helpers.generation import ENDLESS, PROMPT
+from helpers.waiting import call, wait_for
+
+STUCK_S = 20
+VERDICT_S = STUCK_S + 20
+
+
+class Caller:
+    """Somebody who waits for an answer: .status once he has it, 0 if he was cut off."""
+
+    def __init__(self, service, path="/api/generate", **body):
+        self.status = None
+        url = service.ollama_url + path
+        threading.Thread(target=self._run, args=(url, body), daemon=True).start()
+
+    def _run(self, url, body):
+        try:
+            self.status = call("POST", url, json=body, timeout=600).status_code
+        except OSError:
+            self.status = 0
+
+
+def generating(service, num_ctx, **fields):
+    options = {**ENDLESS, "num_predict": 5, "num_ctx": num_ctx}
+    body = {"model": GEMMA, "prompt": PROMPT, "raw": True, "options": options}
+    return Caller(service, **body, **fields)
+
+
+def waiting(service):
+    return stats(service)["callers"]["waiting"]
+
+
+class Starved:
+    """A scheduler that waits for ever, as soon as .first has left.
+
+    The runner is to be reloaded for .last once it is idle; by who comes meanwhile and wants to
+    keep it the scheduler misses that.
+    """
+
+    def __init__(self, service):
+        self.first = service.generate(GEMMA, num_ctx=1024)
+        self.last = generating(service, num_ctx=2048)
+        wait_for(lambda: waiting(service) == 1, 10, "one waits")
+        self.second = generating(service, num_ctx=1024, keep_alive=-1)
+        wait_for(lambda: waiting(service) == 2, 10, "two wait")
+
+    def begin(self):
+        self.first.close()
+        wait_for(lambda: self.second.status == 200, 60, "the second is answered")
+        return self
+
+
+@pytest.fixture
+def make(make_service, gguf):
+    return lambda **env: make_service(
+        models={GEMMA: gguf},
+        LLM_MODEL=GEMMA,
+        LLM_STUCK_SECONDS=STUCK_S,
+        LLM_CONTEXT_LENGTH=2048,
+        **env,
+    )
+
+
+def health(service):
+    return service.get("/health").json()
+
+
+def test_a_scheduler_that_waits_for_ever_is_found_and_healed(make):
+    service = make()
+    starved = Starved(service).begin()
+    wait_for(lambda: health(service).get("code") == "callers_starved", VERDICT_S, "the fault")
+    wait_for(lambda: stats(service)["healed"]["ollama"] == 1, 20, "the healing")
+    wait_for(lambda: starved.last.status == 0, 5, "who waited is told")
+    healed = stats(service)["healed"]["last"]
+    assert healed["ok"] and healed["why"].startswith("starved: ")
+    assert healed["evidence"]["callers"]["waiting"] == 1
+    assert "(*Scheduler).processPending" in service.log()  # what its goroutines waited for
+    service.wait_healthy(30)
+    assert service.load(GEMMA, num_ctx=2048)
+
+
+def test_without_self_healing_a_reset_heals_it(make):
+    service = make(LLM_SELF_HEAL="off")
+    starved = Starved(service).begin()
+    wait_for(lambda: health(service).get("code") == "callers_starved", VERDICT_S, "the fault")
+    assert health(service)["recommended_action"] == "reset_session"
+    metrics = service.get("/metrics").text
+    assert "\nllm_up 0\n" in metrics and "\nllm_callers_waiting 1\n" in metrics
+    reset(service)
+    wait_for(lambda: starved.last.status == 200, 30, "who waited is answered")
+    service.wait_healthy(30)
+    assert stats(service)["healed"]["last"] is None
+
+
+def test_while_others_are_served_it_is_a_warning(make):
+    service = make()
+    starved = Starved(service)
+    wait_for(lambda: health(service)["warnings"], VERDICT_S, "a warning")
+    told = health(service)
+    assert [each["code"] for each in told["warnings"]] == ["callers_waiting"]
+    assert told["warnings"][0]["longest_wait_s"] >= STUCK_S
+    assert told["status"] == "healthy"
+    starved.first.goes_on()
+    assert stats(service)["healed"]["last"] is None
+
+
+# An Ollama that answers all but those who want a model
+
+
+@pytest.fixture
+def deaf(make_service, tmp_path):
+    return make_service(PATH=stand_in(tmp_path), LLM_STUCK_SECONDS=STUCK_S)
+
+
+def test_requests_that_are_never_answered(deaf):
+    callers = [Caller(deaf, model="m", prompt="Why?") for _ in range(3)]
+    wait_for(lambda: waiting(deaf) == 3, 10, "three wait")
+    wait_for(lambda: stats(deaf)["healed"]["ollama"] == 1, VERDICT_S + 20, "the healing")
+    wait_for(lambda: all(each.status == 0 for each in callers), 5, "they are told")
+    assert "callers have waited" in stats(deaf)["healed"]["last"]["why"]
+
+
+def test_answers_to_others_are_none_to_who_waits(deaf):
+    """Every check of every peer asks for these."""
+    Caller(deaf, model="m", prompt="Why?")
+
+    def seen():
+        for path in ("/api/version", "/api/tags", "/api/ps"):
+            assert deaf.ollama("GET", path).ok
+            time.sleep(0.3)  # or the server has something to compute
+        return health(deaf).get("code") == "callers_starved"
+
+    wait_for(seen, VERDICT_S, "the fault")

@@ -1,0 +1,188 @@
+"""Who waits for long, and not in vain: each kind for far longer than LLM_STUCK_SECONDS."""
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from helpers.answers import GEMMA, clear, stats
+from helpers.embedding import add_embedding_model
+from helpers.frozen import frozen
+from helpers.generation import ENDLESS, PROMPT
+from helpers.waiting import wait_for
+
+STUCK_S = 10
+# A verdict takes ten looks and two more, so 24 s.
+WAIT_S = float(os.environ.get("LLM_TEST_WAIT_S", 40))
+
+
+@pytest.fixture(scope="module")
+def service(make_module_service, gguf):
+    return make_module_service(
+        models={GEMMA: gguf},
+        LLM_MODEL=GEMMA,
+        LLM_STUCK_SECONDS=STUCK_S,
+        LLM_CONTEXT_LENGTH=4096,
+        OLLAMA_REMOTES="127.0.0.1",
+    )
+
+
+@pytest.fixture(autouse=True)
+def well(service):
+    """Begin with nothing loaded, and end with nothing healed."""
+    service.wait_healthy(30)
+    clear(service)
+    before = stats(service)["healed"]
+    yield
+    assert stats(service)["healed"] == before
+    clear(service)
+
+
+class Request:
+    """A request to Ollama that is under way; .close() leaves."""
+
+    def __init__(self, service, path, body):
+        self._connection = http.client.HTTPConnection("127.0.0.1", service.ollama_port)
+        self._connection.request("POST", path, json.dumps(body))
+
+    def close(self):
+        self._connection.close()
+
+
+def endure(service, waits=True):
+    """Let it be so for WAIT_S: somebody waits all that time, and /health finds no fault."""
+    longest_s = 0
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        health = service.get("/health")
+        assert health.status_code == 200, health.text
+        longest_s = max(longest_s, stats(service)["callers"]["longest_wait_s"])
+        time.sleep(1)
+    assert (longest_s > WAIT_S - 6) is waits
+
+
+def generate(**options):
+    options = {**ENDLESS, **options}
+    return {"model": GEMMA, "prompt": PROMPT, "raw": True, "stream": False, "options": options}
+
+
+# What the runners do
+
+
+def test_a_long_answer_that_does_not_stream(service):
+    service.load(GEMMA)
+    with contextlib.closing(Request(service, "/api/generate", generate())):
+        endure(service)
+
+
+def test_a_queue(service):
+    service.load(GEMMA)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            asked = Request(service, "/api/generate", generate())
+            stack.enter_context(contextlib.closing(asked))
+        endure(service)
+        codes = [each["code"] for each in service.get("/health").json()["warnings"]]
+    assert codes == ["callers_waiting"]
+
+
+def test_embeddings_of_a_long_text(service):
+    add_embedding_model(service.models, "letters")
+    parts = ["a b c d e " * 45] * round(25 * WAIT_S)
+    with contextlib.closing(Request(service, "/api/embed", {"model": "letters", "input": parts})):
+        endure(service)
+
+
+def test_a_model_that_loads_for_long(service):
+    with contextlib.closing(Request(service, "/api/generate", generate())):
+        (runner,) = wait_for(service.runners, 10, "a runner")
+        runner.suspend()  # before it has loaded
+        with frozen(runner, answering=False):
+            runner.resume()
+            endure(service)
+            assert [each["state"] for each in stats(service)["runners"]] == ["loading"]
+
+
+# What the server does
+
+
+@contextlib.contextmanager
+def pulling(service, name):
+    body = {"model": name, "insecure": True, "stream": False}
+    with contextlib.closing(Request(service, "/api/pull", body)):
+        yield
+
+
+def test_a_pull_whose_registry_has_stalled(service, registry):
+    name = registry.add_random("ns/stalled:latest", 20)
+    registry.stall_after(5_000_000)
+    with pulling(service, name):
+        endure(service)
+
+
+def test_a_pull_whose_registry_thinks_about_the_manifest(service, registry):
+    name = registry.add_random("ns/late:latest", 1)
+    registry.manifest_delay = 10 * WAIT_S
+    with pulling(service, name):
+        endure(service)
+
+
+def test_a_model_in_the_cloud(service):
+    with socket.create_server(("127.0.0.1", 0)) as cloud:
+        url = f"http://127.0.0.1:{cloud.getsockname()[1]}"
+        body = {"model": "far", "from": "far-away", "remote_host": url, "stream": False}
+        made = service.ollama("POST", "/api/create", json=body)
+        assert made.ok, made.text
+        asked = {"model": "far", "prompt": "Why?", "stream": False}
+        with contextlib.closing(Request(service, "/api/generate", asked)):
+            endure(service)
+
+
+# What callers do
+
+
+LINE = "POST /api/generate HTTP/1.1\r\n"
+HEAD = f"{LINE}Host: localhost\r\nContent-Length: 99\r\n\r\n"
+HALVES = {"one line": LINE, "without a body": HEAD, "half a body": f'{HEAD}{{"model":'}
+
+
+@pytest.mark.parametrize("text", HALVES.values(), ids=HALVES)
+def test_half_a_request(service, text):
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as caller:
+        caller.sendall(text.encode())
+        endure(service)
+
+
+def test_the_files_of_a_create_that_come_no_further(service):
+    content = bytes(1 << 20)
+    path = f"/api/blobs/sha256:{hashlib.sha256(content).hexdigest()}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as caller:
+        caller.sendall(head.encode() + content[:500_000])
+        endure(service)
+
+
+def test_connections_that_are_kept_and_those_that_say_nothing(service):
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            kept = http.client.HTTPConnection("127.0.0.1", service.ollama_port)
+            stack.callback(kept.close)
+            kept.request("GET", "/api/tags")
+            assert kept.getresponse().read()
+            silent = socket.create_connection(("127.0.0.1", service.ollama_port))
+            stack.enter_context(silent)
+        endure(service, waits=False)
+
+
+def test_a_caller_who_does_not_read_his_answer(service):
+    service.load(GEMMA)
+    body = json.dumps({**generate(), "stream": True})
+    head = f"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as caller:
+        caller.sendall((head + body).encode())
+        endure(service, waits=False)
