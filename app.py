@@ -181,7 +181,14 @@ health_report = Health(
 verifying = Verifying(store)
 updates = Updates(store, Registries(os.environ, lambda: registry_agent()))
 stats_report = Stats(watch, session, healing)
-metrics_report = Metrics(stats_report, watch, downloads, health_report.is_up)
+metrics_report = Metrics(
+    stats_report,
+    watch,
+    downloads,
+    health_report.is_up,
+    verifying,
+    updates,
+)
 history = History(stats_report.report)
 trials = Trials(ollama)
 catalogue = Models(watch, session, downloads)

@@ -6,6 +6,8 @@ import typing
 from llm_service.downloads import Downloads
 from llm_service.processes import MB
 from llm_service.stats import Stats
+from llm_service.updates import Updates
+from llm_service.verifying import Verifying
 from llm_service.watch import Watch
 from ollama_client import Json
 
@@ -22,12 +24,16 @@ class Metrics:
         watch: Watch,
         downloads: Downloads,
         is_up: typing.Callable[[], bool],
+        verifying: Verifying,
+        updates: Updates,
     ):
         """``is_up()`` tells whether /health finds no fault."""
         self._stats = stats
         self._watch = watch
         self._downloads = downloads
         self._is_up = is_up
+        self._verifying = verifying
+        self._updates = updates
 
     def text(self) -> str:
         """Return all figures in Prometheus' text format; what nobody knows is left out."""
@@ -61,6 +67,10 @@ class Metrics:
         """Yield the figures of what the service and Ollama have done."""
         running = self._downloads.running_count()
         yield "llm_models_loaded", "Models in memory.", {}, len(self._watch.loaded)
+        damaged = self._verifying.damaged_count()
+        yield "llm_models_damaged", "Not whole at the last verify.", {}, damaged
+        newer = self._updates.newer_count()
+        yield "llm_models_newer", "Newer in their registries when last asked.", {}, newer
         yield "llm_downloads_running", "Downloads under way.", {}, running
         for outcome, count in self._downloads.counts.items():
             yield "llm_downloads_total", "Ended downloads.", {"outcome": outcome}, count

@@ -54,11 +54,12 @@ class Updates:
         self._all_s = all_s
         self._one_s = one_s
         self._runs = SharedRun(ended_since)
-        self._states: dict[str, str] = {}  # of each model that was asked about
-        self.asked = False
+        self._states: dict[str, str] | None = None  # of each model that was asked about
 
-    def newer_count(self) -> int:
-        """Return how many models were newer in their registries when these were last asked."""
+    def newer_count(self) -> int | None:
+        """Return how many were newer when registries were last asked; None if never."""
+        if self._states is None:
+            return None
         return list(self._states.values()).count("newer")
 
     def ask(self, model: str | None, insecure: bool) -> Json:
@@ -76,11 +77,10 @@ class Updates:
         return self._runs.get(work, self._all_s, key)
 
     def _note(self, answers: list[Json], is_all: bool) -> None:
-        states = {} if is_all else dict(self._states)
+        states = {} if is_all else dict(self._states or {})
         for answer in answers:
             states[answer["name"]] = answer["state"]
         self._states = states
-        self.asked = True
 
 
 class Round:

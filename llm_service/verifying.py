@@ -265,19 +265,19 @@ class Verifying:
         self._lock = threading.Lock()
         self._check: Check | None = None
         self._closing: ServiceError | None = None
-        self._whole: dict[str, bool] = {}  # each model that was checked
-        self.checked = False
+        self._whole: dict[str, bool] | None = None  # each model that was checked
 
-    def damaged_count(self) -> int:
-        """Return how many models were not whole when they were last checked."""
+    def damaged_count(self) -> int | None:
+        """Return how many models were not whole when last checked; None if none ever was."""
+        if self._whole is None:
+            return None
         return list(self._whole.values()).count(False)
 
     def _note(self, check: "Check") -> None:
-        whole = dict(self._whole) if check.model else {}
+        whole = dict(self._whole or {}) if check.model else {}
         for model in check.models:
             whole[model["name"]] = model["ok"]
         self._whole = whole
-        self.checked = True
 
     def start(self, model: str | None) -> Check:
         """Start to check one model, or all. Raises ServiceError."""

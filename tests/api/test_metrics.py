@@ -33,6 +33,10 @@ ALWAYS = {
     "llm_callers_longest_wait_seconds": ("gauge", []),
     "llm_ollama_restarts": ("counter", []),
 }
+ASKED = {  # once these were asked for
+    "llm_models_damaged": ("gauge", []),
+    "llm_models_newer": ("gauge", []),
+}
 OF_GPUS = {
     "llm_gpu_utilization_ratio": ("gauge", ["gpu"]),
     "llm_gpu_memory_used_bytes": ("gauge", ["gpu"]),
@@ -121,10 +125,12 @@ def told(app, monkeypatch):
 
 def test_every_metric_is_there_with_its_type_and_labels(service):
     service.load(GEMMA, num_predict=1)
+    service.post("/api/models/verify?stream=false")
+    service.get("/api/models/updates")
     families = wait_for(
         lambda: (found := scrape(service)).keys() >= OF_MODELS.keys() and found, 10, "a runner"
     )
-    assert shapes(families) == ALWAYS | OF_RUNNERS | OF_MODELS
+    assert shapes(families) == ALWAYS | ASKED | OF_RUNNERS | OF_MODELS
     for family in families.values():
         assert family.documentation
         for sample in family.samples:
@@ -269,3 +275,15 @@ def test_callers_are_told(service):
     assert value(families, "llm_callers_connections") >= 1
     assert value(families, "llm_callers_longest_wait_seconds") > 0
     wait_for(lambda: stats(service)["callers"]["waiting"] == 0, 10, "he has left")
+
+
+def test_what_was_never_asked_for_is_left_out(told):
+    assert not told().keys() & ASKED.keys()
+
+
+def test_what_was_found_last_is_counted(app, told, monkeypatch):
+    monkeypatch.setattr(app.verifying, "damaged_count", lambda: 2)
+    monkeypatch.setattr(app.updates, "newer_count", lambda: 0)
+    families = told()
+    assert value(families, "llm_models_damaged") == 2
+    assert value(families, "llm_models_newer") == 0

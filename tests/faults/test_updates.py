@@ -92,10 +92,12 @@ def test_the_readmes_lines_update_all(service, registry):
         registry.add(f"ns/{n}:latest", f"GGUF {n}, newer".encode())
     wanted = dict(zip(names, ("newer", "current", "newer"), strict=True))
     assert {name: states(service)[name]["state"] for name in names} == wanted
+    assert "\nllm_models_newer 2\n" in service.get("/metrics").text
     lines = README_LINES.format(url=service.url)
     shown = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, check=True)
     assert shown.stdout.count('"status": "success"') == 2
     assert {states(service)[name]["state"] for name in names} == {"current"}
+    assert "\nllm_models_newer 0\n" in service.get("/metrics").text
 
 
 def test_a_registry_that_hangs_holds_up_nothing_else(service, registry, others):

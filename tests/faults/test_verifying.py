@@ -118,6 +118,7 @@ def test_the_readmes_line_tells_what_is_damaged(make_service, registry):
     fresh = make_service()
     pull(fresh, registry.add_random("ns/two:latest", 20))
     two = registry.layers("ns/two:latest")[0]["digest"]
+    assert "llm_models_damaged" not in fresh.get("/metrics").text
     with blob_path(fresh.models, two).open("r+b") as file:
         file.write(b"damaged")
     line = f"curl -sN -X POST {fresh.url}/api/models/verify | tail -1"
@@ -126,3 +127,4 @@ def test_the_readmes_line_tells_what_is_damaged(make_service, registry):
     assert [model["name"] for model in last["models"] if model["damaged"] == [two]] == [
         f"localhost:{registry.port}/ns/two:latest"
     ]
+    assert "\nllm_models_damaged 1\n" in fresh.get("/metrics").text
