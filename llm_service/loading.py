@@ -27,7 +27,8 @@ class Loader:
     ):
         """``answers()`` tells whether Ollama answers; ``retries_s``: the pauses between tries."""
         self.load: Json | None = None  # the last one: model, state, error
-        self._ollama, self._answers = ollama, answers
+        self._ollama = ollama
+        self._answers = answers
         self._retries_s = RETRIES_S if retries_s is None else retries_s
         self._ordered_at = -math.inf
         self._changed = threading.Condition()
@@ -37,13 +38,21 @@ class Loader:
 
         ``load`` then has its outcome: "loading", "loaded", "failed" or "cancelled".
         """
-        load: Json = {"model": model, "state": "loading", "error": None}
+        load: Json = {
+            "model": model,
+            "state": "loading",
+            "error": None,
+        }
         with self._changed:
             self._cancel()
             self.load = load
             self._ordered_at = time.monotonic()
-        name = f"load {model}"
-        loader = threading.Thread(target=self._work, args=(load,), name=name, daemon=True)
+        loader = threading.Thread(
+            target=self._work,
+            args=(load,),
+            name=f"load {model}",
+            daemon=True,
+        )
         loader.start()
         with self._changed:
             self._changed.wait_for(lambda: load["state"] != "loading", max(0, wait_s))
