@@ -1,11 +1,12 @@
 // The top of the page: how it stands, in words, in the title and in the favicon.
 
 import { tokenWanted, wantToken } from "./calls.js";
-import { $, element, rows, show, textRow, write } from "./dom.js";
-import { clock, count, span } from "./format.js";
+import { $, element, rows, textRow, write } from "./dom.js";
+import { clock, count } from "./format.js";
 import { age, failingSince, failureOf, latest, OLD_S } from "./known.js";
 import { ACTIONS, CALM_GPU_STATES, GPU_STATES, reasonWords, warningLines } from "./words.js";
 
+const LONG_S = 30;
 const SIGNS = { good: "✓", work: "…", warn: "⚠", bad: "✕" };
 const ICONS = { good: "icon.svg", work: "icon.svg", warn: "icon-warn.svg", bad: "icon-bad.svg" };
 
@@ -100,16 +101,14 @@ function showAbout() {
   write($("about"), [info.hostname, ...gpus, ...versions].filter(Boolean).join(" · "));
 }
 
+// Somebody waits at each moment of an ordinary answer: it is a warning only after a while. The
+// line stays where nobody waits, or the page would move at each poll.
 function showWaiting(callers) {
   const { waiting = 0, longest_wait_s: longest } = callers ?? {};
-  // The seconds would be read out at each poll: they stand where nothing is read out.
-  const one = waiting === 1;
-  write(
-    $("waiting"),
-    waiting ? `${count(waiting, "caller")} ${one ? "waits" : "wait"} for an answer.` : "",
-  );
-  $("waiting").title = waiting ? `the longest for ${span(longest ?? 0)}` : "";
-  show($("waiting"), waiting > 0);
+  const who = waiting ? count(waiting, "caller") : "No caller";
+  const long = longest >= LONG_S ? `, the longest for more than ${LONG_S} s` : "";
+  const words = callers ? `${who} ${waiting > 1 ? "wait" : "waits"} for an answer${long}.` : "";
+  write($("waiting"), words, long ? "warn" : "figures");
 }
 
 function tokenButton() {

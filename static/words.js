@@ -53,7 +53,9 @@ const REASONS = {
   runner_stuck: (names) => `The runner of ${names} is stuck: it works and makes no progress.`,
   runner_silent: (names) => `The runner of ${names} does not answer.`,
   runner_ghost: (names) => `The runner of ${names} is dead, and Ollama goes on listing it.`,
+  callers_starved: () => STARVED,
 };
+const STARVED = "Callers wait for an answer, and nothing works for them.";
 const FAULTY = { runner_stuck: "stuck", runner_silent: "silent", runner_ghost: "ghost" };
 
 export function reasonWords({ code, reason, error }, runners) {
@@ -70,7 +72,7 @@ const PARTLY_ADVICE =
 const WARNINGS = {
   callers_waiting: () => null,
   long_answer: ({ model, seconds }) =>
-    `An answer of ${model} has been under way for more than ${Math.floor(seconds / 3600)} h.`,
+    `An answer of ${model} has been under way for more than ${roughly(seconds)}.`,
   gpu_not_used: () =>
     `Ollama says that its models lie on the GPU, and the GPU's memory is not in use: they run on the CPU. ${GPU_ADVICE}`,
 };
@@ -87,6 +89,8 @@ export function warningLines(warnings, beside) {
   return [...told.values()].filter(({ words }) => words);
 }
 
+const roughly = (seconds) =>
+  seconds < 3600 ? `${Math.floor(seconds / 60)} min` : `${Math.floor(seconds / 3600)} h`;
 const said = ({ message }) => message;
 
 function besideLine({ name, size_vram: vram, size_loaded: all }) {

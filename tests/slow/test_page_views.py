@@ -130,10 +130,19 @@ def test_the_head_names_the_machine_its_gpus_and_versions(stub, stub_page):
 
 
 def test_who_waits_is_told(stub, stub_page):
-    stub.stats["callers"] = {"connections": 4, "waiting": 3, "longest_wait_s": 75}
+    stub.stats["callers"] = {"connections": 4, "waiting": 1, "longest_wait_s": 2.5}
     stub_page.poll()
-    assert stub_page.text("waiting") == "3 callers wait for an answer."
-    stub.stats["callers"]["waiting"] = 0
+    assert stub_page.text("waiting") == "1 caller waits for an answer."
+    assert "warn" not in stub_page.element("waiting").get_attribute("class")
+    stub.stats["callers"] |= {"waiting": 3, "longest_wait_s": 75.0}
+    stub_page.poll()
+    words = "3 callers wait for an answer, the longest for more than 30 s."
+    assert stub_page.text("waiting") == words
+    assert "warn" in stub_page.element("waiting").get_attribute("class")
+    stub.stats["callers"] = {"connections": 0, "waiting": 0, "longest_wait_s": 0.0}
+    stub_page.poll()
+    assert stub_page.text("waiting") == "No caller waits for an answer."
+    stub.stats["callers"] = None  # a kernel that does not tell
     stub_page.poll()
     assert stub_page.text("waiting") == ""
 
