@@ -423,6 +423,24 @@ def test_verify_of_a_model_that_is_not_there_downloads_and_checks_it(plain, regi
     assert any(line["status"].startswith("checking ") for line in lines)
 
 
+def test_what_ollama_read_in_a_blob_goes_where_that_is_repaired_or_replaced(plain, registry):
+    """While that is there, it never reads the head of the blob again."""
+    name = publish(registry, "ns/read:latest", 1, 2)
+    pull(plain, name)
+    first, second = (layer["digest"].replace(":", "-") for layer in registry.layers(name)[:2])
+    folder = plain.models / "metadata"
+    folder.mkdir(exist_ok=True)
+    for blob in (first, second):
+        (folder / f"{blob}.json").write_text('{"kv":{"general.architecture":"damaged"}}')
+    flip(plain.models / "blobs" / first)
+    pull(plain, name, verify=True)
+    assert is_whole(plain, registry, name)
+    assert not (folder / f"{first}.json").exists() and (folder / f"{second}.json").exists()
+    publish(registry, "ns/read:latest", 1, 3)
+    pull(plain, name)
+    assert second not in blobs(plain) and not (folder / f"{second}.json").exists()
+
+
 def test_verify_and_update_in_one(plain, registry):
     name = publish(registry, "ns/both:latest", 1, 2)
     pull(plain, name)

@@ -266,7 +266,8 @@ def test_what_is_left_can_still_be_loaded(linked, tmp_path, gguf):
         assert answer.ok and answer.json()["freed_bytes"] < 10_000, answer.text
         pruned = linked.post(PRUNE, json={"older_than_s": 0})
         assert pruned.ok or set(store.places.values()) & set(TORN), pruned.text
-        assert blob_path(store.path, file_digest(str(gguf))).samefile(gguf)
+        blob = blob_path(store.path, file_digest(str(gguf)))
+        assert blob.stat().st_size == gguf.stat().st_size
         linked.load("user/real")
         clear(linked)
 
