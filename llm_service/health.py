@@ -66,7 +66,7 @@ class Health:
         if fault:
             raise fault
         reading = self._machine.gpu
-        warnings = self.find_warnings(reading, loaded, slow)
+        warnings = self.find_warnings(self._watch.gpu, loaded, slow)
         return {
             "status": "healthy",
             "models_count": len(names),
@@ -191,11 +191,22 @@ class Health:
         if slow:
             words = "Ollama or the models' disk is slow: what is listed is as of the last look."
             warnings.append(("ollama_slow", words))
-        # Ollama may list dead ones, and one that still loads has not filled its memory.
-        there = {each["model"] for each in self._watch.runners() if each["state"] != "loading"}
+        there = self._measured_models()
         warnings += self.gpu_warnings(reading, [each for each in loaded if each["name"] in there])
         told = [{"code": code, "message": message} for code, message in warnings]
         return told + self._watch.callers.warnings() + self._long_answers()
+
+    def _measured_models(self) -> set[str | None]:
+        """Return the models whose memory the reading of the GPUs can show.
+
+        Ollama may list dead ones, and one that still loaded then had not filled its memory.
+        """
+        read_at = self._watch.gpu_read_at
+        return {
+            state.model
+            for state in self._watch.states()
+            if state.loaded_at is not None and state.loaded_at <= read_at
+        }
 
     def _long_answers(self) -> list[Json]:
         """Return a warning for each answer that has been under way for very long."""

@@ -36,6 +36,7 @@ class Machine:
         self.store_writable = True
         self.store_read_only = False
         self.models: dict[str, list[str]] = {}  # as Store.models gives them
+        self.read_at = 0.0  # when the GPUs were read last, monotonic
         self._lost_looks = 0
         self._disk_key: object = None
         self._began: float | None = None  # the look at the store that is under way, monotonic
@@ -61,7 +62,9 @@ class Machine:
 
     def measure(self) -> None:
         """Take the figures of the GPUs, the memory and the CPU."""
+        began = time.monotonic()
         self.gpu = gpu.sample()
+        self.read_at = began  # later than that: who takes it before is on the safe side
         self._lost_looks = self._lost_looks + 1 if self.gpu["state"] == "lost" else 0
         self.memory = psutil.virtual_memory()
         self.cpu_percent = psutil.cpu_percent()  # since the look before

@@ -52,6 +52,7 @@ class RunnerState:
         self.process = runner.process
         self.model: str | None = None
         self.state = "loading"
+        self.loaded_at: float | None = None  # when a look saw it loaded first
         self.since = now
         self.evidence = ""  # of a fault, as it was at the verdict
         self.counters: list[tuple] = []  # of each slot: task, prompt tokens, tokens decoded
@@ -103,6 +104,8 @@ class RunnerState:
         pid, seconds = self.process.pid, at - self.since
         words = "runner %d of %s: %s, after %.0f s of %s"
         log.log(level, words, pid, self.model, state, seconds, self.state)
+        if self.state == "loading" and self.loaded_at is None:
+            self.loaded_at = at
         self.state = state
         self.since = at
 

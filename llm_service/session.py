@@ -12,6 +12,7 @@ from llm_service.downloads import Downloads
 from llm_service.loading import FIRST_S, STARTING_S, Loader
 from llm_service.processes import MB, Runner, age_s, wait_until
 from llm_service.reports import Steps, clear_failure, clear_message
+from llm_service.server_state import VERSION_S
 from llm_service.sharing import Outcome, SharedRun
 from llm_service.watch import Watch
 from ollama_client import Json, ServiceError, name_key
@@ -147,7 +148,7 @@ class Session:
         self._downloads.reconnect()  # while Ollama still keeps their parts
         ended = self._processes.end_server(grace_s, why_s)
         steps.note("end_ollama", ended, "ended", "it does not end")
-        answers = wait_until(self._is_answering_anew(old), deadline)
+        answers = wait_until(self._is_answering_anew(old, deadline), deadline)
         self._restarted_at = time.monotonic()
         new = self._processes.server()
         comes = answers or (new is not None and new != old)
@@ -156,10 +157,13 @@ class Session:
             return "reboot_host"
         return "" if comes else "restart_service"
 
-    def _is_answering_anew(self, old: object) -> typing.Callable[[], bool]:
+    def _is_answering_anew(self, old: object, deadline: float) -> typing.Callable[[], bool]:
         def answers() -> bool:
             new = self._processes.server()
-            return new is not None and new != old and self._watch.server_state.answers()
+            if new is None or new == old:
+                return False
+            left_s = deadline - time.monotonic()
+            return self._watch.server_state.answers(min(VERSION_S, max(0.05, left_s)))
 
         return answers
 

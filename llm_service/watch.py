@@ -60,6 +60,8 @@ class Watch:
         self.matching = machine.matching
         self.held: dict[Runner, Held] = {}  # what each runner holds, as of the last look
         self.loaded: list[Json] = []  # /api/ps at the last look that got it
+        # The GPUs as they were before the last look, which saw what may lie there since
+        self.gpu, self.gpu_read_at = machine.gpu, 0.0
         self.looked_at = time.time()
         self.well = False  # whether the last look was done, and not broken off by a bug
         self.server: psutil.Process | None = None  # at the last look
@@ -115,6 +117,7 @@ class Watch:
         if not wait_s or not self._lock.acquire(timeout=wait_s):
             return
         try:
+            self.gpu_read_at, self.gpu = self.machine.read_at, self.machine.gpu
             server = self.server = self.processes.server()
             self._ask_server(server)
             self._find_runners()
@@ -149,6 +152,7 @@ class Watch:
 
     def _run(self, after_look: typing.Callable[[], None]) -> None:
         while True:
+            until = time.monotonic() + LOOK_S
             try:
                 self.look()
                 after_look()
@@ -157,7 +161,9 @@ class Watch:
             except Exception:
                 self.well = False
                 log.exception("the watch: a bug")
-            time.sleep(LOOK_S)
+            # Not sooner than a second after the last questions: llama-server looks then whether
+            # its clients have left.
+            time.sleep(max(LOOK_S / 2, until - time.monotonic()))
 
     # Looking
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from helpers.places import ROOT
 from helpers.ports import free_port
 from helpers.processes import is_gone, suspend
 from helpers.waiting import wait_for
+from llm_service.answers import Answers
 
 M1, M2 = "m1:latest", "m2:latest"
 STUCK_S = 3
@@ -440,11 +442,15 @@ def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" in words
 
 
-@pytest.mark.parametrize(("state", "codes"), [("loading", []), ("idle", ["gpu_not_used"])])
-def test_a_model_that_is_being_loaded_has_not_filled_the_gpu_yet(monkeypatch, state, codes):
+@pytest.mark.parametrize(("loaded_at", "codes"), [(None, []), (7.1, []), (6.9, ["gpu_not_used"])])
+def test_a_model_that_was_not_loaded_when_the_gpu_was_read_is_not_measured(
+    monkeypatch, loaded_at, codes
+):
     gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
     reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
-    monkeypatch.setattr(app.watch, "runners", lambda: [{"model": "m", "state": state}])
+    runner = types.SimpleNamespace(model="m", loaded_at=loaded_at, answers=Answers())
+    monkeypatch.setattr(app.watch, "states", lambda: [runner])
+    monkeypatch.setattr(app.watch, "gpu_read_at", 7.0)
     model = {"name": "m", "size": 300 << 20, "size_vram": 300 << 20}
     found = app.health_report.find_warnings(reading, [model])
     assert [each["code"] for each in found if each["code"] != "disk_low"] == codes
