@@ -38,9 +38,15 @@ class Manifest(typing.NamedTuple):
     ids: tuple[str, ...] = ()  # its own digests (hex): by one of these Ollama lists what it loaded
 
     @property
+    def digests(self) -> list[str]:
+        """Return the digests (hex), those of the weights first."""
+        return [digest[7:] for digest in self.layers or []]
+
+    @property
     def place(self) -> str:
         """Return ``host/namespace/model/tag``."""
-        return "/".join(self.path.split("/")[-4:])
+        parts = self.path.split("/")
+        return "/".join(parts[-4:])
 
     @property
     def name(self) -> str:
@@ -142,16 +148,32 @@ class Manifests:
 
         [Manifest.RemoveLayers] compares how digests are written, and reads no other manifests.
         """
-        others = [each for each in sum(self.there().values(), []) if each.path != model.path]
-        in_use = set(sum((each.layers or [] for each in others), []))
-        going = {digest[7:] for digest in set(model.layers or []) - in_use}
-        going &= {name[7:] for name in glob.iglob("sha256-*", root_dir=self._blobs)}
-        file = None if os.path.islink(model.path) else os.path.realpath(model.path)
+        others = []
+        for each in self.of(None):
+            if each.path != model.path:
+                others.append(each)
+        going = self._going_with(model, others)
+        file = None  # of which others may be links
+        if not os.path.islink(model.path):
+            file = os.path.realpath(model.path)
         hurt = []
         for other in others:
-            if _needs(other, going) or os.path.realpath(other.path) == file:
+            is_link = os.path.realpath(other.path) == file
+            if is_link or _needs(other, going):
                 hurt.append(other)
         return hurt
+
+    def _going_with(self, model: Manifest, others: list[Manifest]) -> set[str]:
+        """Return the blobs (hex) that Ollama would remove with a model."""
+        in_use: set[str] = set()
+        for other in others:
+            in_use.update(other.layers or [])
+        going = set()
+        for digest in model.layers or []:
+            path = f"{self._blobs}/sha256-{digest[7:]}"
+            if digest not in in_use and os.path.lexists(path):
+                going.add(digest[7:])
+        return going
 
     def signature(self) -> tuple | None:
         """Return what changes whenever a model does; None where that is not certain."""
@@ -160,8 +182,9 @@ class Manifests:
         try:
             # What is known is looked at first: that takes a call for each, a walk many.
             if not known or known != tuple(stamp(path) for path, *_ in known):
-                entries = [entry.path for entry in below(self._root)]
-                known = tuple(map(stamp, [self._blobs, self._root, *entries]))
+                paths = [self._blobs, self._root]
+                paths += [entry.path for entry in below(self._root)]
+                known = tuple(map(stamp, paths))
         except OSError:
             known = ()
         if any(self._ages.just_now(changed_ns) for _, changed_ns, *_ in known):
@@ -173,8 +196,10 @@ class Manifests:
         """Return every digest that any manifest file names, whatever its place and form."""
         found: set[str] = set()
         path = self._root
+        if not os.path.lexists(path):
+            return found
         try:
-            for entry in below(path) if os.path.lexists(path) else ():
+            for entry in below(path):
                 path = entry.path
                 if not entry.is_dir():
                     found |= self._named_by(path)
@@ -242,10 +267,13 @@ def read_manifest(path: str) -> Manifest:
     with contextlib.suppress(ValueError, RecursionError):
         text = json.dumps(json.loads(raw))  # it may be in any encoding, with any escapes
         found.append(text)
-    named = set(DIGEST.findall(" ".join(found).lower()))
+    words = " ".join(found).lower()
+    named = set(DIGEST.findall(words))
     whole = layers is not None or text is not None
     # Ollama may or may not have read the line's end behind the manifest.
-    ids = dict.fromkeys(hashlib.sha256(text).hexdigest() for text in (raw, raw.rstrip()))
+    ids = []
+    for part in dict.fromkeys((raw, raw.rstrip())):
+        ids.append(hashlib.sha256(part).hexdigest())
     return Manifest(path, layers, named, whole, weights, tuple(ids))
 
 
@@ -263,14 +291,21 @@ def _layers(text: str) -> tuple[list[str], tuple[str, ...]]:
     listed = [*manifest.get("layers", []), manifest.get("config")]
     layers = [_fields(layer, **kinds) for layer in listed]
     layers.sort(key=lambda layer: layer.get("mediatype") != _WEIGHTS)
-    proper = [layer for layer in layers if _BLOB_DIGEST.fullmatch(layer.get("digest", ""))]
-    weights = [layer["digest"][7:] for layer in proper if layer.get("mediatype") == _WEIGHTS]
-    return [layer["digest"] for layer in proper], tuple(weights)
+    digests, weights = [], []
+    for layer in layers:
+        digest = layer.get("digest", "")
+        if _BLOB_DIGEST.fullmatch(digest):
+            digests.append(digest)
+            if layer.get("mediatype") == _WEIGHTS:
+                weights.append(digest[7:])
+    return digests, tuple(weights)
 
 
 def _fields(value: typing.Any, **kinds: type) -> Json:
     """Return an object whose fields are of these types, as Go's decoder wants them."""
-    fields = {} if value is None else value
+    fields = value
+    if value is None:
+        fields = {}
     if not isinstance(fields, dict):
         raise ValueError("it is no object")
     for name, kind in kinds.items():
@@ -283,7 +318,11 @@ def _fields(value: typing.Any, **kinds: type) -> Json:
 
 
 def _go_object(pairs: list[tuple[str, typing.Any]]) -> Json:
-    return {key.casefold(): value for key, value in pairs if value is not None}
+    fields = {}
+    for key, value in pairs:
+        if value is not None:
+            fields[key.casefold()] = value
+    return fields
 
 
 def _no_constant(word: str) -> None:
@@ -296,4 +335,4 @@ _GO_JSON = json.JSONDecoder(object_pairs_hook=_go_object, parse_constant=_no_con
 def _needs(manifest: Manifest, going: set[str]) -> bool:
     if manifest.layers is None:
         return not manifest.named.isdisjoint(map(str.lower, going))
-    return not going.isdisjoint(digest[7:] for digest in manifest.layers)
+    return not going.isdisjoint(manifest.digests)

@@ -14,7 +14,7 @@ import typing
 
 from llm_service.errors import ServiceError
 from llm_service.files import Ages, File, bytes_freed, seconds_since_boot, seen_files
-from llm_service.manifests import Manifests
+from llm_service.manifests import Manifest, Manifests
 from llm_service.parts import usable
 from llm_service.unused import Unused, digest_of
 from ollama_client import Json, name_key, plain_key
@@ -43,11 +43,12 @@ class Store:
 
     def models(self) -> dict[str, list[str]]:
         """Map each model's ``plain_key`` to its digests (hex), those of the weights first."""
-        found = {}
+        found: dict[str, list[str]] = {}
         for key, manifests in self.manifests.there().items():
-            layers = [each.layers for each in manifests if each.layers is not None]
-            if layers:
-                found[key] = [digest[7:] for digest in sum(layers, [])]
+            for manifest in manifests:
+                if manifest.layers is not None:
+                    digests = found.setdefault(key, [])
+                    digests.extend(manifest.digests)
         return found
 
     def signature(self) -> tuple | None:
@@ -67,8 +68,11 @@ class Store:
 
     def names_nothing(self, model: str) -> bool:
         """Tell whether there is a manifest of this model, and it names no file."""
-        found = self.manifests.there().get(name_key(model), [])
-        return bool(found) and all(each.layers == [] for each in found)
+        found = self._manifests_of(model)
+        for manifest in found:
+            if manifest.layers != []:
+                return False
+        return bool(found)
 
     # Blobs and the disk
 
@@ -86,10 +90,12 @@ class Store:
 
     def files_of(self, model: str) -> list[File]:
         """Return the files that belong to a model, shared ones too."""
-        manifests = self.manifests.there().get(name_key(model), [])
-        paths = [each.path for each in manifests]
-        for digest in self.models().get(name_key(model), []):
-            paths += [str(self.blob(digest)), str(self._metadata(digest))]
+        paths = []
+        for manifest in self._manifests_of(model):
+            paths.append(manifest.path)
+            for digest in manifest.digests:
+                paths.append(str(self.blob(digest)))
+                paths.append(str(self._metadata(digest)))
         return list(seen_files(dict.fromkeys(paths)))
 
     def remove_blob(self, digest: str) -> None:
@@ -99,7 +105,8 @@ class Store:
 
     def note_replaced(self, digests: typing.Iterable[str]) -> None:
         """Let these blobs be old enough for any prune: they are no upload under way."""
-        self.unused.note_replaced([str(self.blob(digest)) for digest in digests])
+        paths = [str(self.blob(digest)) for digest in digests]
+        self.unused.note_replaced(paths)
 
     def changed_ns(self) -> int:
         """Return when a blob or part was last added or removed."""
@@ -144,7 +151,8 @@ class Store:
         """Tell whether a file system of the store is mounted read-only."""
         for folder in ("blobs", "manifests"):
             with contextlib.suppress(OSError):
-                if os.statvfs(self.path / folder).f_flag & os.ST_RDONLY:
+                flags = os.statvfs(self.path / folder).f_flag
+                if flags & os.ST_RDONLY:
                     return True
         return False
 
@@ -192,15 +200,21 @@ class Store:
         found = collections.defaultdict(list)
         for part in self.parts("*"):
             found[digest_of(part.name)].append(part)
-        return {digest for digest, parts in found.items() if not usable(parts)}
+        damaged = set()
+        for digest, parts in found.items():
+            if not usable(parts):
+                damaged.add(digest)
+        return damaged
 
     def unverified(self) -> set[str]:
         """Return the digests of whole files that no model names: of a pull that broke off.
 
         Ollama checks what one pull has downloaded, at its end; the next one takes what is there.
         """
-        names = {file.name for file in self._files("blobs/sha256-*")}
-        whole = {digest_of(name) for name in names if len(name) == BLOB_NAME_LENGTH}
+        whole = set()
+        for file in self._files("blobs/sha256-*"):
+            if len(file.name) == BLOB_NAME_LENGTH:
+                whole.add(digest_of(file.name))
         return whole.difference(*self.models().values())
 
     def purge(
@@ -224,18 +238,25 @@ class Store:
             names = held() if parts else set()
             for part in parts:
                 # A record belongs to the data, which alone is open all the time.
-                if part.name not in names and part.name[:79] not in names:
+                data = part.name[:79]
+                if part.name not in names and data not in names:
                     freed += _size(part)
                     part.unlink(missing_ok=True)
         return freed
 
     def _models_bytes(self) -> int:
         found = {}
-        for digest in set().union(*self.models().values()):
+        digests: set[str] = set()
+        digests.update(*self.models().values())
+        for digest in digests:
             with contextlib.suppress(OSError):
                 about = self.blob(digest).stat()
                 found[about.st_dev, about.st_ino] = about.st_blocks * 512
         return sum(found.values())
+
+    def _manifests_of(self, model: str) -> list[Manifest]:
+        there = self.manifests.there()
+        return there.get(name_key(model), [])
 
     def _usage(self) -> typing.Any:
         for path in (self.path / "blobs", self.path):
@@ -248,7 +269,8 @@ class Store:
 
     def _files(self, pattern: str) -> typing.Iterator[pathlib.Path]:
         """Yield what fits; pathlib's own fails where Ollama removes a folder meanwhile."""
-        return map(self.path.joinpath, glob.iglob(pattern, root_dir=self.path, recursive=True))
+        names = glob.iglob(pattern, root_dir=self.path, recursive=True)
+        return map(self.path.joinpath, names)
 
 
 def _size(file: pathlib.Path) -> int:

@@ -26,7 +26,9 @@ class Unused:
     """Finds and removes what no manifest names."""
 
     def __init__(self, store: pathlib.Path, manifests: Manifests, ages: Ages):
-        self._store, self._manifests, self._ages = store, manifests, ages
+        self._store = store
+        self._manifests = manifests
+        self._ages = ages
         self._replaced: dict[str, int] = {}  # an old version's blobs: when they last changed
 
     def prune(
@@ -57,8 +59,11 @@ class Unused:
     def check_at_rest(self, files: OpenFiles) -> None:
         """Refuse while Ollama writes a file of the store, or reads one that has no manifest yet."""
         named = self._manifests.named()
-        new = {name for name in files.of_server if digest_of(name) not in named}
-        if any(map(_BLOB.fullmatch, files.written | new)):
+        in_use = set(files.written)
+        for name in files.of_server:
+            if digest_of(name) not in named:
+                in_use.add(name)
+        if any(map(_BLOB.fullmatch, in_use)):
             raise ServiceError(
                 "model_being_pulled",
                 "Ollama is at work on the model store: wait for the pull or create to end.",
@@ -77,36 +82,46 @@ class Unused:
             if free and self._is_old(file, older_than_s):
                 old.append(file)
         named = self._manifests.named()  # after the blobs: a model's manifest is written last
-        going = [file for file in old if digest_of(file.name) not in named]
-        going += self._metadata_without({file.name for file in going}, only)
+        going = []
+        for file in old:
+            if digest_of(file.name) not in named:
+                going.append(file)
+        names = {file.name for file in going}
+        going.extend(self._metadata_without(names, only))
         if only is None:
-            for file in self._regular("metadata", _METADATA_LEFTOVER):
-                if self._is_old(file, older_than_s):
-                    going.append(file)
+            going.extend(self._leftovers(older_than_s))
         return going
+
+    def _leftovers(self, older_than_s: float) -> typing.Iterator[File]:
+        """Yield what Ollama had begun to write about a blob."""
+        for file in self._regular("metadata", _METADATA_LEFTOVER):
+            if self._is_old(file, older_than_s):
+                yield file
 
     def _metadata_without(self, going: set[str], only: set[str] | None) -> typing.Iterator[File]:
         """Yield what was read in blobs that go or have gone. [pruneGGUFMetadata]"""
         for file in self._regular("metadata", _METADATA):
             blob = file.name.removesuffix(".json")
-            gone = not (self._store / "blobs" / blob).exists()
-            if blob in going or (gone and _is_wanted(blob, only)):
+            path = self._store / "blobs" / blob
+            goes = _is_wanted(blob, only) and not path.exists()
+            if goes or blob in going:
                 yield file
 
     def _is_old(self, file: File, older_than_s: float) -> bool:
         """Go by the later of both times: what was copied here carries an old one."""
         about = file.about
-        age_s = self._ages.age_s(max(about.st_mtime, about.st_ctime))
-        if age_s >= older_than_s:
+        changed = max(about.st_mtime, about.st_ctime)
+        if self._ages.age_s(changed) >= older_than_s:
             return True
         return self._replaced.get(file.name) == about.st_ctime_ns
 
     def _regular(self, folder: str, pattern: re.Pattern) -> typing.Iterator[File]:
         """Yield the files of such names; links and folders are nobody's to remove."""
         with contextlib.suppress(FileNotFoundError):
-            paths = [entry.path for entry in os.scandir(self._store / folder)]
-            for file in seen_files(paths):
-                if pattern.fullmatch(file.name) and stat.S_ISREG(file.about.st_mode):
+            entries = os.scandir(self._store / folder)
+            for file in seen_files(entry.path for entry in entries):
+                is_file = stat.S_ISREG(file.about.st_mode)
+                if is_file and pattern.fullmatch(file.name):
                     yield file
 
 
