@@ -33,7 +33,7 @@ class Callers:
         self._works = works
         self._requests: dict[bytes, Request] = {}
         self._pid = 0  # of the server, and what it had read at the last look
-        self._read_bytes: int | None = None
+        self._read_bytes = 0
         self._looked_at = 0.0
         self._quiet_since = 0.0
         self._quiet_looks = 0
@@ -56,7 +56,7 @@ class Callers:
             "waiting": len(waits),
             "longest_wait_s": round(longest_s, 1),
         }
-        if longest_s > CHECK_S and self._works():
+        if not tasks and longest_s > CHECK_S and self._works():
             tasks += 1
         whole_waits = [each.wait_s for each in waiting if each.key in whole]
         streams = sum(each.streams for each in callers)
@@ -123,19 +123,17 @@ class Callers:
         return {key for key, last in noted.items() if last.whole}
 
     def _new_bytes(self, pid: int) -> int:
-        """Return how many bytes the server has read since the last look; 0 where unknown."""
-        before = self._read_bytes if pid == self._pid else None
+        """Return how many bytes the server has read since the last look, or since its start."""
+        before = self._read_bytes if pid == self._pid else 0
         self._pid = pid
         self._read_bytes = bytes_read(pid)
-        if before is None or self._read_bytes is None:
-            return 0
         return self._read_bytes - before
 
 
-def bytes_read(pid: int) -> int | None:
-    """Return the bytes that a process has read from files and connections."""
+def bytes_read(pid: int) -> int:
+    """Return the bytes that a process has read from files and connections; 0 where unknown."""
     try:
         _, read, *_ = pathlib.Path(f"/proc/{pid}/io").read_text().split()
         return int(read)
     except (OSError, ValueError):
-        return None
+        return 0

@@ -1,14 +1,17 @@
 """Whether Ollama's server does something itself, beside what its runners do."""
 
+import contextlib
 import os
+import re
 import time
 import typing
 
 import psutil
 
 from llm_service.processes import Processes, alive, cpu_clock_s
+from llm_service.sockets import ports_of
 
-LIVE = (psutil.CONN_ESTABLISHED, psutil.CONN_SYN_SENT)
+SOCKET_LINK = re.compile(r"socket:\[([0-9]+)\]")
 WORKING_SHARE = 0.2  # of a core; lists of many models take a tenth of that
 
 
@@ -36,15 +39,16 @@ class ServerWork:
         if server is None:
             return False
         try:
+            held = links(server.pid)
             return any(
                 (
                     self._computes(server),
-                    self._has_files(server),
+                    self._has_files(held),
                     self._has_helpers(server),
-                    self._talks(server),
+                    self._talks(held),
                 )
             )
-        except psutil.Error:
+        except (OSError, psutil.Error):
             return True
 
     def _computes(self, server: psutil.Process) -> bool:
@@ -57,11 +61,10 @@ class ServerWork:
         self._cpu_s = cpu_s
         return used_s >= WORKING_SHARE * passed_s
 
-    def _has_files(self, server: psutil.Process) -> bool:
+    def _has_files(self, held: list[str]) -> bool:
         """Tell whether it has a file of the models' folder open."""
         place = f"{self._folder}/"
-        paths = [file.path for file in server.open_files()]
-        return any(path.startswith(place) for path in paths)
+        return any(link.startswith(place) for link in held)
 
     def _has_helpers(self, server: psutil.Process) -> bool:
         """Tell whether it has a child that is no runner, such as ``llama-quantize``."""
@@ -72,12 +75,22 @@ class ServerWork:
                 return True
         return False
 
-    def _talks(self, server: psutil.Process) -> bool:
+    def _talks(self, held: list[str]) -> bool:
         """Tell whether it has a connection to others than callers and runners."""
+        matches = map(SOCKET_LINK.fullmatch, held)
+        inodes = {int(match[1]) for match in matches if match}
         runners = {runner.port for runner in self._processes.runners()}
-        for end in server.net_connections("tcp"):
-            if end.status not in LIVE or end.laddr.port == self._port:
-                continue
-            if str(end.raddr.port) not in runners:
+        for port, peer_port in ports_of(inodes):
+            if port != self._port and str(peer_port) not in runners:
                 return True
         return False
+
+
+def links(pid: int) -> list[str]:
+    """Return what a process has open, as Linux names it."""
+    folder = f"/proc/{pid}/fd"
+    found = []
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+            found.append(os.readlink(f"{folder}/{name}"))
+    return found

@@ -14,11 +14,15 @@ DUMP = 0x301
 ERROR = 2
 DONE = 3
 ESTABLISHED = 1
+SYN_SENT = 2
 LISTEN = 10
+CALLERS = 1 << ESTABLISHED | 1 << LISTEN
+LIVE = 1 << ESTABLISHED | 1 << SYN_SENT
 INFO = 2  # the attribute that holds a tcp_info
 QUESTION = struct.Struct("=IHHIIBBBxI2s46x")
 MESSAGE = struct.Struct("=IH10x")
-SOCKET = struct.Struct("=xBxx2x2s16s16s4x8s20x")  # state, peer's port, address, peer, cookie
+# State, port, the peer's port, address, the peer's address, cookie, inode
+SOCKET = struct.Struct("=xBxx2s2s16s16s4x8s16xI")
 ATTRIBUTE = struct.Struct("=HH")
 TCP_INFO = struct.Struct("=44xI4xI72xQ20xI")  # ms since sent, received; bytes in, segments out
 
@@ -43,8 +47,8 @@ def connections(port: int) -> list[Connection]:
     found: list[Connection] = []
     for family in (socket.AF_INET, socket.AF_INET6):
         listening = set()
-        for message in ask_kernel(family, port):
-            state, peer_port, address, peer, key = SOCKET.unpack_from(message)
+        for message in ask_kernel(family, port, CALLERS):
+            state, _, peer_port, address, peer, key, _ = SOCKET.unpack_from(message)
             if state == LISTEN:  # these come first
                 listening.add(address)
             elif ANYWHERE in listening or address in listening:
@@ -56,8 +60,20 @@ def connections(port: int) -> list[Connection]:
     return found
 
 
-def ask_kernel(family: int, port: int) -> typing.Iterator[memoryview]:
-    """Yield the kernel's message on each TCP socket of a local port."""
+def ports_of(inodes: set[int]) -> set[tuple[int, int]]:
+    """Return the own and the peer's port of those connections that belong to these inodes."""
+    found = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for message in ask_kernel(family, 0, LIVE):
+            _, port, peer_port, *_, inode = SOCKET.unpack_from(message)
+            if inode in inodes:
+                ports = int.from_bytes(port, "big"), int.from_bytes(peer_port, "big")
+                found.add(ports)
+    return found
+
+
+def ask_kernel(family: int, port: int, states: int) -> typing.Iterator[memoryview]:
+    """Yield the kernel's message on each TCP socket of a local port; 0 is all of them."""
     question = QUESTION.pack(
         QUESTION.size,
         BY_FAMILY,
@@ -67,7 +83,7 @@ def ask_kernel(family: int, port: int) -> typing.Iterator[memoryview]:
         family,
         socket.IPPROTO_TCP,
         1 << INFO - 1,
-        1 << ESTABLISHED | 1 << LISTEN,
+        states,
         port.to_bytes(2, "big"),
     )
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:

@@ -205,6 +205,16 @@ def test_what_the_server_does_is_asked_only_where_somebody_waits(look, works, ca
     works.assert_called_once()
 
 
+def test_where_runners_work_it_is_not_asked_what_the_server_does(
+    server, callers, works, call, monkeypatch
+):
+    monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.1)
+    call("POST /api/generate")
+    time.sleep(0.2)
+    callers.look(time.monotonic(), server.pid, tasks=1)
+    works.assert_not_called()
+
+
 def test_who_waits_in_vain_by_looks_at_real_connections(callers, look, works, call, monkeypatch):
     monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.1)
     monkeypatch.setattr(callers, "_stuck_s", 1)
@@ -254,9 +264,16 @@ def test_what_is_read_long_after_a_request_has_nothing_to_do_with_it(callers, lo
     wait_for(lambda: look() or sorted(whole(callers)) == [False, True], 5, "files are read")
 
 
-def test_a_server_whose_reading_cannot_be_told_has_no_whole_requests(callers, server, call):
-    for pid in (0, server.pid):
+def test_a_server_whose_reading_cannot_be_told_has_no_whole_requests(callers, call):
+    for _ in range(2):
         call('{"model":"m"}')
-        callers.look(time.monotonic(), pid, tasks=0)
+        callers.look(time.monotonic(), 0, tasks=0)
     assert whole(callers) == [False, False]
-    assert bytes_read(0) is None
+    assert bytes_read(0) == 0
+
+
+def test_what_came_before_the_first_look_counts_as_whole(callers, look, call):
+    """A server reads its own files at its start, when who was cut off comes again."""
+    call('{"model":')
+    look()
+    assert whole(callers) == [True]

@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 
+from llm_service import server_work
 from llm_service.processes import Processes
 from llm_service.server_work import ServerWork
 
@@ -169,10 +170,10 @@ def test_a_child_that_is_dead_does_nothing(server):
 
 
 def test_what_may_not_be_read_may_be_work(server, monkeypatch):
-    def refuse(*_):
-        raise psutil.AccessDenied(server.process.pid)
+    def refuse(_):
+        raise PermissionError
 
-    monkeypatch.setattr(psutil.Process, "open_files", refuse)
+    monkeypatch.setattr(server_work, "links", refuse)
     assert server.works()
 
 
