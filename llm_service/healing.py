@@ -40,9 +40,11 @@ class Healing:
 
     def __init__(self, watch: Watch, session: Session, self_heal: bool, preload: bool = False):
         """``preload``: load the model that is due whenever a server has begun to answer."""
-        self._watch, self._session = watch, session
+        self._watch = watch
+        self._session = session
         self._processes = watch.processes
-        self.self_heal, self._preload = self_heal, preload
+        self.self_heal = self_heal
+        self._preload = preload
         self.healed: Json = {"runners": 0, "ollama": 0, "failed": 0, "last": None}
         self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
         self._healed_of: dict[Runner, str] = {}  # what known runners have been healed of
@@ -133,7 +135,9 @@ class Healing:
 
     def _heal_runner(self, state: RunnerState) -> None:
         """Unload a runner's model by name and end the runner, if its fault still holds."""
-        fault, model, runner = state.state, state.model, state.runner
+        fault = state.state
+        model = state.model
+        runner = state.runner
         with self._session.clears.turn(CLEAR_S):
             if not self._watch.holds(runner, fault):
                 return self._tell_recovered(state)
