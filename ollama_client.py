@@ -132,18 +132,30 @@ def _read_address(ollama_host: str) -> tuple[str, str, int]:
     text = trimmed(ollama_host).strip(SPACES)
     scheme, found, rest = text.partition("://")
     if not found:
-        scheme, rest = ("https", "ollama.com:443") if text == "ollama.com" else ("", text)
+        scheme, rest = "", text
+    if text == "ollama.com":
+        scheme, rest = "https", "ollama.com:443"
     default = {"http": 80, "https": 443}.get(scheme, 11434)
-    rest = rest.partition("/")[0]
-    parts = re.fullmatch(r"(?:\[([^][]*)\]|([^][:]*)):([^][:]*)", rest)
-    host, port = (parts[1] or parts[2] or "", parts[3]) if parts else (rest, "")
-    if not parts:
-        with contextlib.suppress(ValueError):
-            host = str(ipaddress.ip_address(rest.strip("[]")))
+    place, _, _ = rest.partition("/")
+    host, port = _split_port(place)
     if re.search(r"[][\s]", host):
         raise ValueError(f"{host} is no host")
-    number = int(port) if re.fullmatch("[0-9]{1,9}", port) else default
-    return scheme or "http", host or "127.0.0.1", number if number <= 65535 else default
+    number = default
+    if re.fullmatch("[0-9]{1,9}", port):
+        number = int(port)
+    if number > 65535:
+        number = default
+    return scheme or "http", host or "127.0.0.1", number
+
+
+def _split_port(place: str) -> tuple[str, str]:
+    """Return host and port, "" where there is none. [net.SplitHostPort]"""
+    parts = re.fullmatch(r"(\[[^][]*\]|[^][:]*):([^][:]*)", place)
+    if parts:
+        return parts[1].strip("[]"), parts[2]
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(place.strip("[]"))), ""
+    return place, ""
 
 
 def timestamp(seconds: float | None) -> str | None:
