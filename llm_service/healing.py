@@ -20,6 +20,7 @@ ASK_S = 0.6  # for each question of a healing
 HEALINGS = 3  # of one model in HEALINGS_S, then it is left alone
 HEALINGS_S = 1800
 KILL_WAIT_S = 0.9
+GO_ON_S = 1.5  # between the end of a runner and the fresh look at the next
 ORPHAN_S = 5  # the launcher ends them by itself, in about a second
 WHY_S = 0.5  # for a hung server to print what each goroutine waits for
 SERVER = "Ollama"  # the name under which its healings are told
@@ -40,11 +41,9 @@ class Healing:
 
     def __init__(self, watch: Watch, session: Session, self_heal: bool, preload: bool = False):
         """``preload``: load the model that is due whenever a server has begun to answer."""
-        self._watch = watch
-        self._session = session
+        self._watch, self._session = watch, session
         self._processes = watch.processes
-        self.self_heal = self_heal
-        self._preload = preload
+        self.self_heal, self._preload = self_heal, preload
         self.healed: Json = {"runners": 0, "ollama": 0, "failed": 0, "last": None}
         self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
         self._healed_of: dict[Runner, str] = {}  # what known runners have been healed of
@@ -104,6 +103,8 @@ class Healing:
         """Heal one fault at a time: each is looked for anew, as the one before may explain it."""
         tried: set[Runner] = set()
         while state := self._next_fault(tried):
+            if tried:  # what stood only for the one before needs a moment to show that it goes on
+                time.sleep(GO_ON_S)
             tried.add(state.runner)
             if state.state == "ghost":
                 self._heal_ghost(state)
@@ -135,9 +136,7 @@ class Healing:
 
     def _heal_runner(self, state: RunnerState) -> None:
         """Unload a runner's model by name and end the runner, if its fault still holds."""
-        fault = state.state
-        model = state.model
-        runner = state.runner
+        fault, model, runner = state.state, state.model, state.runner
         with self._session.clears.turn(CLEAR_S):
             if not self._watch.holds(runner, fault):
                 return self._tell_recovered(state)

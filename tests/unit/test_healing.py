@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -129,6 +130,15 @@ def test_the_second_of_two_that_stood_is_left_alone_once_it_goes_on(place):
     assert place.process[other].is_running()
     assert (place.healing.healed["runners"], place.healing.healed["failed"]) == (1, 0)
     assert place.look()[other] == "busy"
+
+
+def test_it_is_left_alone_too_where_it_goes_on_a_moment_after_the_end(place):
+    moved = threading.Timer(0.7, lambda: place.decoded.update({A: 6, B: 6}))
+    place.on_end = lambda _: moved.start()
+    assert place.look(14) == {A: "stuck", B: "stuck"}
+    place.healing.after_look()
+    moved.join()
+    assert len(place.ended) == 1
 
 
 def test_two_that_stand_each_for_itself_are_both_ended_in_one_turn(place):
