@@ -57,11 +57,13 @@ class Models:
             words = f"{model} is being downloaded: cancel that first."
             raise ServiceError("model_being_pulled", words)
         self._watch.ollama.version(1)  # one that hangs would look busy
-        if not self._session.clear(model, force)["verified"]:
-            raise ServiceError(
-                "model_busy",
-                f'{model} is in the middle of an answer: try again, or send "force": true.',
-            )
+        cleared = self._session.clear(model, force)
+        if not cleared["verified"]:
+            words = 'is in the middle of an answer: try again, or send "force": true'
+            if cleared["unknown_processes"]:
+                pid = cleared["unknown_processes"][0]
+                words = f"may be what process {pid} loads: try again when it has loaded"
+            raise ServiceError("model_busy", f"{model} {words}.")
         self._check_deletable(model)  # the files may be others now
         files = self._store.files_of(model)
         try:
@@ -80,14 +82,16 @@ class Models:
         loaded = self._watch.server_state.loaded_now()
         by_name = {model["name"]: model for model in loaded}
         by_digest = {model.get("digest"): model for model in loaded}
+        by_both = {(model["name"], model.get("digest")): model for model in loaded}
         own = self._own_bytes()
         listed = []
         for model in self._watch.server_state.tags(LIST_S):
-            match = by_name.get(model["name"])
-            if not match:  # a copy: Ollama has loaded it under the other name
-                match = by_digest.get(model.get("digest"), {})
+            name, digest = model["name"], model.get("digest")
+            match = by_both.get((name, digest))
+            if not match:  # an old version has that name yet, or a copy was loaded by its own
+                match = by_name.get(name) or by_digest.get(digest, {})
             entry = model_entry(model, match)
-            entry["frees_bytes"] = own.get(plain_key(model["name"]) or "")
+            entry["frees_bytes"] = own.get(plain_key(name) or "")
             listed.append(entry)
         answer = {"models": listed, "count": len(listed)}
         return json.dumps(answer, separators=(",", ":")) + "\n"

@@ -28,10 +28,8 @@ class Session:
     """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
 
     def __init__(self, watch: Watch, downloads: Downloads, default_model: str):
-        self._watch = watch
-        self._downloads = downloads
-        self._store = watch.store
-        self._processes = watch.processes
+        self._watch, self._downloads = watch, downloads
+        self._store, self._processes = watch.store, watch.processes
         self._default_model = default_model
         self.loader = Loader(watch.ollama, watch.server_state.answers)
         self.clears_done = 0

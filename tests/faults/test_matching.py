@@ -93,6 +93,17 @@ def test_deleting_an_idle_model_leaves_the_answer_of_another_of_the_same_weights
     busy.close()
 
 
+def test_a_model_that_loads_is_not_ended_for_another_of_the_same_weights(kin, others):
+    loading = others.submit(kin.load, A)
+    (runner,) = wait_for(kin.runners, 60, "the runner of the load")
+    answer = kin.post(CLEAR, json={"model": B})
+    if answer.status_code != 200:  # it loads for longer than a clear may wait
+        assert error(answer, 503, "runner_unknown")["unknown_processes"] == [runner.pid]
+    assert loading.result() == runner and not is_gone(runner)
+    assert clear(kin, model=B)["verified"] is True
+    assert not is_gone(runner)
+
+
 def test_the_runner_of_one_is_taken_over_by_the_other_with_other_options(kin):
     first = kin.load(A)
     second = kin.load(B, num_ctx=512)
@@ -132,10 +143,12 @@ def test_the_runner_of_an_old_version_goes_and_its_line_too(kin, make_gguf_varia
 
 
 def test_old_and_new_version_are_both_of_that_model(kin, make_gguf_variant):
-    old = load(kin, A)
+    old = load(kin, A, keep_alive="5m")
     update(kin, A, make_gguf_variant(2))
     new = load(kin, A)
     assert [name for name, _ in listed(kin)] == [A, A]
+    shown_as = {each["name"]: each for each in kin.get("/api/models").json()["models"]}
+    assert shown_as[A]["expires_at"] > "2100"  # as the version that is on the disk
     wait_for(lambda: shown(kin) == {old.pid: A, new.pid: A}, 10, "both are shown")
     report = clear(kin, model=A)
     assert (report["left"], report["unloaded_models"], report["verified"]) == ([], [A], True)

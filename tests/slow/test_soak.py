@@ -121,13 +121,25 @@ class Soak:
     def kill_a_runner(self):
         self.signal_a_runner(signal.SIGKILL)
 
-    def hold_a_runner(self, reap=True):
+    def hold(self, runner, reap=True):
         """Have a decode loop stand, as when a kernel on the GPU never returns."""
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError, AssertionError):
-            runner = self.random.choice(self.service.runners())
+        with contextlib.suppress(psutil.NoSuchProcess, AssertionError):
             self.tracers.enter_context(frozen(runner, reap, answering=False))  # it may be stopped
             return runner
         return None  # it has ended, or is held already
+
+    def hold_a_runner(self, reap=True):
+        with contextlib.suppress(IndexError):
+            return self.hold(self.random.choice(self.service.runners()), reap)
+        return None
+
+    def hold_all_runners(self):
+        """Have the models fail at once, as on one GPU."""
+        for model in MODELS:
+            self.generations.append(Generation(self.service.ollama_port, model))
+        with contextlib.suppress(AssertionError):  # one that fails already is not loaded now
+            wait_for(lambda: len(self.service.runners()) == len(MODELS), 3, "both are there")
+        list(self.pool.map(self.hold, self.service.runners()))
 
     def make_a_ghost(self):
         runner = self.hold_a_runner(reap=False)
@@ -162,6 +174,7 @@ CALLS = {
     Soak.stop_a_runner: 5,
     Soak.kill_a_runner: 2,
     Soak.hold_a_runner: 4,
+    Soak.hold_all_runners: 2,
     Soak.make_a_ghost: 1,
     Soak.stop_ollama: 2,
     Soak.kill_ollama: 1,
@@ -170,6 +183,7 @@ FAULTS = (
     Soak.stop_a_runner,
     Soak.kill_a_runner,
     Soak.hold_a_runner,
+    Soak.hold_all_runners,
     Soak.make_a_ghost,
     Soak.stop_ollama,
     Soak.kill_ollama,
