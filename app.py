@@ -8,17 +8,12 @@ service, the answers' errors, who is let in, and the routes; ``llm_service`` doe
 
 import contextlib
 import hmac
-import ipaddress
 import json
 import logging
-import math
 import os
 import re
-import select
 import socket
 import sys
-import threading
-import time
 import types
 import typing
 import urllib.parse
@@ -27,8 +22,9 @@ from flask import Flask, Response, request
 from gunicorn.http import errors as http_errors
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from llm_service.access import CORS_HEADERS, SAFE_HEADERS, host_allowed, short_origin
 from llm_service.callers import Callers
-from llm_service.downloads import Download, Downloads
+from llm_service.downloads import Downloads
 from llm_service.environment import RUNNER_SETTINGS
 from llm_service.healing import Healing
 from llm_service.health import Health
@@ -43,9 +39,10 @@ from llm_service.server_work import ServerWork
 from llm_service.session import Session
 from llm_service.stats import Stats
 from llm_service.store import PRUNE_AGE_S, Store
-from llm_service.trying import Trial, Trials
+from llm_service.streaming import Streams, stream_trial
+from llm_service.trying import Trials
 from llm_service.updates import Updates
-from llm_service.verifying import Check, Verifying
+from llm_service.verifying import Verifying
 from llm_service.watch import Watch
 from ollama_client import Json, Ollama, ServiceError, check_name, dial_url, trimmed
 
@@ -149,10 +146,7 @@ for _name, (_pattern, _takes) in RUNNER_SETTINGS.items():
     setting(_name, "", f"({_pattern})?", _takes)
 
 BODY_LIMIT_BYTES = 64 * 1024
-STREAMS = 64
 SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is given up
-FIRST_NEWS_S = 10.5  # then a pull streams without knowing how it stands; a TLS handshake has 10
-HALF_CLOSED_S = 1.2  # then a client that sends nothing more shows whether it still reads
 
 # ---------------------------------------------------------------------------------------
 # Objects of the service
@@ -192,7 +186,7 @@ metrics_report = Metrics(
 history = History(stats_report.report)
 trials = Trials(ollama)
 catalogue = Models(watch, session, downloads)
-streams = threading.BoundedSemaphore(STREAMS)
+streams = Streams()
 
 app = Flask(__name__)
 # werkzeug cuts a chunked body off there and says nothing, so one byte more than the limit.
@@ -313,12 +307,6 @@ def answer_bug(_error):
 # ---------------------------------------------------------------------------------------
 
 OPEN_PATHS = ("/", "/health", "/livez")  # without a token
-PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa", ".intranet")
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'"
-)
 
 
 @app.before_request
@@ -331,7 +319,7 @@ def read_body():
 @app.before_request
 def check_site():
     """Refuse what a web page on another site sends, by Origin or by DNS rebinding."""
-    if not host_allowed(request.headers.get("Host", "localhost")):
+    if not host_allowed(request.headers.get("Host", "localhost"), ALLOWED_HOSTS):
         raise ServiceError(
             "host_not_allowed",
             "This host name is not answered for: add it to LLM_ALLOWED_HOSTS.",
@@ -401,29 +389,12 @@ def add_headers(response):
     origin = request.headers.get("Origin")
     if origin and origin_allowed(origin):
         headers["Access-Control-Allow-Origin"] = origin
-        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
-        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-        headers["Access-Control-Expose-Headers"] = "Retry-After"
-        headers["Access-Control-Max-Age"] = "600"
+        headers.update(CORS_HEADERS)
     if response.status_code == 204:
         headers.pop("Content-Type", None)
-    headers["Vary"] = "Origin"
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["Content-Security-Policy"] = CSP
+    headers.update(SAFE_HEADERS)
     headers.setdefault("Cache-Control", "no-store")
     return response
-
-
-def host_allowed(host: str) -> bool:
-    """Tell a name that only this machine or its network gives from one of the web."""
-    try:
-        name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:
-        return False
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return "." not in name or name.endswith(PRIVATE_NAMES) or name in ALLOWED_HOSTS
 
 
 def origin_allowed(origin: str) -> bool:
@@ -438,15 +409,6 @@ def origin_allowed(origin: str) -> bool:
         scheme = origin.partition("://")[0]
     own = short_origin(f"{scheme}://{request.host}")
     return origin in {own, *map(short_origin, ALLOWED_ORIGINS)}
-
-
-def short_origin(origin: str) -> str:
-    """Return an origin in lower case and without its scheme's default port."""
-    scheme, separator, host = origin.lower().partition("://")
-    port = {"http": ":80", "https": ":443"}.get(scheme)
-    if port:
-        host = host.removesuffix(port)
-    return f"{scheme}{separator}{host}"
 
 
 # ---------------------------------------------------------------------------------------
@@ -532,38 +494,6 @@ def body_bytes() -> bytes:
     if len(data) < (request.content_length or 0):
         raise bad_json()
     return data
-
-
-class Client:
-    """Who sent the request under way, as far as the connection tells."""
-
-    def __init__(self) -> None:
-        self._socket = request.environ.get("gunicorn.socket")
-        self._speaks_1_1 = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
-        self._closed_at: float | None = None
-
-    def has_left(self) -> bool:
-        """Tell whether nobody reads the answer any more, before a byte of it is written.
-
-        Who has closed one direction may still read. An interim answer shows it: every client of
-        HTTP/1.1 skips it, and where nobody reads, the connection breaks.
-        """
-        if not self._socket:
-            return False
-        poll = select.poll()
-        poll.register(self._socket, select.POLLRDHUP)
-        events = poll.poll(0)
-        if not events:
-            return False
-        if events[0][1] & (select.POLLERR | select.POLLHUP) or not self._speaks_1_1:
-            return True
-        now = time.monotonic()
-        self._closed_at = self._closed_at or now
-        if now - self._closed_at >= HALF_CLOSED_S:
-            self._closed_at = math.inf  # once
-            with contextlib.suppress(OSError):
-                self._socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return False
 
 
 def bad_json() -> ServiceError:
@@ -655,7 +585,7 @@ def pull():
     if asked.detach:
         message = "The download goes on by itself: GET /api/models/pull shows it."
         return {"status": "accepted", "message": message, "model": asked.model}, 202
-    return stream_answer(download, lines) if asked.stream else whole_answer(download)
+    return streams.download(download, lines) if asked.stream else streams.whole(download)
 
 
 @app.get("/api/models/pull")
@@ -679,7 +609,7 @@ def verify():
     """Read the files of a model, or of all, against their digests."""
     asked = arguments(model=False, stream=True)
     check = verifying.start(asked.model)
-    return stream_check(check) if asked.stream else whole_answer(check)
+    return streams.check(check) if asked.stream else streams.whole(check)
 
 
 @app.get("/api/models/updates")
@@ -756,7 +686,7 @@ def gpu_recover():
 
 
 # ---------------------------------------------------------------------------------------
-# Answers about downloads
+# The service itself
 # ---------------------------------------------------------------------------------------
 
 
@@ -787,71 +717,3 @@ def unless_known(response: Response) -> Response:
     response.add_etag()
     response.make_conditional(request)
     return response
-
-
-def stream_answer(download: Download, lines: typing.Iterable[Json]) -> Response:
-    """Answer with a download's lines as they come; an early error has its own status."""
-    leave = take_stream(download)
-    try:
-        download.wait_for_news(FIRST_NEWS_S, Client().has_left)
-    except ServiceError:
-        leave()
-        raise
-    response = ndjson(lines)
-    response.call_on_close(leave)
-    return response
-
-
-def stream_check(check: Check) -> Response:
-    """Answer with a check's lines as they come."""
-    leave = take_stream(check)
-    response = ndjson(check.lines())
-    response.call_on_close(leave)
-    return response
-
-
-def stream_trial(trial: Trial) -> Response:
-    """Answer with the lines of an answer as they come; an early error has its own status."""
-    try:
-        lines = trial.lines(FIRST_NEWS_S)
-    except ServiceError:
-        trial.close()
-        raise
-    response = ndjson(lines)
-    response.call_on_close(trial.close)
-    return response
-
-
-def ndjson(lines: typing.Iterable[Json]) -> Response:
-    """Answer with a line of JSON each, which no proxy shall hold back."""
-    return Response(
-        (json.dumps(line) + "\n" for line in lines),
-        mimetype="application/x-ndjson",
-        headers={"X-Accel-Buffering": "no"},
-    )
-
-
-def whole_answer(download: Download | Check) -> Json:
-    """Answer with the end of a download or check, with the status that fits."""
-    leave = take_stream(download)
-    download.wait_for_end(Client().has_left)
-    leave()
-    if download.error:
-        raise download.error
-    return download.last_line()
-
-
-def take_stream(download: Download | Check) -> typing.Callable[[], None]:
-    """Take one of the places for long answers; return what gives it back."""
-    if not streams.acquire(blocking=False):
-        download.leave()
-        raise ServiceError(
-            "too_many_streams",
-            f"{STREAMS} answers are streaming: try again, or use detach.",
-        )
-
-    def leave() -> None:
-        streams.release()
-        download.leave()
-
-    return leave

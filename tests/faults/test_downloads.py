@@ -46,7 +46,7 @@ def assert_goes_on(service, registry, name):
 def test_an_answer_begins_after_a_while_though_it_is_not_known_how_it_stands(
     make_service, registry
 ):
-    service = make_service(constants={"app.FIRST_NEWS_S": 1})
+    service = make_service(constants={"llm_service.streaming.FIRST_NEWS_S": 1})
     name = registry.add_random("ns/late:latest", 1)
     registry.manifest_delay = 4
     listener = Listener(service, name)

@@ -13,8 +13,8 @@ import threading
 import time
 from datetime import UTC, datetime
 
-from app import CSP
 from helpers.places import ROOT
+from llm_service.access import CSP
 
 # Load in percent, memory in MB, temperature in °C, power in W.
 H100 = [

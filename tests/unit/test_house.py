@@ -14,6 +14,8 @@ FLOORS = {
     "llm_service.stats": 9,
     "llm_service.history": 9,
     "llm_service.models": 9,
+    "llm_service.streaming": 9,
+    "llm_service.access": 0,
     "llm_service.healing": 8,
     "llm_service.session": 7,
     "llm_service.clearing": 6,
