@@ -6,7 +6,6 @@ is one worker, so that all state is in one place. This file holds the settings, 
 service, the answers' errors, who is let in, and the routes; ``llm_service`` does the work.
 """
 
-import contextlib
 import hmac
 import json
 import logging
@@ -15,7 +14,6 @@ import re
 import socket
 import sys
 import types
-import typing
 import urllib.parse
 
 from flask import Flask, Response, request
@@ -26,6 +24,7 @@ from llm_service.access import CORS_HEADERS, SAFE_HEADERS, host_allowed, short_o
 from llm_service.callers import Callers
 from llm_service.downloads import Downloads
 from llm_service.environment import RUNNER_SETTINGS
+from llm_service.fields import read_flag, read_number
 from llm_service.healing import Healing
 from llm_service.health import Health
 from llm_service.history import History
@@ -39,14 +38,14 @@ from llm_service.server_work import ServerWork
 from llm_service.session import Session
 from llm_service.stats import Stats
 from llm_service.store import PRUNE_AGE_S, Store
-from llm_service.streaming import Streams, stream_trial
+from llm_service.streaming import Streams, stream_trial, unless_known
 from llm_service.trying import Trials
 from llm_service.updates import Updates
 from llm_service.verifying import Verifying
 from llm_service.watch import Watch
 from ollama_client import Json, Ollama, ServiceError, check_name, dial_url, trimmed
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 
 # ---------------------------------------------------------------------------------------
 # Settings
@@ -415,8 +414,6 @@ def origin_allowed(origin: str) -> bool:
 # Reading a request
 # ---------------------------------------------------------------------------------------
 
-FLAG_WORDS = {"true": True, "1": True, "false": False, "0": False}
-
 
 def arguments(model: bool, any_body: bool = False, **defaults: bool | int) -> types.SimpleNamespace:
     """Parse the body and the query to ``model`` (checked), and flags and numbers by defaults.
@@ -447,24 +444,6 @@ def prompt_given() -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ServiceError("bad_field", '"prompt" must be a text.')
     return prompt
-
-
-def read_flag(name: str, value: object) -> bool:
-    """Return a flag; a form field sends it as a word."""
-    if isinstance(value, str):
-        value = FLAG_WORDS.get(value.lower())
-    if not isinstance(value, bool):
-        raise ServiceError("bad_field", f'"{name}" must be true or false.')
-    return value
-
-
-def read_number(name: str, value: typing.Any) -> float:
-    """Return a number from 0; a form field sends it as a word."""
-    with contextlib.suppress(ValueError, TypeError):
-        number = float(value)
-        if 0 <= number < float("inf") and not isinstance(value, bool):
-            return number
-    raise ServiceError("bad_field", f'"{name}" must be a number from 0.')
 
 
 def body_object(any_body: bool = False) -> Json:
@@ -710,10 +689,3 @@ def registry_agent() -> str:
     """Return what registries are told: which Ollama would pull, as they serve it by that."""
     version = watch.server_state.known_version()
     return f"ollama/{version} llm-service/{VERSION}" if version else f"llm-service/{VERSION}"
-
-
-def unless_known(response: Response) -> Response:
-    """Spare who asks again and again what has not changed, by its ETag."""
-    response.add_etag()
-    response.make_conditional(request)
-    return response

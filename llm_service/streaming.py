@@ -91,6 +91,13 @@ def ndjson(lines: typing.Iterable[Json]) -> Response:
     )
 
 
+def unless_known(response: Response) -> Response:
+    """Spare who asks again and again what has not changed, by its ETag."""
+    response.add_etag()
+    response.make_conditional(request)
+    return response
+
+
 class Client:
     """Who sent the request under way, as far as the connection tells."""
 
