@@ -67,7 +67,7 @@ class ServerWork:
         return any(link.startswith(place) for link in held)
 
     def _has_helpers(self, server: psutil.Process) -> bool:
-        """Tell whether it has a child that is no runner, such as ``llama-quantize``."""
+        """Tell whether it has a child that is no runner, such as one that looks for GPUs."""
         runners = {runner.process for runner in self._processes.runners()}
         for process in self._processes.all():
             known = process == server or process in runners

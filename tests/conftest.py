@@ -42,6 +42,7 @@ LONGEST = [
     "test_page_views.py",
     "test_watch.py",
     "test_launcher.py",
+    "test_innocent_waits.py",
     "test_pull_errors.py",
 ]
 
