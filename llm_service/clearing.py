@@ -190,7 +190,8 @@ class Clearing:
         self._killed[runner] = reason
         end(runner.process)
         level = logging.INFO if reason == "idle" else logging.ERROR
-        pid, name = runner.process.pid, self._name(runner)
+        pid = runner.process.pid
+        name = self._name(runner)
         log.log(level, "ending runner %d of %s: %s", pid, name, reason)
 
     def _reason_to_end(self, runner: Runner) -> str:

@@ -5,6 +5,8 @@ import logging
 import time
 import typing
 
+import psutil
+
 from llm_service.clearing import used_mb
 from llm_service.matching import ListCleaner
 from llm_service.processes import Runner, alive, unreaped, wait_until
@@ -41,10 +43,17 @@ class Healing:
 
     def __init__(self, watch: Watch, session: Session, self_heal: bool, preload: bool = False):
         """``preload``: load the model that is due whenever a server has begun to answer."""
-        self._watch, self._session = watch, session
+        self._watch = watch
+        self._session = session
         self._processes = watch.processes
-        self.self_heal, self._preload = self_heal, preload
-        self.healed: Json = {"runners": 0, "ollama": 0, "failed": 0, "last": None}
+        self.self_heal = self_heal
+        self._preload = preload
+        self.healed: Json = {
+            "runners": 0,
+            "ollama": 0,
+            "failed": 0,
+            "last": None,
+        }
         self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
         self._healed_of: dict[Runner, str] = {}  # what known runners have been healed of
         self._killed: dict[Runner, Killed] = {}  # which have not ended yet
@@ -85,19 +94,28 @@ class Healing:
 
     def after_look(self) -> None:
         """Do what follows from what the watch has just seen."""
-        there = {state.runner for state in self._watch.states()}
-        self._healed_of = {each: of for each, of in self._healed_of.items() if each in there}
-        self._unended &= there
-        answered = self._watch.server_state.answered
-        if answered and answered == self._processes.server():
-            self._server_failure = None
-            if self._preload and answered != self._preloaded:
-                self._session.load_due(answered)
-            self._preloaded = answered
+        self._forget_ended()
+        self._note_answer(self._watch.server_state.answered)
         self._tell_killed()
         if self.self_heal:
             self._cleaner.clean(self._watch.loaded, self._watch.held.values())
             self._heal()
+
+    def _forget_ended(self) -> None:
+        there = {state.runner for state in self._watch.states()}
+        self._unended &= there
+        for runner in list(self._healed_of):
+            if runner not in there:
+                del self._healed_of[runner]
+
+    def _note_answer(self, answered: psutil.Process | None) -> None:
+        """Note that this server answers: no restart is due any more, but a load may be."""
+        if answered is None or answered != self._processes.server():
+            return
+        self._server_failure = None
+        if self._preload and answered != self._preloaded:
+            self._session.load_due(answered)
+        self._preloaded = answered
 
     def _heal(self) -> None:
         """Heal one fault at a time: each is looked for anew, as the one before may explain it."""
@@ -136,7 +154,9 @@ class Healing:
 
     def _heal_runner(self, state: RunnerState) -> None:
         """Unload a runner's model by name and end the runner, if its fault still holds."""
-        fault, model, runner = state.state, state.model, state.runner
+        fault = state.state
+        model = state.model
+        runner = state.runner
         with self._session.clears.turn(CLEAR_S):
             if not self._watch.holds(runner, fault):
                 return self._tell_recovered(state)

@@ -37,8 +37,11 @@ class Health:
         gpu_layers: str,
         long_answer_s: float,
     ):
-        self._watch, self._session, self._healing = watch, session, healing
-        self._machine, self._processes = watch.machine, watch.processes
+        self._watch = watch
+        self._session = session
+        self._healing = healing
+        self._machine = watch.machine
+        self._processes = watch.processes
         self._gpu_layers = gpu_layers
         self._long_answer_s = long_answer_s
         self._checks = SharedRun(began_since)

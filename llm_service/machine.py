@@ -28,7 +28,9 @@ class Machine:
     """Looks at the GPUs and at the store every LOOK_S; all read what it saw last."""
 
     def __init__(self, store: Store, downloads: Downloads, matching: Matching):
-        self._store, self._downloads, self.matching = store, downloads, matching
+        self._store = store
+        self._downloads = downloads
+        self.matching = matching
         self.gpu: Json = gpu.NOTHING_READ
         self.memory: typing.Any = psutil.virtual_memory()
         self.cpu_percent: float | None = None

@@ -24,7 +24,9 @@ class Models:
     """Lists, deletes and prunes models."""
 
     def __init__(self, watch: Watch, session: Session, downloads: Downloads):
-        self._watch, self._session, self._downloads = watch, session, downloads
+        self._watch = watch
+        self._session = session
+        self._downloads = downloads
         self._store = watch.store
         self._listing = SharedRun(began_since)
         self._own: tuple[tuple | None, dict[str, int]] = (None, {})  # with the store's signature
@@ -86,7 +88,8 @@ class Models:
         own = self._own_bytes()
         listed = []
         for model in self._watch.server_state.tags(LIST_S):
-            name, digest = model["name"], model.get("digest")
+            name = model["name"]
+            digest = model.get("digest")
             match = by_both.get((name, digest))
             if not match:  # an old version has that name yet, or a copy was loaded by its own
                 match = by_name.get(name) or by_digest.get(digest, {})

@@ -101,7 +101,8 @@ class RunnerState:
         if state == self.state:
             return
         level = logging.WARNING if state in (*FAULTS, "orphan") else logging.INFO
-        pid, seconds = self.process.pid, at - self.since
+        pid = self.process.pid
+        seconds = at - self.since
         words = "runner %d of %s: %s, after %.0f s of %s"
         log.log(level, words, pid, self.model, state, seconds, self.state)
         if self.state == "loading" and self.loaded_at is None:

@@ -34,11 +34,14 @@ class ServerState:
         age: typing.Callable[[psutil.Process], float] = age_s,
     ):
         """``clock()`` gives monotonic seconds, ``age(process)`` its seconds since its start."""
-        self._clock, self._age = clock, age
+        self._clock = clock
+        self._age = age
         self.version: str | None = None
         self.state = "not started"  # then "starting", "answering", "silent", "ended"
         self.answered: psutil.Process | None = None  # the server that has answered last
-        self._ollama, self._store, self._processes = ollama, store, processes
+        self._ollama = ollama
+        self._store = store
+        self._processes = processes
         self._tags: tuple[tuple, list[Json]] = ((), [])  # with the store's signature
         self._silent: tuple[psutil.Process | None, int] = (None, 0)  # the server, its silent looks
         self._since = self._looked_at = self._clock()
@@ -88,7 +91,8 @@ class ServerState:
         if state != self.state:
             words = "Ollama is %s, after %.0f s of %s"
             log.info(words, state, self._clock() - self._since, self.state)
-            self.state, self._since = state, self._clock()
+            self.state = state
+            self._since = self._clock()
 
     def ask_loaded(self, server: psutil.Process | None, timeout_s: float) -> list[Json]:
         """Ask this server what it has loaded: ``/api/ps``."""

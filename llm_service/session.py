@@ -28,8 +28,10 @@ class Session:
     """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
 
     def __init__(self, watch: Watch, downloads: Downloads, default_model: str):
-        self._watch, self._downloads = watch, downloads
-        self._store, self._processes = watch.store, watch.processes
+        self._watch = watch
+        self._downloads = downloads
+        self._store = watch.store
+        self._processes = watch.processes
         self._default_model = default_model
         self.loader = Loader(watch.ollama, watch.server_state.answers)
         self.clears_done = 0
@@ -126,12 +128,12 @@ class Session:
             return
         answers = state.answers() or state.answers(ASK_S)
         steps.note("ask_ollama", answers, "answers", "does not answer")
-        healthy = answers and verified
-        if healthy and (not restart or self._restarted_at > came):
-            return
         deadline = came + RESET_S
         grace_s = 0.0
-        if healthy:  # with time left for the next server
+        if answers and verified:
+            if not restart or self._restarted_at > came:
+                return
+            # With time left for the next server
             grace_s = min(1, deadline - time.monotonic() - 0.5)
         failure = self.restart(steps, deadline, grace_s)
         if failure and server:

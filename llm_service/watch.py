@@ -53,15 +53,21 @@ class Watch:
         send: typing.Callable[[psutil.Process], None] = end,
     ):
         """``send(process)`` is what ends a runner."""
-        self.ollama, self.store, self.processes, self.machine = ollama, store, processes, machine
-        self.callers, self.totals = callers, Totals()
-        self._stuck_s, self._send = stuck_s, send
+        self.ollama = ollama
+        self.store = store
+        self.processes = processes
+        self.machine = machine
+        self.callers = callers
+        self.totals = Totals()
+        self._stuck_s = stuck_s
+        self._send = send
         self.server_state = ServerState(ollama, store, processes)
         self.matching = machine.matching
         self.held: dict[Runner, Held] = {}  # what each runner holds, as of the last look
         self.loaded: list[Json] = []  # /api/ps at the last look that got it
         # The GPUs as they were before the last look, which saw what may lie there since
-        self.gpu, self.gpu_read_at = machine.gpu, 0.0
+        self.gpu = machine.gpu
+        self.gpu_read_at = 0.0
         self.looked_at = time.time()
         self.well = False  # whether the last look was done, and not broken off by a bug
         self.server: psutil.Process | None = None  # at the last look
@@ -117,7 +123,8 @@ class Watch:
         if not wait_s or not self._lock.acquire(timeout=wait_s):
             return
         try:
-            self.gpu_read_at, self.gpu = self.machine.read_at, self.machine.gpu
+            self.gpu_read_at = self.machine.read_at
+            self.gpu = self.machine.gpu
             server = self.server = self.processes.server()
             self._ask_server(server)
             self._find_runners()
@@ -242,7 +249,8 @@ class Watch:
 
     def _cpu_spent(self, process: psutil.Process) -> tuple[float, float]:
         """Return the CPU seconds since the last call, and the seconds that passed."""
-        now, used_s = time.monotonic(), cpu_seconds(process)
+        now = time.monotonic()
+        used_s = cpu_seconds(process)
         before_s, at = self._cpu.get(process, (0.0, now))
         self._cpu[process] = used_s, now
         return used_s - before_s, now - at
