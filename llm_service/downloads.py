@@ -131,7 +131,7 @@ class Download:
 
     def _is_known(self, wait_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: self._had_news or bool(self.ended_at), wait_s)
+            return self._changed.wait_for(lambda: self._had_news or self.state != "running", wait_s)
 
     def reconnect(self) -> None:
         """Break the connection to Ollama, which is about to end; the download makes a new one."""
@@ -146,7 +146,7 @@ class Download:
 
     def summary(self, part_sizes: dict[str, int]) -> Json:
         """Return what ``GET /api/models/pull`` says of it."""
-        kept = [part_sizes.get(digest, 0) for digest in self.digests()]
+        kept = sum(part_sizes.get(digest, 0) for digest in self.digests())
         with self._changed:
             return {
                 "model": self.model,
@@ -156,7 +156,7 @@ class Download:
                 "listeners": self._listeners,
                 "detached": self._detached,
                 "insecure": self._insecure,
-                "kept_bytes": sum(kept),  # in unfinished files
+                "kept_bytes": kept,  # in unfinished files
                 "error": self.error and str(self.error),
                 "code": self.error and self.error.code,
                 "started_at": timestamp(self._started_at),
@@ -422,7 +422,7 @@ class Downloads:
         self._running: dict[str, Download] = {}
         self._ended: collections.deque[Download] = collections.deque(maxlen=ENDED_KEPT)
         self._closing: ServiceError | None = None
-        self.counts = {"success": 0, "error": 0, "cancelled": 0}  # since the start
+        self.counts = dict.fromkeys(("success", "error", "cancelled"), 0)  # since the start
 
     def pull(
         self,
