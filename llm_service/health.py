@@ -11,7 +11,7 @@ from llm_service.answers import Answer
 from llm_service.downloads import DISK_RESERVE_BYTES
 from llm_service.errors import TimedOut, Unreachable, clean, failure
 from llm_service.healing import Healing
-from llm_service.processes import MB
+from llm_service.processes import MB, life
 from llm_service.session import Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.watch import Watch, bytes_of
@@ -205,11 +205,12 @@ class Health:
         Ollama may list dead ones, and one that still loaded then had not filled its memory.
         """
         read_at = self._watch.gpu_read_at
-        return {
-            state.model
-            for state in self._watch.states()
-            if state.loaded_at is not None and state.loaded_at <= read_at
-        }
+        found = set()
+        for state in self._watch.states():
+            was_loaded = state.loaded_at is not None and state.loaded_at <= read_at
+            if was_loaded and not life(state.process).dying:
+                found.add(state.model)
+        return found
 
     def _long_answers(self) -> list[Json]:
         """Return a warning for each answer that has been under way for very long."""

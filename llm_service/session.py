@@ -19,7 +19,7 @@ from ollama_client import Json, ServiceError, name_key
 
 log = logging.getLogger("llm-service")
 CLEAR_S = 3.7
-RESET_S = 3.9
+RESET_S = 3.7
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
 ASK_S = 0.6  # an answer that may take longer than the first question's
 

@@ -448,7 +448,8 @@ def test_a_model_that_was_not_loaded_when_the_gpu_was_read_is_not_measured(
 ):
     gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
     reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
-    runner = types.SimpleNamespace(model="m", loaded_at=loaded_at, answers=Answers())
+    me = psutil.Process()
+    runner = types.SimpleNamespace(model="m", loaded_at=loaded_at, answers=Answers(), process=me)
     monkeypatch.setattr(app.watch, "states", lambda: [runner])
     monkeypatch.setattr(app.watch, "gpu_read_at", 7.0)
     model = {"name": "m", "size": 300 << 20, "size_vram": 300 << 20}

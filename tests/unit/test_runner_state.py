@@ -1,6 +1,7 @@
 """The states of a runner and of the server, by looks that are made by hand."""
 
 import os
+import time
 import types
 
 import psutil
@@ -354,6 +355,23 @@ def test_without_slots_one_look_without_cpu_is_no_idleness(runner):
 @pytest.mark.parametrize(("passed_s", "working"), [(0.1, True), (2, False)])
 def test_it_works_by_its_share_of_cpu_however_soon_the_look_comes(passed_s, working):
     assert Look(1000.0, cpu_s=0.09, passed_s=passed_s).working is working
+
+
+@pytest.mark.parametrize(
+    ("asked_s_ago", "used_s", "active"),
+    [(30, 0.001, True), (2, 0.001, False), (2, 0.004, True), (30, 0.0001, False)],
+)
+def test_what_its_own_questions_took_makes_the_watch_ask_no_idle_runner_again(
+    monkeypatch, asked_s_ago, used_s, active
+):
+    """On a GPU it shows some time after the answers: each look would ask, for ever."""
+    me = psutil.Process()
+    watch, now = make_watch(), time.monotonic()
+    state = RunnerState(processes.Runner(me, None, "1"), now, STUCK_S)
+    state.under_way = False
+    state.asked_at = now - asked_s_ago
+    monkeypatch.setattr(watch, "_cpu_spent", lambda _: (used_s, 2.0))
+    assert watch._glance(state, me.parent()).active is active
 
 
 # Tokens
