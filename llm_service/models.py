@@ -61,7 +61,7 @@ class Models:
         self._watch.ollama.version(1)  # one that hangs would look busy
         cleared = self._session.clear(model, force)
         if not cleared["verified"]:
-            words = 'is in the middle of an answer: try again, or send "force": true'
+            words = 'loads, or is in the middle of an answer: try again, or send "force": true'
             if cleared["unknown_processes"]:
                 pid = cleared["unknown_processes"][0]
                 words = f"may be what process {pid} loads: try again when it has loaded"

@@ -17,7 +17,8 @@ export function showHead(fault, resetButton) {
   write($("state"), words, level);
   showSign(level);
   showAbout();
-  showWaiting(age("stats") < OLD_S ? latest("stats")?.callers : null);
+  const fresh = !failureOf("health") && age("stats") < OLD_S;
+  showWaiting(fresh ? latest("stats")?.callers : null);
   const told = failureOf("health") ? [] : (health?.warnings ?? []);
   const models = latest("models")?.models ?? [];
   const beside = models.filter((each) => each.loaded && each.size_vram < each.size_loaded);

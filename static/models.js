@@ -202,8 +202,8 @@ async function deleteModel(model) {
   if (!(await ask(`Delete ${model} from the disk?`, verb, true))) return;
   let answer = await call("DELETE", "api/models/delete", { model }, DELETE_S);
   if (answer.code === "model_busy") {
-    const question = `${model} is in the middle of an answer.`;
-    if (!(await ask(question, "End the answer and delete", true))) return;
+    const question = `${model} is being loaded, or in the middle of an answer.`;
+    if (!(await ask(question, "End that and delete", true))) return;
     answer = await call("DELETE", "api/models/delete", { model, force: true }, DELETE_S);
   }
   if (!answer.ok) return sayError(`${model} was not deleted`, answer);

@@ -114,7 +114,9 @@ export const GPU_STATES = {
   lost: "The GPU is lost: models run on the CPU, or not at all.",
   driver_mismatch: "The GPU's driver was updated under it, so its figures cannot be read.",
   no_permission: "The GPU may not be read, so its figures are not known.",
+  slow: "The GPU's driver is slow to answer, so its figures are not known now.",
+  unknown: "The GPU's figures are not known.",
   unresponsive: "The GPU's driver does not answer, so its figures are not known.",
 };
 // States that are no fault of anything.
-export const CALM_GPU_STATES = ["ok", "none", "unified", "no_permission"];
+export const CALM_GPU_STATES = ["ok", "none", "unified", "no_permission", "unknown"];

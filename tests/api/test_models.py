@@ -203,6 +203,7 @@ def test_delete_refuses_a_busy_model_unless_forced(quiet, make_gguf_variant):
     generation = quiet.generate("own")
     busy = delete(quiet, "own")
     assert busy.status_code == 409 and busy.json()["code"] == "model_busy"
+    assert busy.json()["error"].startswith("own loads, or is in the middle of an answer")
     assert not generation.done
     assert delete(quiet, "own", force=True).status_code == 200
     assert generation.wait(10).error

@@ -73,8 +73,11 @@ def test_a_fault_of_the_page_is_no_fault_of_the_service(stub, stub_page):
 
 
 def test_an_answer_that_is_no_json_is_told_as_that(stub, stub_page):
+    stub.stats["callers"] = {"connections": 4, "waiting": 3, "longest_wait_s": 75}
+    stub_page.poll()
     stub.prefix = "/elsewhere"  # a proxy's 404 with a page of its own
     stub_page.poll()
+    assert stub_page.text("waiting") == ""
     assert "no proper answer" in stub_page.text("state")
     assert "status 404 was no JSON" in stub_page.text("state")
 
@@ -512,6 +515,8 @@ def test_each_gpu_has_figures_of_its_own(stub, stub_page):
         ("driver_mismatch", "The GPU's driver was updated under it"),
         ("no_permission", "The GPU may not be read"),
         ("unresponsive", "The GPU's driver does not answer"),
+        ("slow", "The GPU's driver is slow to answer"),
+        ("unknown", "The GPU's figures are not known."),
     ],
 )
 def test_what_there_is_of_gpus_is_said_in_words(stub, stub_page, state, words):
@@ -519,7 +524,7 @@ def test_what_there_is_of_gpus_is_said_in_words(stub, stub_page, state, words):
     stub.health["gpu"] = state
     stub_page.poll()
     assert words in stub_page.text("gpu-state")
-    calm = state in ("none", "unified", "no_permission")
+    calm = state in ("none", "unified", "no_permission", "unknown")
     assert (words in stub_page.text("state")) != calm
 
 
