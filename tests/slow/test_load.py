@@ -148,7 +148,10 @@ def test_500_different_requests_at_once_are_all_answered(loaded):
     bodies = (b"", b"{}", b"[]", b'{"model":"nothing"}')
     wanted = [(*route, body) for route in ROUTES for body in bodies if route[1] != PULL]
     answers = at_once(loaded, [request_bytes(*wanted[n % len(wanted)]) for n in range(500)])
-    assert {status for status, _, _ in answers} == {200, 400, 404}
+    others = [json.loads(body) for status, _, body in answers if status not in (200, 400, 404)]
+    # There is one check of files at a time
+    assert {said["code"] for said in others} <= {"verify_running"}
+    assert {200, 400, 404} <= {status for status, _, _ in answers}
 
 
 @pytest.mark.usefixtures("worker")

@@ -93,7 +93,7 @@ def test_a_clear_a_reset_and_a_restart_by_others_are_marks_with_words(page):
     def lines():
         return len(page.rows_of("marks"))
 
-    wait_for(lambda: page.marks("tokens") == page.marks("ram") == lines(), 10, "a line for each")
+    wait_for(lambda: page.marks("tokens") == page.marks("ram") == lines(), 30, "a line for each")
 
 
 # Runners

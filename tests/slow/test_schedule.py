@@ -49,7 +49,11 @@ class Round:
         try:
             fault(self, what)
         except (psutil.NoSuchProcess, AssertionError) as error:
-            if not is_gone(self.runners.get(what, self.server)):  # by another fault
+            # Another fault has ended it: a process that exits cannot be traced any more.
+            process = self.runners.get(what, self.server)
+            try:
+                wait_for(lambda: is_gone(process), 5, "its end")
+            except AssertionError:
                 self.errors.append(f"{what}: {error!r}")
 
     def other(self, name):
