@@ -37,8 +37,12 @@ asks() { # LOG [SETTING…]: the addresses that a start asks for
     sleep 3
     grep -oE 'https://ollama\.com(:443)?/[a-z/-]+' "$1" | sort -u || true
 }
-echo "a start:" && asks plain.log | tee plain.txt
-echo "a start with OLLAMA_NO_CLOUD=1:" && asks quiet.log OLLAMA_NO_CLOUD=1 | tee quiet.txt
+echo "a start:"
+asks plain.log >plain.txt # no pipe: the server would be started in a subshell, and stay
+cat plain.txt
+echo "a start with OLLAMA_NO_CLOUD=1:"
+asks quiet.log OLLAMA_NO_CLOUD=1 >quiet.txt
+cat quiet.txt
 grep -q '/api/tags$' plain.txt
 grep -q 'model-recommendations$' plain.txt
 if grep -q https quiet.txt; then
