@@ -1,6 +1,8 @@
 """Several services behind a real HAProxy, and the files for those who run more than one."""
 
 import contextlib
+import http.client
+import json
 import os
 import re
 import shutil
@@ -90,12 +92,17 @@ class Callers:
 
 
 class Proxy:
-    """HAProxy with the configuration of tests/fleet/ before these services, gpu1 and gpu2."""
+    """HAProxy with the configuration of tests/fleet/ before these services, gpu1 and gpu2.
+
+    .port .inference_port .log
+    """
 
     def __init__(self, folder, services):
-        self.port, self.log = free_port(), folder / "haproxy.log"
+        self.port, self.inference_port = free_port(), free_port()
+        self.log = folder / "haproxy.log"
         text = (FLEET / "haproxy.cfg").read_text()
         text = text.replace("bind :11434", f"bind 127.0.0.1:{self.port}")
+        text = text.replace("bind :11433", f"bind 127.0.0.1:{self.inference_port}")
         text = text.replace(" check port 11435", "")
         for number, one in enumerate(services, 1):
             line = rf"server gpu{number} \S+"
@@ -197,6 +204,60 @@ def test_a_node_that_stops(nodes, callers):
     callers.wait_for_answers(["gpu2"])
     nodes[0].start()
     check(callers, since + 1, "stop and start of a node")
+
+
+# ---------------------------------------------------------------------------------------
+# The port for programs that may use models, and not change them
+# ---------------------------------------------------------------------------------------
+
+MAY = [
+    ("GET", "/api/tags", None),
+    ("GET", "/api/ps", None),
+    ("GET", "/api/version", None),
+    ("POST", "/api/show", {"model": GEMMA}),
+    ("POST", "/api/generate", BODY),
+    ("POST", "/api/chat", {"model": GEMMA}),
+    ("GET", "/v1/models", None),
+    ("POST", "/v1/completions", {"model": GEMMA, "prompt": "1 2", "max_tokens": 2}),
+]
+MAY_NOT = [
+    ("POST", "/api/pull"),
+    ("POST", "/api/push"),
+    ("POST", "/api/create"),
+    ("POST", "/api/copy"),
+    ("DELETE", "/api/delete"),
+    ("POST", "/api/blobs/sha256:" + 64 * "0"),
+    ("DELETE", "/v1/../api/delete"),
+    ("DELETE", "/v1/%2e%2e/api/delete"),
+    ("DELETE", "//api/delete"),
+    ("DELETE", "/api/show/../delete"),
+    ("DELETE", "/api/tags%2f..%2fdelete"),
+    ("POST", "/API/pull"),
+    ("GET", "/metrics"),
+]
+
+
+def send(port, method, path, body):
+    """Return the status and the text; the path goes out as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request(method, path, json.dumps(body) if body else None)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+@pytest.mark.parametrize(("method", "path", "body"), MAY)
+def test_the_port_for_inference_passes_what_uses_a_model(proxy, method, path, body):
+    status, text = send(proxy.inference_port, method, path, body)
+    assert status == 200, text
+
+
+@pytest.mark.parametrize(("method", "path"), MAY_NOT)
+def test_the_port_for_inference_refuses_what_changes_a_model(proxy, nodes, method, path):
+    body = {"model": GEMMA, "source": GEMMA, "destination": "copy", "from": GEMMA}
+    status, text = send(proxy.inference_port, method, path, body)
+    assert (status, "Forbidden" in text) == (403, True)
+    assert [one.get("/api/models").json()["count"] for one in nodes] == [1, 1]
 
 
 # ---------------------------------------------------------------------------------------
