@@ -10,19 +10,20 @@ _NUMBERS = (
     "BATCH CACHE_RAM CACHE_REUSE CTX_CHECKPOINTS CTX_SIZE FIT_CTX MAIN_GPU N_CPU_FFN "
     "N_CPU_MOE N_PARALLEL N_PREDICT THREADS THREADS_HTTP TIMEOUT UBATCH"
 )
+_WHOLE = ("-?[0-9]{1,9}", "a whole number")
 # By its name: the pattern of a variable that runners read, and what it takes in words. Where
 # one makes no sense, no model loads.
-RUNNER_SETTINGS = {
-    "LLAMA_ARG_N_GPU_LAYERS": ("-1|[0-9]{1,6}|all|auto", "a whole number from 0, all or auto"),
-    "LLAMA_ARG_FIT": (_SWITCH, "on or off"),
-    "LLAMA_ARG_FIT_TARGET": (
-        "[0-9]{1,9}(,[0-9]{1,9})*",
-        "a number of MiB, or one for each GPU, separated by commas",
-    ),
-    "LLAMA_ARG_FLASH_ATTN": (f"auto|{_SWITCH}", "on, off or auto"),
-}
-for _name in _NUMBERS.split():
-    RUNNER_SETTINGS[f"LLAMA_ARG_{_name}"] = ("-?[0-9]{1,9}", "a whole number")
+RUNNER_SETTINGS = {f"LLAMA_ARG_{name}": _WHOLE for name in _NUMBERS.split()}
+RUNNER_SETTINGS["LLAMA_ARG_N_GPU_LAYERS"] = (
+    "-1|[0-9]{1,6}|all|auto",
+    "a whole number from 0, all or auto",
+)
+RUNNER_SETTINGS["LLAMA_ARG_FIT"] = (_SWITCH, "on or off")
+RUNNER_SETTINGS["LLAMA_ARG_FIT_TARGET"] = (
+    "[0-9]{1,9}(,[0-9]{1,9})*",
+    "a number of MiB, or one for each GPU, separated by commas",
+)
+RUNNER_SETTINGS["LLAMA_ARG_FLASH_ATTN"] = (f"auto|{_SWITCH}", "on, off or auto")
 
 # With these a runner could not be watched: neither its port nor its output would tell.
 _BLINDING = re.compile(
@@ -35,18 +36,23 @@ def blinding(environ: typing.Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if _BLINDING.fullmatch(name))
 
 
-def changes(environ: typing.Mapping[str, str], context_length: str, gpu_layers: str) -> list[str]:
+def changes(
+    environ: typing.Mapping[str, str],
+    context_length: str,
+    gpu_layers: str,
+) -> list[str]:
     """Return words for env(1), by which Ollama's environment differs from the service's."""
     hidden = [*blinding(environ), *_empty(environ), "LLM_API_TOKEN"]
     layers = {"-1": "all", "auto": ""}.get(gpu_layers, gpu_layers)
-    wanted = {
-        "OLLAMA_CONTEXT_LENGTH": context_length,
-        "OLLAMA_NOPRUNE": trimmed(environ.get("OLLAMA_NOPRUNE", "")) or "1",
-        "LLAMA_ARG_ENDPOINT_METRICS": "1",  # which the watch reads; "yes" is silently off
-        "LLAMA_ARG_N_GPU_LAYERS": environ.get("LLAMA_ARG_N_GPU_LAYERS") or layers,
-    }
+    layers = environ.get("LLAMA_ARG_N_GPU_LAYERS") or layers
+    no_prune = trimmed(environ.get("OLLAMA_NOPRUNE", "")) or "1"
     options = [f"--unset={name}" for name in hidden]
-    return options + [f"{name}={value}" for name, value in wanted.items() if value]
+    options.append("LLAMA_ARG_ENDPOINT_METRICS=1")  # for the watch; "yes" is silently off
+    options.append(f"OLLAMA_CONTEXT_LENGTH={context_length}")
+    options.append(f"OLLAMA_NOPRUNE={no_prune}")
+    if layers:
+        options.append(f"LLAMA_ARG_N_GPU_LAYERS={layers}")
+    return options
 
 
 def _empty(environ: typing.Mapping[str, str]) -> list[str]:
