@@ -1,4 +1,5 @@
-ARG OLLAMA_IMAGE=ollama/ollama:0.34.4
+# With its registry, as podman asks no other by itself
+ARG OLLAMA_IMAGE=docker.io/ollama/ollama:0.34.4
 # What compose passes on, which is empty where nothing else is asked for
 ARG IMAGE=
 

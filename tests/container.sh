@@ -130,9 +130,11 @@ takes_settings_from_env() {
 uses_a_network_made_by_hand() {
     compose down
     docker network create "$network" >>"$log"
-    LLM_NETWORK_EXISTS=true anew
+    echo "networks: {default: {name: $network, external: true}}" >"$work/docker-compose.override.yml"
+    anew
     check 'a network made by hand is used' test "$(inspect "{{len .NetworkSettings.Networks}} {{with index .NetworkSettings.Networks \"$network\"}}there{{end}}")" = '1 there'
-    LLM_NETWORK_EXISTS=true compose down
+    compose down
+    rm "$work/docker-compose.override.yml"
     check 'and left' docker network rm "$network"
 }
 

@@ -31,7 +31,7 @@ http {{
         ssl_certificate {folder}/both.pem; ssl_certificate_key {folder}/both.pem;
         proxy_http_version 1.1;
         {host}
-        proxy_buffering off;
+        proxy_buffering off; proxy_read_timeout 15m;
         location / {{ proxy_pass http://127.0.0.1:{upstream}; }}
         location /llm/ {{ proxy_pass http://127.0.0.1:{upstream}/; }}
     }}
