@@ -16,15 +16,21 @@ KEPT_BYTES = 1 << 16  # in each of the two files, the older of which goes
 REASON_BYTES = 1 << 18  # a stack trace stands behind its reason
 REASON_CHARACTERS = 300
 ADDRESS_ENDS = b" \t\r\n\"'\\"
-FATAL = (b"Error: ", b"panic: ", b"fatal error: ")  # a stack trace may follow
+# A stack trace may follow
+FATAL = (
+    b"Error: ",
+    b"panic: ",
+    b"fatal error: ",
+)
 
 
 def last_lines(state_file: str | os.PathLike, count: int) -> list[str]:
     """Return the last lines that Ollama has printed, as far as they could be kept."""
     kept = b""
     for name in (f"{state_file}.said.old", f"{state_file}.said"):
-        with contextlib.suppress(OSError), open(name, "rb") as file:
-            kept += file.read()
+        with contextlib.suppress(OSError):
+            with open(name, "rb") as file:
+                kept += file.read()
     return kept.decode(errors="replace").splitlines()[-count:]
 
 
@@ -54,7 +60,9 @@ def without_queries(printed: bytes) -> bytes:
     for piece in rest:
         places = (n for n, byte in enumerate(piece) if byte in ADDRESS_ENDS)
         end = next(places, len(piece))
-        address = piece[:end].partition(b"?")[0].partition(b"#")[0]
+        address = piece[:end]
+        address = address.partition(b"?")[0]
+        address = address.partition(b"#")[0]
         host, slash, path = address.partition(b"/")
         host = host.rpartition(b"@")[2]
         pieces.append(host + slash + path + piece[end:])
@@ -84,7 +92,8 @@ class Kept:
         with contextlib.suppress(OSError):
             os.replace(self._name, f"{self._name}.old")
         with contextlib.suppress(OSError):
-            self._file = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            self._file = os.open(self._name, flags, 0o600)
 
 
 def pass_on(state_file: str) -> None:
@@ -101,9 +110,12 @@ def pass_on(state_file: str) -> None:
             del printed[:-REASON_BYTES]
         if not is_full:
             time.sleep(GATHER_S)
-    said = reason(bytes(printed)).decode(errors="replace")[:REASON_CHARACTERS]
-    with contextlib.suppress(OSError), open(f"{state_file}.reason", "w") as file:
-        file.write(f"{said}\n")
+    said = reason(bytes(printed))
+    text = said.decode(errors="replace")
+    text = text[:REASON_CHARACTERS]
+    with contextlib.suppress(OSError):
+        with open(f"{state_file}.reason", "w") as file:
+            file.write(f"{text}\n")
 
 
 if __name__ == "__main__":
