@@ -1,9 +1,11 @@
-"""Download a .tar.zst by its URL and write it to stdout unpacked, with a progress bar on stderr.
+"""Download a .tar.zst by its URL and unpack it into a folder, with a progress bar on stderr.
 
 In Python, as a machine may have neither curl nor zstd.
 """
 
+import subprocess
 import sys
+import urllib.parse
 
 import requests
 import zstandard
@@ -13,7 +15,7 @@ CHUNK_BYTES = 1 << 20
 SILENT_S = 60
 
 
-def main(url):
+def main(url, folder):
     unpack = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
     headers = {"Accept-Encoding": "identity"}  # so that the length is that of what comes
     reply = requests.get(url, stream=True, timeout=SILENT_S, headers=headers)
@@ -21,16 +23,19 @@ def main(url):
     total = int(reply.headers["Content-Length"])
     done = 0
     shown = None
-    for chunk in reply.iter_content(CHUNK_BYTES):
-        sys.stdout.buffer.write(unpack.decompress(chunk))
-        done += len(chunk)
-        percent = 100 * done // total
-        if percent != shown:
-            show(percent, total)
-            shown = percent
+    with subprocess.Popen(["tar", "-x", "-C", folder], stdin=subprocess.PIPE) as tar:
+        for chunk in reply.iter_content(CHUNK_BYTES):
+            tar.stdin.write(unpack.decompress(chunk))
+            done += len(chunk)
+            percent = 100 * done // total
+            if percent != shown:
+                show(percent, total)
+                shown = percent
     sys.stderr.write("\n")
     if done < total:
         raise OSError(f"it broke off after {done} of {total} bytes")
+    if tar.returncode:
+        raise OSError(f"tar ended with {tar.returncode}")
 
 
 def show(percent, total):
@@ -41,6 +46,9 @@ def show(percent, total):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(*sys.argv[1:])
+    except requests.ConnectionError:
+        host = urllib.parse.urlsplit(sys.argv[1]).hostname
+        sys.exit(f"llm-service: the download failed: no connection to {host}")
     except (requests.RequestException, zstandard.ZstdError, OSError, KeyError) as error:
         sys.exit(f"llm-service: the download failed: {error}")

@@ -15,6 +15,7 @@ small_disk              a file system of 64 MB
 on_small_disk           a service whose models lie there, with a reserve of 8 MB
 """
 
+import collections
 import concurrent.futures
 import functools
 import os
@@ -79,6 +80,13 @@ def pytest_runtest_makereport():
             shown = [*re.findall(traceback, log, re.S | re.M)[-3:], log[-6000:]]
             report.sections.append((f"{one.logfile.name} of {one.port}", "\n".join(shown)))
     return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say each reason why tests were skipped once."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason, count in collections.Counter(one.longrepr[2] for one in skipped).items():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session", autouse=True)

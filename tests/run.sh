@@ -3,11 +3,41 @@
 #   tests/run.sh                      everything
 #   tests/run.sh unit|api|faults|slow one folder; more arguments go to pytest
 #   tests/run.sh ARGUMENT…            pytest's own, such as `-k clear` or a file
+#   tests/run.sh --system             as root: installs the programs that some tests want, and runs nothing
 # LINT=off leaves the checks out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf 'tests: %s\n' "$*" >&2; }
+
+# --- The programs that come with the machine's package manager ---
+programs=() packages=()
+need() { # PROGRAM PACKAGE…
+    type -P "$1" >/dev/null || { programs+=("$1"); packages+=("${@:2}"); }
+}
+need chromedriver chromium chromium-driver # the page
+need haproxy haproxy                       # more than one machine
+need nginx nginx-light                     # the page behind a proxy
+need apache2 apache2
+need caddy caddy
+need promtool prometheus                   # /metrics
+need c++ g++                               # the stand-in for NVIDIA's library; Ollama where it is built
+need node nodejs                           # one of the clients; the scripts of the page
+need npx npm
+
+install_programs() {
+    ((${#packages[@]})) || return 0
+    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${packages[@]}"
+}
+if [[ ${1:-} == --system ]]; then
+    install_programs || { say "could not install ${packages[*]} (see above)"; exit 1; }
+    exit
+fi
+if [[ ${1:-} != unit ]] && ((${#programs[@]})); then
+    say "not there, so that some tests are skipped: ${programs[*]}. As root, tests/run.sh --system installs them."
+fi
+
+# --- Python, Ollama, the checks, the tests ---
 
 setup=--setup
 if [[ ${1:-} == unit ]] && grep -q -e --setup-python start.sh; then
