@@ -136,7 +136,8 @@ fi
 port=${LLM_API_PORT:-11435}
 state=$cache/run/${port//[!0-9]/}.state lock=$cache/run/${port//[!0-9]/}.lock # app.py says if that is no port
 exec 5>&1 6>&2 8<> <(:) 9>>"$lock"
-flock -n 9 || die "another start.sh runs the API on port $port: stop it, or set LLM_API_PORT"
+flock -n 9 || die "another start.sh runs the API on port $port: stop it, or set LLM_API_PORT" \
+    "$(sed 's/.*/(it is &)/' "$cache/install.progress" 2>/dev/null)"
 # What a killed launcher left; process numbers only count within one boot and one container
 boot="$(</proc/sys/kernel/random/boot_id) $(readlink /proc/self/ns/pid)"
 if [[ $(<"$lock") == "$boot" ]]; then end_sessions "$state" "$state.api"; fi

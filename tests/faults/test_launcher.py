@@ -263,6 +263,21 @@ def test_a_second_start_on_the_same_port_is_refused(make_service):
     assert service.get("/health").status_code == 200
 
 
+def test_a_second_start_says_what_the_first_one_installs(make_service, tmp_path):
+    folders = os.environ["PATH"].split(":")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        service = make_service(
+            wait=False,
+            XDG_CACHE_HOME=str(tmp_path),
+            PATH=":".join(one for one in folders if not os.path.exists(f"{one}/ollama")),
+            OLLAMA_RELEASES=f"http://127.0.0.1:{silent.getsockname()[1]}",
+        )
+        step = "installing, step 1 of 3"
+        line_of(service, step)
+        second = run_start(LLM_API_PORT=str(service.port), XDG_CACHE_HOME=str(tmp_path))
+        assert_one_line(second, str(service.port), step)
+
+
 @pytest.mark.parametrize(
     "given, context, layers",
     [
