@@ -33,7 +33,7 @@ RUNNER_ASK_S = 0.5  # for each question of a look
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 LOOK_S = 2
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
-ASKED_CPU_S = 0.003  # more than what the questions of the look before may take afterwards
+SETTLE_S = 0.02  # after its answers a runner goes on for a moment, on a GPU for over WAKE_CPU_S
 
 
 class Watch:
@@ -209,6 +209,7 @@ class Watch:
         def ask(seen: tuple[RunnerState, Look]) -> None:
             state, look = seen
             self._ask(state, look)
+            time.sleep(SETTLE_S)
             with contextlib.suppress(psutil.Error):
                 self._cpu_spent(state.process)  # what the asking took does not count
 
@@ -236,9 +237,7 @@ class Watch:
         look.cpu_s, look.passed_s = self._cpu_spent(process)
         state.memory_mb = memory_mb(process)
         state.cpu_percent = process.cpu_percent()
-        asked_lately = look.at - state.asked_at < 1.5 * LOOK_S
-        wake_s = ASKED_CPU_S if asked_lately else WAKE_CPU_S
-        look.active = state.under_way or look.cpu_s > wake_s
+        look.active = state.under_way or look.cpu_s > WAKE_CPU_S
         seen = life(process)
         look.killed = seen.dying and seen.alive
         if server is None or seen.parent != server.pid:

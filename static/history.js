@@ -79,16 +79,22 @@ export function showHistory() {
     chartRow,
   );
   showAxis();
-  const marks = past.marks.map((mark) => ({ ...mark, key: `${mark.at} ${mark.kind}` }));
-  rows($("marks"), marks, () => textRow(markWords));
+  rows($("marks"), numbered(past.marks), () => textRow(markWords));
   if ($("values").open) showTable();
 }
 
-const number = (mark) =>
-  past.marks.length - past.marks.findIndex(({ at, kind }) => at === mark.at && kind === mark.kind);
+// Two of a kind may have come in one second.
+function numbered(marks) {
+  const counts = new Map();
+  return marks.map((mark, index) => {
+    const which = `${mark.at} ${mark.kind}`;
+    counts.set(which, (counts.get(which) ?? 0) + 1);
+    return { ...mark, key: `${which} ${counts.get(which)}`, number: marks.length - index };
+  });
+}
 
 function markWords(mark) {
-  const { at, kind, what, state, freed_mb: freed, ok } = mark;
+  const { at, kind, what, state, freed_mb: freed, number, ok } = mark;
   const came = freed ? `: ${megabytes(freed)} came free` : "";
   const words = {
     healed: `${ok === false ? "Healing failed" : "Healed"}: ${what ?? "a model"}${state ? ` (${state})` : ""}${came}.`,
@@ -96,7 +102,7 @@ function markWords(mark) {
     reset: `Session reset${came}.`,
     restarted: "Ollama restarted.",
   };
-  return `${number(mark)} · ${clock(at)} ${words[kind] ?? kind}`;
+  return `${number} · ${clock(at)} ${words[kind] ?? kind}`;
 }
 
 const newest = () => past.samples.at(-1)?.[0] ?? Date.parse(latest("history").timestamp) / 1000;
@@ -167,7 +173,7 @@ function point(chart, event) {
 }
 
 function showAxis() {
-  const texts = past.marks.map((mark) =>
+  const texts = numbered(past.marks).map((mark) =>
     svg(
       "text",
       {
@@ -176,7 +182,7 @@ function showAxis() {
         y: 12,
         "text-anchor": "middle",
       },
-      number(mark),
+      mark.number,
     ),
   );
   const ends = [

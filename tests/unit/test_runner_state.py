@@ -1,6 +1,7 @@
 """The states of a runner and of the server, by looks that are made by hand."""
 
 import os
+import threading
 import time
 import types
 
@@ -357,21 +358,29 @@ def test_it_works_by_its_share_of_cpu_however_soon_the_look_comes(passed_s, work
     assert Look(1000.0, cpu_s=0.09, passed_s=passed_s).working is working
 
 
-@pytest.mark.parametrize(
-    ("asked_s_ago", "used_s", "active"),
-    [(30, 0.001, True), (2, 0.001, False), (2, 0.004, True), (30, 0.0001, False)],
-)
-def test_what_its_own_questions_took_makes_the_watch_ask_no_idle_runner_again(
-    monkeypatch, asked_s_ago, used_s, active
-):
+def test_what_its_own_questions_took_makes_the_watch_ask_no_idle_runner_again(monkeypatch):
     """On a GPU it shows some time after the answers: each look would ask, for ever."""
     me = psutil.Process()
-    watch, now = make_watch(), time.monotonic()
-    state = RunnerState(processes.Runner(me, None, "1"), now, STUCK_S)
-    state.under_way = False
-    state.asked_at = now - asked_s_ago
-    monkeypatch.setattr(watch, "_cpu_spent", lambda _: (used_s, 2.0))
-    assert watch._glance(state, me.parent()).active is active
+    watch = make_watch()
+    used = {"s": 1.0}
+    questions = []
+
+    def slots(*_):
+        questions.append(1)
+        threading.Timer(0.005, used.update, [{"s": used["s"] + 0.001}]).start()
+        return [FRESH]
+
+    monkeypatch.setattr("llm_service.watch.cpu_seconds", lambda _: used["s"])
+    monkeypatch.setattr(watch.ollama, "runner_health", lambda *_: "ok")
+    monkeypatch.setattr(watch.ollama, "runner_slots", slots)
+    monkeypatch.setattr(watch.ollama, "runner_metrics", lambda *_: "")
+    state = RunnerState(processes.Runner(me, None, "1"), time.monotonic(), STUCK_S)
+    for _ in range(5):
+        watch._look_at_runners([state], me.parent())
+    assert len(questions) == 1
+    used["s"] += 0.001  # a request
+    watch._look_at_runners([state], me.parent())
+    assert len(questions) == 2
 
 
 # Tokens
