@@ -2,12 +2,14 @@
 
 import collections
 import logging
+import threading
 import time
 import typing
 
 import psutil
 
 from llm_service.clearing import used_mb
+from llm_service.errors import ServiceError
 from llm_service.matching import ListCleaner
 from llm_service.processes import Runner, alive, unreaped, wait_until
 from llm_service.reports import Steps
@@ -60,6 +62,7 @@ class Healing:
         self._unended: set[Runner] = set()  # which SIGKILL has not ended in time
         self._server_failure: str | None = None  # what heals, where a restart has failed
         self._preloaded: object = None  # the server that it was done for
+        self._under_way: dict[str, threading.Thread] = {}  # what reads the models' disk
         self._cleaner = ListCleaner(watch.matching, watch.processes)
 
     def action(self, state: RunnerState) -> str:
@@ -98,8 +101,33 @@ class Healing:
         self._note_answer(self._watch.server_state.answered)
         self._tell_killed()
         if self.self_heal:
-            self._cleaner.clean(self._watch.loaded, self._watch.held.values())
             self._heal()
+            self._beside("clean", self._clean_list)
+
+    def _clean_list(self) -> None:
+        self._cleaner.clean(self._watch.loaded, list(self._watch.held.values()))
+
+    def _beside(self, name: str, work: typing.Callable[[], object]) -> None:
+        """Do what reads the models' disk, and wait a moment for it: that may hang.
+
+        What has not ended is not begun once more.
+        """
+        before = self._under_way.get(name)
+        if before is not None and before.is_alive():
+            return
+
+        def logged() -> None:
+            try:
+                work()
+            except ServiceError as e:
+                log.warning("%s: %s", name, e)
+            except Exception:
+                log.exception("%s: a bug", name)
+
+        thread = threading.Thread(target=logged, name=name, daemon=True)
+        self._under_way[name] = thread
+        thread.start()
+        thread.join(ASK_S)
 
     def _forget_ended(self) -> None:
         there = {state.runner for state in self._watch.states()}
@@ -114,7 +142,7 @@ class Healing:
             return
         self._server_failure = None
         if self._preload and answered != self._preloaded:
-            self._session.load_due(answered)
+            self._beside("preload", lambda: self._session.load_due(answered))
         self._preloaded = answered
 
     def _heal(self) -> None:
@@ -164,8 +192,9 @@ class Healing:
             why = f"{fault}: {state.evidence or 'its server has gone'}"
             before_mb = used_mb(self._watch.known_runners())[1]
             held = self._watch.held.get(runner)
-            if held and held.line and fault != "orphan":
-                self._watch.matching.unload(held.line, runner)
+            line = held.line if held else None
+            if line and fault != "orphan":
+                self._beside("unload", lambda: self._watch.matching.unload(line, runner))
             if not self._watch.end_runner(runner, fault):
                 return self._tell_recovered(state)
             self._note_try(runner, model, fault)

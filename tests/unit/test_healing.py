@@ -1,5 +1,6 @@
 """What is healed, on real processes that stand for Ollama and its runners."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -320,3 +321,28 @@ def test_without_self_healing_it_is_left_to_a_reset(place, starved):
     assert place.healing.healed["last"] is None
     assert place.healing.starved_action() == "reset_session"
     assert place.server.is_running() and starved.starved
+
+
+def test_a_disk_that_hangs_holds_up_no_kill(place, monkeypatch):
+    """Which name still reaches a model is asked of the manifests."""
+    go_on = threading.Event()
+    place.look(14)
+    monkeypatch.setattr(place.watch.store.manifests, "there", lambda: go_on.wait(20) and {})
+    began = threading.Thread(target=place.healing.after_look, daemon=True)
+    began.start()
+    try:
+        wait_for(lambda: sorted(place.ended) == [A, B], 10, "both are ended")
+    finally:
+        go_on.set()
+        began.join()
+
+
+def test_an_error_of_what_comes_before_it_keeps_no_runner_from_being_healed(place, monkeypatch):
+    def broken(*_):
+        raise TypeError("a bug")
+
+    place.look(14)
+    monkeypatch.setattr(place.healing._cleaner, "clean", broken)
+    with contextlib.suppress(TypeError):
+        place.healing.after_look()
+    assert sorted(place.ended) == [A, B]
