@@ -40,13 +40,15 @@ class Callers:
 
     def look(self, now: float, pid: int, tasks: int) -> None:
         """Look at a server's connections; ``tasks`` are its runners' answers and loads."""
+        # Before the connections: what a request makes it read shows with the request or after it
+        new_bytes = self._new_bytes(pid)
         try:
             seen = connections(self._port)
         except OSError:
             self.report = None
             return self.judge(now, [], whole_s=0, tasks=tasks)
         own = own_ends(self._port)
-        whole = self._note_requests(seen, now, pid)
+        whole = self._note_requests(seen, now, new_bytes)
         callers = [each for each in seen if each.peer not in own]
         waiting = [each for each in callers if each.wait_s]
         waits = [each.wait_s for each in waiting]
@@ -103,7 +105,7 @@ class Callers:
         }
         return [warning]
 
-    def _note_requests(self, seen: list[Connection], now: float, pid: int) -> set[bytes]:
+    def _note_requests(self, seen: list[Connection], now: float, new_bytes: int) -> set[bytes]:
         """Return the connections whose last request is whole, as far as that can be told."""
         noted = {}
         received = 0
@@ -116,7 +118,7 @@ class Callers:
                 last = Request(each.received, now, False)
             noted[each.key] = last
         self._requests = noted
-        if self._new_bytes(pid) - received >= FILES_BYTES:
+        if new_bytes - received >= FILES_BYTES:
             for key, last in noted.items():
                 if now - last.at <= GAP_S:  # it may read after the look that saw its bytes
                     noted[key] = last._replace(whole=True)

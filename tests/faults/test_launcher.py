@@ -186,7 +186,8 @@ def test_what_ollama_reads_too_is_trimmed_as_it_does(make_service, tmp_path):
     assert (info["models_path"], info["context_length"]) == (str(models), 2048)
     assert info["ollama_url"] == f"http://127.0.0.1:{port}"
     assert stats(service)["disk"]["path"] == str(models)
-    said = re.search(r'msg="server config" env="map\[(.*)\]"', service.log())[1]
+    config = re.compile(r'msg="server config" env="map\[(.*)\]"')  # passed on a moment later
+    said = wait_for(lambda: config.search(service.log()), 5, "what Ollama says of it")[1]
     for told in (f"OLLAMA_MODELS:{models} ", "OLLAMA_CONTEXT_LENGTH:2048 ", "OLLAMA_NOPRUNE:true"):
         assert told in said
 
