@@ -82,6 +82,13 @@ class Clearing:
         wait_until(self._is_let_go, self._until(VERIFY_WAIT_S))
         self.report = self._report()
 
+    def is_verified(self) -> bool:
+        """Tell whether all is gone by now: what was not at the end may have gone since."""
+        if not self.report["verified"]:
+            gone = not living(self._mine + self._spared) and self._is_let_go()
+            self.report["verified"] = gone and not self._ghosts
+        return self.report["verified"]
+
     def serves(self, runners: list[Runner]) -> bool:
         """Tell whether all of these were there when it began, or are gone."""
         others = [runner for runner in runners if runner not in self._there]

@@ -21,7 +21,17 @@ log = logging.getLogger("llm-service")
 CLEAR_S = 3.7
 RESET_S = 3.7
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
+ENDING_S = 0.8  # of a clear, to end runners and see them go: with less it is not begun
+COMES_S = 0.6  # for a new server to be seen, however late the old one has ended
 ASK_S = 0.6  # an answer that may take longer than the first question's
+TOO_LATE = "Other callers' clears and resets took the time: try again."
+
+
+class Arrival(typing.NamedTuple):
+    """When a caller of a clear came (monotonic), and the runners that were there then."""
+
+    at: float
+    runners: list[Runner]
 
 
 class Session:
@@ -38,19 +48,22 @@ class Session:
         self.resets_done = 0
         self.clears = SharedRun(clear_suits)
         self.resets = SharedRun(reset_suits)
-        self._reset_began: float | None = None  # of the reset under way
+        self._reset_came: Arrival | None = None  # whose reset is under way
         self._restarted_at = 0.0
 
     def clear(self, model: str | None = None, force: bool = True) -> Json:
         """Unload all models or one; with ``force`` end the runners left. Returns the report."""
-        report = self._clear(model, force, time.monotonic() + CLEAR_S)
+        came = self._arrival()
+        at = self._reset_came.at if self._reset_came else came.at  # a reset's own clear will do
+        until = came.at + CLEAR_S
+        report = self._clear(model, force, until, Arrival(at, came.runners)).report
         if force and not report["verified"]:
             raise clear_failure(report)
         return {"status": "success", "message": clear_message(report), **report}
 
     def reset(self, model: str | None = None, restart: bool = False) -> Json:
         """Clear all, restart Ollama where it must be, load the model that is due."""
-        came = time.monotonic()
+        came = self._arrival()
         key = (model and name_key(model), restart)
         self._store.require(model)
         return self.resets.get(
@@ -74,33 +87,40 @@ class Session:
             "can_retry": not report["left"],
         }
 
-    def _clear(self, model: str | None, force: bool, deadline: float) -> Json:
+    def _arrival(self) -> Arrival:
+        return Arrival(time.monotonic(), self._watch.known_runners())
+
+    def _clear(self, model: str | None, force: bool, deadline: float, came: Arrival) -> Clearing:
         self._store.require(model)
 
         def work() -> Clearing:
+            if time.monotonic() > deadline - ENDING_S:
+                raise ServiceError("timeout", TOO_LATE)
             self.clears_done += 1
             self.loader.cancel_for(model)
             clearing = Clearing(self._watch, model, force, deadline)
             clearing.run()
-            if not self._reset_began:  # a reset looks at its end
+            if not self._reset_came:  # a reset looks at its end
                 self._watch.look(deadline)
             return clearing
 
         key = (model and name_key(model), force)
-        at = self._reset_began or time.monotonic()  # during a reset its clear will do
-        came = Arrival(at, self._watch.known_runners())
         limit_s = deadline - time.monotonic() + SHARE_S
-        return self.clears.get(work, limit_s, key, came).report
+        return self.clears.get(work, limit_s, key, came)
 
-    def _reset(self, model: str | None, restart: bool, came: float) -> Json:
-        self._reset_began = came
+    def _reset(self, model: str | None, restart: bool, arrival: Arrival) -> Json:
+        came = arrival.at
+        self._reset_came = arrival
         try:
-            cleared = self._clear(None, True, came + CLEAR_S - 1)
+            late = time.monotonic() + ENDING_S
+            until = max(came + CLEAR_S - 1, min(late, came + CLEAR_S))
+            clearing = self._clear(None, True, until, arrival)
+            cleared = clearing.report
             steps = Steps(cleared["steps"])
-            self._restart_if_due(cleared["verified"], restart, came, steps)
+            self._restart_if_due(clearing, restart, came, steps)
             self._watch.look(came + RESET_S + SHARE_S)
         finally:
-            self._reset_began = None
+            self._reset_came = None
         due = self.model_due(model, cleared["unloaded_models"])
         wait_s = min(FIRST_S, came + RESET_S - time.monotonic())
         state = self.loader.order(due, wait_s) if due else "none"
@@ -119,7 +139,7 @@ class Session:
             "managed": True,
         }
 
-    def _restart_if_due(self, verified: bool, restart: bool, came: float, steps: Steps) -> None:
+    def _restart_if_due(self, clearing: Clearing, restart: bool, came: float, steps: Steps) -> None:
         """Restart a server that hangs, has a ghost, or shall be restarted."""
         server = self._processes.server()
         state = self._watch.server_state
@@ -130,11 +150,13 @@ class Session:
         steps.note("ask_ollama", answers, "answers", "does not answer")
         deadline = came + RESET_S
         grace_s = 0.0
-        if answers and verified:
+        if answers and clearing.is_verified():
             if not restart or self._restarted_at > came:
                 return
             # With time left for the next server
             grace_s = min(1, deadline - time.monotonic() - 0.5)
+        if time.monotonic() > deadline:  # by other callers' runs
+            raise ServiceError("timeout", TOO_LATE, steps=steps)
         failure = self.restart(steps, deadline, grace_s)
         if failure and server:
             words = "Ollama was told to end, and no new one has come: ask /health, which says more."
@@ -150,6 +172,7 @@ class Session:
         self._downloads.reconnect()  # while Ollama still keeps their parts
         ended = self._processes.end_server(grace_s, why_s)
         steps.note("end_ollama", ended, "ended", "it does not end")
+        deadline = max(deadline, time.monotonic() + COMES_S)
         answers = wait_until(self._is_answering_anew(old, deadline), deadline)
         self._restarted_at = time.monotonic()
         new = self._processes.server()
@@ -185,16 +208,9 @@ class Session:
         """
         due = self.model_due(None, [])
         age = age_s(server)
-        if due and age < min(STARTING_S, self.loader.rests_s()) and not self._reset_began:
+        if due and age < min(STARTING_S, self.loader.rests_s()) and not self._reset_came:
             log.info("preloading %s", due)
             self.loader.order(due, 0)
-
-
-class Arrival(typing.NamedTuple):
-    """When a caller of a clear came (monotonic), and the runners that were there then."""
-
-    at: float
-    runners: list[Runner]
 
 
 def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
@@ -207,7 +223,7 @@ def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
     return fits and outcome.value is not None and outcome.value.serves(came.runners)
 
 
-def reset_suits(outcome: Outcome, key: typing.Any, came: float) -> bool:
+def reset_suits(outcome: Outcome, key: typing.Any, came: Arrival) -> bool:
     """A reset serves who came before its end and asked for the same, or for no restart."""
     model, _restart = key
-    return outcome.ended >= came and outcome.key in (key, (model, True))
+    return outcome.ended >= came.at and outcome.key in (key, (model, True))

@@ -14,7 +14,9 @@ LOAD = "/api/models/load"
 
 
 def loaded(service):
-    return {model["name"] for model in service.get("/api/models/loaded").json()["loaded_models"]}
+    """Return the loaded models' names; none while Ollama starts."""
+    listed = service.get("/api/models/loaded").json().get("loaded_models", ())
+    return {model["name"] for model in listed}
 
 
 def wait_loaded(service, *names, timeout=40):

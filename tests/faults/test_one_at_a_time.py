@@ -140,3 +140,18 @@ def test_a_delete_during_another_callers_clear_unloads_first(trio, others):
     assert trio.delete("/api/models/delete?model=m2&force=true").status_code == 200
     assert is_gone(new)
     clearing.result()
+
+
+def test_resets_at_once_end_what_was_there_when_they_came_and_no_load_of_theirs(idle, others):
+    waiting = hung_runner(idle)
+    log = idle.log()
+    wishes = [{}, {"model": GEMMA}, {"restart": True}, {"model": GEMMA, "restart": True}]
+    reports = list(others.map(lambda fields: reset(idle, **fields), wishes * 3))
+    assert idle.log().removeprefix(log).count("ending runner ") == 1
+    restarts = {
+        str(step) for each in reports for step in each["steps"] if step["step"] == "end_ollama"
+    }
+    assert len(restarts) == 1  # also one restart is enough for all who asked for one
+    assert is_gone(waiting.runner)
+    wait_loaded(idle, GEMMA)
+    assert_works(idle)

@@ -188,9 +188,14 @@ class _Handler(BaseHTTPRequestHandler):
                 )
                 if blob.digest in self.registry.corrupt:
                     piece = memoryview(bytes([piece[0] ^ 255]) + piece[1:])
-                self.push(piece)
-                start += len(piece)
+                # Counted first: who has received the last one shall find it counted
                 self.registry.count(sent=blob.digest, bytes=len(piece))
+                try:
+                    self.push(piece)
+                except OSError:
+                    self.registry.count(sent=blob.digest, bytes=-len(piece))
+                    raise
+                start += len(piece)
         finally:
             self.registry.count(active=-1)
 
