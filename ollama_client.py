@@ -207,14 +207,18 @@ class Ollama:
             for each in local
         ]
 
-    def load(self, model: str) -> None:
-        """Load a model, however long it takes; by ``/api/embed`` one that cannot generate."""
+    def load(self, model: str, timeout_s: float = NO_LIMIT, **fields: typing.Any) -> None:
+        """Load a model, however long it takes; by ``/api/embed`` one that cannot generate.
+
+        ``fields`` are others of the request, such as ``options`` and ``keep_alive``.
+        """
         try:
-            self._json("POST", "/api/generate", {"model": model}, NO_LIMIT)
+            self._json("POST", "/api/generate", {"model": model, **fields}, timeout_s)
         except ServiceError as e:
             if "does not support generate" not in str(e):
                 raise
-            self._json("POST", "/api/embed", {"model": model, "input": []}, NO_LIMIT)
+            fields["input"] = []
+            self._json("POST", "/api/embed", {"model": model, **fields}, timeout_s)
 
     def unload(self, model: str, timeout_s: float = ANSWER_S) -> None:
         """Ask for the model's memory back. Ollama says yes at once, whatever comes of it."""

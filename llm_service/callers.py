@@ -1,6 +1,7 @@
 """Who waits for an answer of Ollama's, and whether anything works for him."""
 
 import pathlib
+import time
 import typing
 
 from llm_service.sockets import Connection, connections, own_ends
@@ -21,12 +22,15 @@ class Request(typing.NamedTuple):
 
 
 class Callers:
-    """Looks at the connections of Ollama's port. It has no clock of its own."""
+    """Looks at the connections of Ollama's port."""
 
     def __init__(self, port: int, stuck_s: float, works: typing.Callable[[], bool]):
         """``works()`` tells whether the server does something itself."""
         self.report: Json | None = None  # ``callers`` in /api/stats
-        self.starved = ""  # the evidence, where nothing works for who waits
+        self.suspicion = ""  # the evidence, where nothing seems to work for who waits
+        self.starved = ""  # the same, once it is confirmed
+        self._confirmed = False
+        self._excused_until = 0.0  # who has sent nothing since is no evidence
         self._queue = ""  # who waits for long while others are served
         self._port = port
         self._stuck_s = stuck_s
@@ -82,16 +86,30 @@ class Callers:
         quiet_s = now - self._quiet_since
         in_vain = min(quiet_s, whole_s) >= self._stuck_s
         long = [wait_s for wait_s in waits if wait_s >= self._stuck_s]
-        self.starved = ""
-        self._queue = ""
+        self.suspicion = ""
         if in_vain and self._quiet_looks >= LOOKS:
-            self.starved = (
+            self.suspicion = (
                 f"callers have waited for up to {whole_s:.0f} s; "
                 f"for {quiet_s:.0f} s no runner has worked, "
                 "and Ollama has used neither its store nor another machine"
             )
-        elif len(long) > max(0, tasks - streams):
+        self._confirmed = self._confirmed and bool(self.suspicion)
+        self.starved = self.suspicion if self._confirmed else ""
+        self._queue = ""
+        if not self.starved and len(long) > max(0, tasks - streams):
             self._queue = f"{len(long)} callers of Ollama have waited for up to {max(long):.0f} s"
+
+    def confirm(self) -> None:
+        """Take the suspicion for a fault, as long as it holds."""
+        self._confirmed = True
+        self.starved = self.suspicion
+
+    def excuse(self) -> None:
+        """Take who waits by now for no evidence, until he sends something: a load passes.
+
+        What he has sent is no whole request: others' files were read just after it.
+        """
+        self._excused_until = time.monotonic()
 
     def warnings(self) -> list[Json]:
         """Return the warning of /health where callers wait for long."""
@@ -122,7 +140,7 @@ class Callers:
             for key, last in noted.items():
                 if now - last.at <= GAP_S:  # it may read after the look that saw its bytes
                     noted[key] = last._replace(whole=True)
-        return {key for key, last in noted.items() if last.whole}
+        return {key for key, last in noted.items() if last.whole and last.at > self._excused_until}
 
     def _new_bytes(self, pid: int) -> int:
         """Return how many bytes the server has read since the last look, or since its start."""

@@ -10,6 +10,7 @@ import psutil
 
 from llm_service.clearing import used_mb
 from llm_service.errors import ServiceError
+from llm_service.loading import QueueTrial
 from llm_service.matching import ListCleaner
 from llm_service.processes import Runner, alive, unreaped, wait_until
 from llm_service.reports import Steps
@@ -64,6 +65,7 @@ class Healing:
         self._preloaded: object = None  # the server that it was done for
         self._under_way: dict[str, threading.Thread] = {}  # what reads the models' disk
         self._cleaner = ListCleaner(watch.matching, watch.processes)
+        self._trial = QueueTrial(watch.ollama, watch.processes.runners)
 
     def action(self, state: RunnerState) -> str:
         """Return what heals this runner's fault, as /health recommends it."""
@@ -100,9 +102,30 @@ class Healing:
         self._forget_ended()
         self._note_answer(self._watch.server_state.answered)
         self._tell_killed()
+        if self._watch.callers.suspicion and not self._watch.callers.starved:
+            self._look_into_suspicion()
         if self.self_heal:
             self._heal()
             self._beside("clean", self._clean_list)
+
+    def _look_into_suspicion(self) -> None:
+        """Find out whether callers are starved; without self-healing nothing is tried for it."""
+        if self.self_heal:
+            self._beside("queue", self._try_queue)
+        else:
+            self._watch.callers.confirm()
+
+    def _try_queue(self) -> None:
+        """Have a load go through Ollama's queue: where it passes, nobody is starved there."""
+        loaded = [line for line in self._watch.loaded if line.get("name")]
+        line = loaded[0] if loaded else None
+        name = line["name"] if line else self._session.any_model()
+        if name is None or not self._trial.passes(name, line):
+            self._watch.callers.confirm()
+            return
+        self._watch.callers.excuse()
+        log.info("who waits is not starved: a load of %s went through Ollama's queue", name)
+        self._trial.restore(name, line)
 
     def _clean_list(self) -> None:
         self._cleaner.clean(self._watch.loaded, list(self._watch.held.values()))

@@ -1,5 +1,7 @@
 """Loads one model in the background: the newest order counts."""
 
+import contextlib
+import datetime
 import logging
 import math
 import threading
@@ -13,6 +15,9 @@ STARTING_S = 300  # for which a server may take its time until it answers
 ANSWERING_LOOK_S = 0.2
 FIRST_S = 0.3  # a small model is loaded by then
 RETRIES_S = (5, 30, 120)
+QUEUE_S = 8  # for a load to get through Ollama's queue: a runner ends or begins then
+QUEUE_THREADS = 3  # of the runner that is asked for: an option that costs no memory
+FOREVER_S = 1e8  # a model that is kept for longer is kept for ever
 FINAL = ("model_not_found", "model_damaged", "bad_model_name")  # no other try would help
 
 
@@ -115,3 +120,46 @@ class Loader:
             if load["state"] == "loading":
                 load.update(state=state, error=error)
             self._changed.notify_all()
+
+
+class QueueTrial:
+    """A load of a model that is due to be loaded anew, which Ollama's scheduler must see to.
+
+    A model that is loaded as it is wanted would answer past the scheduler's queue.
+    """
+
+    def __init__(self, ollama: Ollama, runners: typing.Callable[[], typing.Collection]):
+        """``runners()`` are those that live."""
+        self._ollama = ollama
+        self._runners = runners
+
+    def passes(self, name: str, line: Json | None) -> bool:
+        """Tell whether it gets through; ``line`` of /api/ps is what of the model is loaded."""
+        before = set(self._runners())
+        fields = loaded_as(line)
+        fields["options"]["num_thread"] = QUEUE_THREADS
+        with contextlib.suppress(ServiceError):
+            self._ollama.load(name, QUEUE_S, **fields)
+        return set(self._runners()) != before
+
+    def restore(self, name: str, line: Json | None) -> None:
+        """Have the model as it was, for who comes next. Raises ServiceError."""
+        if line:
+            self._ollama.load(name, **loaded_as(line))
+        else:
+            self._ollama.unload(name)
+
+
+def loaded_as(line: Json | None) -> Json:
+    """Return the fields of a request that loads a model as this line of /api/ps has it."""
+    fields: Json = {"options": {}}
+    if not line:
+        return fields
+    if isinstance(line.get("context_length"), int):
+        fields["options"]["num_ctx"] = line["context_length"]
+    with contextlib.suppress(ValueError, TypeError):
+        expires = datetime.datetime.fromisoformat(line.get("expires_at"))
+        left_s = expires.timestamp() - time.time()
+        if left_s > 0:
+            fields["keep_alive"] = int(left_s) + 1 if left_s < FOREVER_S else -1
+    return fields

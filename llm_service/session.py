@@ -149,12 +149,12 @@ class Session:
         answers = state.answers() or state.answers(ASK_S)
         steps.note("ask_ollama", answers, "answers", "does not answer")
         deadline = came + RESET_S
-        grace_s = 0.0
-        if answers and clearing.is_verified():
-            if not restart or self._restarted_at > came:
-                return
-            # With time left for the next server
-            grace_s = min(1, deadline - time.monotonic() - 0.5)
+        healthy = answers and clearing.is_verified()
+        wanted = restart and self._restarted_at <= came
+        if healthy and not wanted:
+            return
+        # With time left for the next server
+        grace_s = min(1, deadline - time.monotonic() - 0.5) if healthy else 0
         if time.monotonic() > deadline:  # by other callers' runs
             raise ServiceError("timeout", TOO_LATE, steps=steps)
         failure = self.restart(steps, deadline, grace_s)
@@ -199,6 +199,10 @@ class Session:
             if name and name_key(name) in there:
                 return name
         return None
+
+    def any_model(self) -> str | None:
+        """Return the model that would be loaded, or just one that is downloaded."""
+        return self.model_due(None, []) or next(iter(self._store.models()), None)
 
     def load_due(self, server: psutil.Process) -> None:
         """Load what a reset would load, for a server that has just begun to answer.

@@ -1,11 +1,12 @@
 """Who waits for Ollama in vain, on a real Ollama and on one that never answers some requests."""
 
+import socket
 import threading
 import time
 
 import pytest
 
-from helpers.answers import GEMMA, reset, stats
+from helpers.answers import GEMMA, ask, reset, stats
 from helpers.deaf_ollama import stand_in
 from helpers.generation import ENDLESS, PROMPT
 from helpers.waiting import call, wait_for
@@ -111,6 +112,44 @@ def test_while_others_are_served_it_is_a_warning(make):
     assert told["status"] == "healthy"
     starved.first.goes_on()
     assert stats(service)["healed"]["last"] is None
+
+
+HALF = b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_half_a_request_is_no_fault_though_others_came_just_after_it(make, loaded):
+    """What Ollama reads for the others looks as if it was for that one."""
+    service = make()
+    server = service.ollama_pid()
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as half:
+        half.sendall(HALF)
+        ask(service)
+        if not loaded:
+            service.ollama("POST", "/api/generate", json={"model": GEMMA, "keep_alive": 0})
+        lines = service.ollama("GET", "/api/ps").json()["models"]
+        words = f"a load of {GEMMA} went through Ollama's queue"
+
+        def seen():
+            told = health(service)
+            assert told["status"] == "healthy", told
+            return words in service.log()
+
+        wait_for(seen, VERDICT_S + 20, "a look into it")
+        assert [each["code"] for each in health(service)["warnings"]] == ["callers_waiting"]
+        wait_for(
+            lambda: contexts(service) == [line["context_length"] for line in lines], 30, "as before"
+        )
+        for _ in range(STUCK_S):
+            time.sleep(1)
+            assert health(service)["status"] == "healthy"
+    assert service.log().count(words) == 1
+    assert service.ollama_pid() == server and stats(service)["healed"]["last"] is None
+
+
+def contexts(service):
+    models = service.ollama("GET", "/api/ps").json()["models"]
+    return [model["context_length"] for model in models]
 
 
 # An Ollama that answers all but those who want a model

@@ -38,7 +38,7 @@ class Looks:
         for n in range(int(seconds / step)):
             passed = (n + 1) * step
             self.look(*(wait + passed for wait in waits), after=step, **fields)
-            if self.callers.starved and seen is None:
+            if self.callers.suspicion and seen is None:
                 seen = passed
         return seen
 
@@ -56,7 +56,7 @@ def test_nobody_waits(looks):
 def test_who_waits_while_nothing_works_waits_in_vain(looks):
     # It is asked from CHECK_S on what else works, and that must be quiet for as long.
     assert looks.for_(100, 0) == pytest.approx(STUCK_S + 6)
-    assert "up to 100 s; for 94 s no runner" in looks.callers.starved
+    assert "up to 100 s; for 94 s no runner" in looks.callers.suspicion
 
 
 def test_a_runner_that_works_serves_somebody(looks):
@@ -83,21 +83,34 @@ def test_a_request_that_is_not_whole_is_no_fault(looks):
 def test_many_who_wait_for_a_short_time_are_no_fault(looks):
     for n in range(600):
         looks.look(STUCK_S / 2, n % 30)
-    assert not looks.callers.starved and not looks.callers._queue
+    assert not looks.callers.suspicion and not looks.callers._queue
 
 
 def test_it_ends_when_nobody_waits(looks):
     assert looks.for_(100, 0)
     looks.look()
-    assert not looks.callers.starved
+    assert not looks.callers.suspicion
     assert looks.for_(STUCK_S, 0) is None
 
 
 def test_a_pause_between_two_looks_begins_it_anew(looks):
     assert looks.for_(STUCK_S, 0) is None
     looks.look(STUCK_S + 3600, after=3600)
-    assert not looks.callers.starved
+    assert not looks.callers.suspicion
     assert looks.for_(STUCK_S - 2, 3600 + STUCK_S) is None
+
+
+def test_a_suspicion_is_a_fault_once_it_is_confirmed_and_as_long_as_it_holds(looks):
+    looks.for_(100, 0)
+    assert looks.callers.suspicion and not looks.callers.starved
+    assert looks.callers._queue  # it is told meanwhile
+    looks.callers.confirm()
+    looks.look(102)
+    assert looks.callers.starved == looks.callers.suspicion
+    looks.look()
+    assert not looks.callers.starved
+    looks.for_(100, 0)
+    assert looks.callers.suspicion and not looks.callers.starved
 
 
 def test_it_takes_ten_looks():
@@ -189,7 +202,7 @@ def test_a_kernel_that_tells_nothing_leaves_the_figures_out(callers, look, call,
     monkeypatch.setattr(sockets, "SOCK_DIAG", 31)
     look()
     assert callers.report is None
-    assert not callers.starved and not callers._queue
+    assert not callers.suspicion and not callers._queue
 
 
 def test_what_the_server_does_is_asked_only_where_somebody_waits(look, works, call, monkeypatch):
@@ -220,11 +233,11 @@ def test_who_waits_in_vain_by_looks_at_real_connections(callers, look, works, ca
     monkeypatch.setattr(callers, "_stuck_s", 1)
     look()
     call("{}")
-    wait_for(lambda: look() or callers.starved, 10, "a caller that waits in vain")
+    wait_for(lambda: look() or callers.suspicion, 10, "a caller that waits in vain")
     works.return_value = True
     for _ in range(20):
         look()
-        assert not callers.starved
+        assert not callers.suspicion
 
 
 # A request is whole where the server has read more than it was sent
@@ -262,6 +275,22 @@ def test_what_is_read_long_after_a_request_has_nothing_to_do_with_it(callers, lo
     }
     call('{"model":"m"}')
     wait_for(lambda: look() or sorted(whole(callers)) == [False, True], 5, "files are read")
+
+
+def test_who_is_excused_is_no_evidence_any_more_and_who_comes_later_is(
+    callers, look, call, monkeypatch
+):
+    monkeypatch.setattr(llm_service.callers, "CHECK_S", 0.1)
+    monkeypatch.setattr(callers, "_stuck_s", 1)
+    look()
+    call("{}")
+    wait_for(lambda: look() or callers.suspicion, 10, "a suspicion")
+    callers.excuse()
+    for _ in range(30):
+        look()
+        assert not callers.suspicion
+    call("{}")
+    wait_for(lambda: look() or callers.suspicion, 10, "a suspicion anew")
 
 
 def test_a_server_whose_reading_cannot_be_told_has_no_whole_requests(callers, call):

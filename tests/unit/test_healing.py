@@ -287,7 +287,8 @@ def starved(place, monkeypatch):
     monkeypatch.setattr(place.found, "end_server", lambda *_: end(place.server) or True)
     monkeypatch.setattr(place.session, "restart", lambda *_: place.found.end_server() and "")
     callers.report = {"connections": 1, "waiting": 1, "longest_wait_s": 130.0}
-    callers.starved = "callers have waited for up to 130 s"
+    callers.suspicion = "callers have waited for up to 130 s"
+    callers.confirm()
     return callers
 
 
@@ -321,6 +322,50 @@ def test_without_self_healing_it_is_left_to_a_reset(place, starved):
     assert place.healing.healed["last"] is None
     assert place.healing.starved_action() == "reset_session"
     assert place.server.is_running() and starved.starved
+
+
+@pytest.fixture
+def suspected(place, starved, monkeypatch):
+    """The same before it was looked into: .queue tells whether a load goes through."""
+    starved.starved = ""
+    starved.queue = []
+    place.look(1)
+    monkeypatch.setattr(
+        place.watch.ollama, "load", lambda *_, **fields: starved.queue.pop()(fields)
+    )
+    return starved
+
+
+def test_who_waits_is_not_starved_where_a_load_goes_through_the_queue(place, suspected):
+    asked = []
+
+    def load(fields):
+        asked.append(fields["options"])
+        end(place.process[A])  # as the model is loaded anew
+        wait_for(lambda: len(place.found.runners()) == 1, 5, "its end")
+
+    suspected.queue = [lambda fields: asked.append(fields["options"]), load]
+    place.healing.after_look()
+    assert place.server.is_running() and not suspected.starved
+    assert place.healing.healed["last"] is None
+    assert asked[0].pop("num_thread") and asked[0] == asked[1]  # it is put back as it was
+
+
+def test_who_waits_is_starved_where_no_load_goes_through_the_queue(place, suspected):
+    def load(_):
+        raise TimedOut("timeout", "no answer")
+
+    suspected.queue = [load]
+    place.healing.after_look()
+    assert suspected.starved == suspected.suspicion
+    assert place.healing.healed["ollama"] == 1
+
+
+def test_without_self_healing_nothing_is_loaded_to_find_out(place, suspected):
+    place.healing.self_heal = False
+    place.healing.after_look()
+    assert suspected.starved == suspected.suspicion
+    assert place.server.is_running()
 
 
 def test_a_disk_that_hangs_holds_up_no_kill(place, monkeypatch):
