@@ -232,6 +232,7 @@ STATUS = {
     "ollama_starting": 503,
     "ollama_unreachable": 503,
     "restart_incomplete": 503,
+    "runner_ending": 503,
     "runner_ghost": 503,
     "runner_silent": 503,
     "runner_stuck": 503,

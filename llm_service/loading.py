@@ -157,8 +157,8 @@ def loaded_as(line: Json | None) -> Json:
         return fields
     if isinstance(line.get("context_length"), int):
         fields["options"]["num_ctx"] = line["context_length"]
-    with contextlib.suppress(ValueError, TypeError):
-        expires = datetime.datetime.fromisoformat(line.get("expires_at"))
+    with contextlib.suppress(ValueError):
+        expires = datetime.datetime.fromisoformat(str(line.get("expires_at")))
         left_s = expires.timestamp() - time.time()
         if left_s > 0:
             fields["keep_alive"] = int(left_s) + 1 if left_s < FOREVER_S else -1

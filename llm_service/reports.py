@@ -47,6 +47,9 @@ def clear_failure(report: Json) -> ServiceError:
     if report["survived"]:
         words = "A runner does not end, not even by SIGKILL: reboot the host."
         return _failure("runner_survived", words, "reboot_host", report)
+    if report["ending"]:
+        words = "A runner has not ended yet that was told to by SIGKILL: GET /health tells more."
+        return _failure("runner_ending", words, "wait", report)
     if report["unknown_processes"]:
         words = (
             f"Process {report['unknown_processes'][0]} may hold that memory, and Ollama does not "

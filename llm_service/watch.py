@@ -109,6 +109,11 @@ class Watch:
         state = self._states.get(runner)
         return state is not None and state.state == "stuck"
 
+    def survives(self, runner: Runner) -> bool:
+        """Tell whether SIGKILL had not ended a runner for long, at the last look."""
+        state = self._states.get(runner)
+        return state is not None and state.survives
+
     def known_runners(self) -> list[Runner]:
         """Return the runners that live, and those seen earlier whose end is waited for."""
         server = self.processes.server()

@@ -219,3 +219,18 @@ def test_one_that_may_be_either_models_is_ended_for_one_where_it_serves_nobody(
     if not killed:
         assert report["left"] == [f"process {pid}"]
         assert clear_failure(report).code == "runner_unknown"
+
+
+@pytest.mark.parametrize(
+    ("survives", "code", "action"),
+    [(False, "runner_ending", "wait"), (True, "runner_survived", "reboot_host")],
+)
+def test_a_reboot_is_advised_only_where_sigkill_has_not_helped_for_long(
+    gpu, monkeypatch, survives, code, action
+):
+    monkeypatch.setattr("llm_service.clearing.end", lambda _: None)
+    monkeypatch.setattr(app.watch, "survives", lambda _: survives)
+    report = gpu.clear(force=True)
+    assert report["killed"] and report["left"] and not report["verified"]
+    failure = clear_failure(report)
+    assert (failure.code, failure.fields["recommended_action"]) == (code, action)
