@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 
+from helpers.waiting import wait_for
 from llm_service import server_work
 from llm_service.processes import Processes
 from llm_service.server_work import ServerWork
@@ -133,7 +134,7 @@ def test_the_runners_connections_are_no_work(server):
     runner = [*command, "--port", str(server.port)]
     server.do(f"runner = subprocess.Popen({runner}, executable=sys.executable)")
     server.do(f"other = socket.create_connection(('127.0.0.1', {server.port}))")
-    assert server.processes.runners()
+    wait_for(server.processes.runners, 5, "its command line, which the kernel sets after the start")
     assert not server.works()
 
 
