@@ -34,6 +34,7 @@ NAME_PAUSE_S = 0.1
 KILL_WAIT_S = 0.9
 VERIFY_WAIT_S = 0.6
 KILL_RESERVE_S = 1.2  # of a clear's time, to end runners and to measure
+NOTHING_KNOWN = Held(None, None, frozenset())
 
 
 class Clearing:
@@ -85,7 +86,7 @@ class Clearing:
     def is_verified(self) -> bool:
         """Tell whether all is gone by now: what was not at the end may have gone since."""
         if not self.report["verified"]:
-            gone = not living(self._mine + self._spared) and self._is_let_go()
+            gone = not self._holders() and self._is_let_go()
             self.report["verified"] = gone and not self._ghosts
         return self.report["verified"]
 
@@ -96,11 +97,18 @@ class Clearing:
 
     def _until(self, seconds: float, reserve_s: float = 0) -> float:
         """Return until when a step may wait, with so much of the clear's time left for others."""
-        return min(time.monotonic() + seconds, self._deadline - reserve_s)
+        until = time.monotonic() + seconds
+        latest = self._deadline - reserve_s
+        return min(until, latest)
+
+    def _holders(self) -> list[Runner]:
+        """Return what lives and may hold the memory, ours to end or not."""
+        return living(self._mine + self._spared)
 
     # Choosing
 
     def _choose(self) -> None:
+        """Choose what to ask Ollama for, and the runners that may have to be ended."""
         error = self._look()
         if self._model is None:
             self._mine = self._there
@@ -146,7 +154,8 @@ class Clearing:
                 self._spared.append(runner)
 
     def _held_by(self, runner: Runner) -> Held:
-        return self._held.get(runner) or Held(None, None, frozenset())
+        """Return what is known of the model of a runner."""
+        return self._held.get(runner, NOTHING_KNOWN)
 
     def _name(self, runner: Runner) -> str | None:
         """Return the model of a runner; None where nobody knows."""
@@ -168,12 +177,15 @@ class Clearing:
             agreed = self._matching.unload(line, holder)
             return [line] if agreed else []
 
-        return sum(in_parallel(ask, self._asked), [])
+        agreed = []
+        for lines in in_parallel(ask, self._asked):
+            agreed += lines
+        return agreed
 
     def _wait(self) -> None:
+        """Give Ollama time to end them."""
         until = self._until(UNLOAD_WAIT_S, KILL_RESERVE_S)
-        there = self._mine + self._spared
-        gone = wait_until(lambda: not living(there), until)
+        gone = wait_until(lambda: not self._holders(), until)
         self.steps.note("wait", gone, "all gone", "busy or hung ones stay")
 
     def _end_runners(self) -> None:
@@ -204,10 +216,11 @@ class Clearing:
     def _reason_to_end(self, runner: Runner) -> str:
         """Tell what a runner is that is still there: "orphan", "hung", "busy" or "idle"."""
         with contextlib.suppress(psutil.Error):
-            if is_orphan(runner.process, self._processes.server()):
+            server = self._processes.server()
+            if is_orphan(runner.process, server):
                 return "orphan"
-        silent = self._ollama.runner_health(runner.port, CLEAR_RUNNER_S) == "silent"
-        if silent or self._watch.is_stuck(runner):
+        health = self._ollama.runner_health(runner.port, CLEAR_RUNNER_S)
+        if health == "silent" or self._watch.is_stuck(runner):
             return "hung"
         return "busy" if self._is_busy(runner) else "idle"
 
@@ -222,6 +235,7 @@ class Clearing:
     # Reporting
 
     def _report(self) -> Json:
+        """Tell what is gone, what was ended and what is left."""
         left = living(self._mine)
         unknown = living(self._spared)
         stay = left + self._ghosts + unknown
@@ -230,38 +244,47 @@ class Clearing:
         names |= by_key(line["name"] for line in self._asked)
         kept = by_key(map(self._name, stay))
         gone = names.keys() - kept.keys()
+        unknown_pids = [runner.process.pid for runner in unknown]
         nameless = []
         for runner in stay:
             if self._name(runner) is None:
                 nameless.append(f"process {runner.process.pid}")
-        killed = []
-        for runner, reason in self._killed.items():
-            killed.append(
-                {
-                    "pid": runner.process.pid,
-                    "model": self._name(runner),
-                    "reason": reason,
-                }
-            )
         return {
             "unloaded_models": sorted(names[key] for key in gone),
-            "killed": killed,
+            "killed": self._tell_killed(),
             "left": sorted(kept.values()) + nameless,
             "new_runners": self._tell_new_runners(),
             "memory": self._memory(),
             "verified": not stay,
             "survived": any(map(self._watch.survives, left)),
             "ending": bool(left),
-            "unknown_processes": [each.process.pid for each in unknown],
+            "unknown_processes": unknown_pids,
             "managed": True,
             "steps": self.steps,
         }
 
+    def _tell_killed(self) -> list[Json]:
+        """Return the runners that were ended, and why."""
+        told = []
+        for runner, reason in self._killed.items():
+            entry = {
+                "pid": runner.process.pid,
+                "model": self._name(runner),
+                "reason": reason,
+            }
+            told.append(entry)
+        return told
+
     def _tell_new_runners(self) -> list[Json]:
-        found = []
+        """Return the runners that other callers have started since, and their models."""
+        told = []
         for runner, held in self._new_runners().items():
-            found.append({"pid": runner.process.pid, "model": held.name})
-        return found
+            entry = {
+                "pid": runner.process.pid,
+                "model": held.name,
+            }
+            told.append(entry)
+        return told
 
     def _is_let_go(self) -> bool:
         """Note the ghosts; tell whether there are none, and Ollama lists only what is left.
@@ -272,25 +295,33 @@ class Clearing:
         self._ghosts = []
         if not self._watch.server_state.answers():
             return True
-        server = self._processes.server()
-        for runner in self._mine:
-            if not alive(runner.process) and unreaped(runner.process, server):
-                self._ghosts.append(runner)
+        self._ghosts = self._find_ghosts()
         with contextlib.suppress(ServiceError):
             self._loaded = self._ollama.ps(CLEAR_ASK_S)
         listed = set(map(version, self._loaded))
         listed.intersection_update(map(version, self._asked))
-        stay = [self._held_by(runner) for runner in living(self._mine + self._spared)]
-        for held in [*stay, *self._new_runners().values()]:
+        still_held = list(map(self._held_by, self._holders()))
+        still_held += self._new_runners().values()
+        for held in still_held:
             if held.line:
                 listed.discard(version(held.line))
         return not self._ghosts and not listed
 
+    def _find_ghosts(self) -> list[Runner]:
+        """Return the dead runners whose end Ollama waits for."""
+        server = self._processes.server()
+        found = []
+        for runner in self._mine:
+            if not alive(runner.process) and unreaped(runner.process, server):
+                found.append(runner)
+        return found
+
     def _new_runners(self) -> dict[Runner, Held]:
         """Return the runners that other callers have started since."""
         runners = self._processes.runners()
+        matched = self._matching.match(runners, self._loaded)
         found = {}
-        for runner, held in self._matching.match(runners, self._loaded).items():
+        for runner, held in matched.items():
             if runner not in self._there:
                 found[runner] = held
         return found
