@@ -5,7 +5,12 @@ import typing
 
 from llm_service.errors import ServiceError
 
-FLAG_WORDS = {"true": True, "1": True, "false": False, "0": False}
+FLAG_WORDS = {
+    "true": True,
+    "1": True,
+    "false": False,
+    "0": False,
+}
 
 
 def read_flag(name: str, value: object) -> bool:

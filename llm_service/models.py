@@ -37,16 +37,21 @@ class Models:
 
     def loaded(self) -> Json:
         """Return the answer of ``GET /api/models/loaded``."""
-        loaded = [loaded_entry(model) for model in self._watch.server_state.loaded_now()]
-        return {"loaded_models": loaded, "count": len(loaded)}
+        lines = self._watch.server_state.loaded_now()
+        loaded = [loaded_entry(line) for line in lines]
+        return {
+            "loaded_models": loaded,
+            "count": len(loaded),
+        }
 
     def prune(self, older_than_s: float, dry_run: bool) -> Json:
         """Return the answer of ``POST /api/models/prune``."""
         freed, files = self._downloads.prune(older_than_s, dry_run)
+        freed_mb = freed // MB
         would = "would come free" if dry_run else "came free"
         return {
             "status": "success",
-            "message": f"{freed // MB} MB of {files} unused files {would}.",
+            "message": f"{freed_mb} MB of {files} unused files {would}.",
             "freed_bytes": freed,
             "files": files,
         }
@@ -61,43 +66,40 @@ class Models:
         self._watch.ollama.version(1)  # one that hangs would look busy
         cleared = self._session.clear(model, force)
         if not cleared["verified"]:
-            words = 'loads, or is in the middle of an answer: try again, or send "force": true'
-            if cleared["unknown_processes"]:
-                pid = cleared["unknown_processes"][0]
-                words = f"may be what process {pid} loads: try again when it has loaded"
-            raise ServiceError("model_busy", f"{model} {words}.")
+            raise busy(model, cleared["unknown_processes"])
         self._check_deletable(model)  # the files may be others now
         files = self._store.files_of(model)
         try:
             self._watch.ollama.delete(model)
         except ServiceError as e:  # it may have taken the manifest before it failed
-            if name_key(model) in self._store.manifests.there():
+            there = self._store.manifests.there()
+            if name_key(model) in there:
                 raise
             log.warning("delete %s: some of its files stay: %s", model, e)
-        return bytes_freed([file for file in files if not os.path.lexists(file.path)])
+        gone = [file for file in files if not os.path.lexists(file.path)]
+        return bytes_freed(gone)
 
     def _check_deletable(self, model: str) -> None:
+        """Raise ServiceError where it is not there, or Ollama would delete another one."""
         self._store.manifests.check_deletable(model)
         self._store.require(model)
 
     def _list(self) -> str:
-        loaded = self._watch.server_state.loaded_now()
-        by_name = {model["name"]: model for model in loaded}
-        by_digest = {model.get("digest"): model for model in loaded}
-        by_both = {(model["name"], model.get("digest")): model for model in loaded}
+        """Make the answer: every model on the disk, and what of it is loaded."""
+        loaded = LoadedLines(self._watch.server_state.loaded_now())
         own = self._own_bytes()
         listed = []
         for model in self._watch.server_state.tags(LIST_S):
-            name = model["name"]
-            digest = model.get("digest")
-            match = by_both.get((name, digest))
-            if not match:  # an old version has that name yet, or a copy was loaded by its own
-                match = by_name.get(name) or by_digest.get(digest, {})
-            entry = model_entry(model, match)
-            entry["frees_bytes"] = own.get(plain_key(name) or "")
+            key = plain_key(model["name"]) or ""
+            entry = model_entry(model, loaded.line_of(model))
+            entry["frees_bytes"] = own.get(key)
             listed.append(entry)
-        answer = {"models": listed, "count": len(listed)}
-        return json.dumps(answer, separators=(",", ":")) + "\n"
+        answer = {
+            "models": listed,
+            "count": len(listed),
+        }
+        text = json.dumps(answer, separators=(",", ":"))
+        return text + "\n"
 
     def _own_bytes(self) -> dict[str, int]:
         """Map each model's key to what a delete would free."""
@@ -107,6 +109,39 @@ class Models:
             own = own_bytes(self._store)
             self._own = signature, own
         return own
+
+
+def busy(model: str, unknown_pids: list[int]) -> ServiceError:
+    """Make the error of a model that a clear has not unloaded."""
+    words = 'loads, or is in the middle of an answer: try again, or send "force": true'
+    if unknown_pids:
+        pid = unknown_pids[0]
+        words = f"may be what process {pid} loads: try again when it has loaded"
+    return ServiceError("model_busy", f"{model} {words}.")
+
+
+class LoadedLines:
+    """The lines of ``/api/ps``, to be found by the models on the disk."""
+
+    def __init__(self, lines: list[Json]):
+        self._by_name: dict[str, Json] = {}
+        self._by_digest: dict[str | None, Json] = {}
+        self._by_both: dict[tuple[str, str | None], Json] = {}
+        for line in lines:
+            name = line["name"]
+            digest = line.get("digest")
+            self._by_name[name] = line
+            self._by_digest[digest] = line
+            self._by_both[name, digest] = line
+
+    def line_of(self, model: Json) -> Json:
+        """Return the line of a model; {} where it is not loaded."""
+        name = model["name"]
+        digest = model.get("digest")
+        line = self._by_both.get((name, digest))
+        # Else an old version has that name yet, or a copy was loaded by its own
+        line = line or self._by_name.get(name)
+        return line or self._by_digest.get(digest, {})
 
 
 def own_bytes(store: Store) -> dict[str, int]:
@@ -120,8 +155,10 @@ def own_bytes(store: Store) -> dict[str, int]:
         paths = []
         for digest in set(digests):
             if users[digest] == 1:
-                paths.append(str(store.blob(digest)))
-        own[key] = bytes_freed(seen_files(paths))
+                path = store.blob(digest)
+                paths.append(str(path))
+        files = seen_files(paths)
+        own[key] = bytes_freed(files)
     return own
 
 
@@ -160,6 +197,7 @@ def utc(moment: typing.Any) -> str | None:
     if moment.endswith("Z"):
         return moment
     try:
-        return timestamp(datetime.datetime.fromisoformat(moment).timestamp())
+        at = datetime.datetime.fromisoformat(moment)
+        return timestamp(at.timestamp())
     except (ValueError, OverflowError):
         return None
