@@ -81,9 +81,15 @@ class Watch:
     def start(self, after_look: typing.Callable[[], None]) -> None:
         """Begin to watch; ``after_look`` is called after each look, in the watch's thread."""
         self.store.manifests.take_names_back()
-        self._own = [psutil.Process(), psutil.Process().parent()]
-        run = threading.Thread(target=self._run, args=(after_look,), name="watch", daemon=True)
-        run.start()
+        worker = psutil.Process()
+        self._own = [worker, worker.parent()]
+        thread = threading.Thread(
+            target=self._run,
+            args=(after_look,),
+            name="watch",
+            daemon=True,
+        )
+        thread.start()
 
     def runners(self) -> list[Json]:
         """Return the runners as of the last look."""
@@ -97,12 +103,12 @@ class Watch:
     def faults(self) -> list[RunnerState]:
         """Return the runners with a fault. A ghost of the server before holds nobody up."""
         server = self.processes.server()
-        return [
-            state
-            for state in self.states()
-            if state.faulty
-            and (state.survives or state.state != "ghost" or unreaped(state.process, server))
-        ]
+        found = []
+        for state in self.states():
+            lasts = state.survives or state.state != "ghost"
+            if state.faulty and (lasts or unreaped(state.process, server)):
+                found.append(state)
+        return found
 
     def is_stuck(self, runner: Runner) -> bool:
         """Tell whether a runner was stuck at the last look."""
@@ -118,14 +124,18 @@ class Watch:
         """Return the runners that live, and those seen earlier whose end is waited for."""
         server = self.processes.server()
         living = self.processes.runners()
-        seen = [runner for runner in list(self._states) if runner not in living]
-        return living + [each for each in seen if is_waited_for(each.process, server)]
+        known = list(living)
+        for runner in list(self._states):
+            if runner not in living and is_waited_for(runner.process, server):
+                known.append(runner)
+        return known
 
     def look(self, deadline: float | None = None) -> None:
         """Look at everything once; before a deadline only if there is time for a hang."""
         wait_s = 60.0
         if deadline:
-            wait_s = max(0, deadline - time.monotonic() - 3 * RUNNER_ASK_S)
+            left_s = deadline - time.monotonic()
+            wait_s = max(0, left_s - 3 * RUNNER_ASK_S)
         if not wait_s or not self._lock.acquire(timeout=wait_s):
             return
         try:
@@ -137,7 +147,8 @@ class Watch:
             self._look_at_runners(self.states(), server)
             self._look_at_callers(server)
             runners_mb = sum(state.memory_mb for state in self.states())
-            self.process_memory_mb = runners_mb + sum(map(memory_mb, [*self._own, server]))
+            others_mb = sum(map(memory_mb, [*self._own, server]))
+            self.process_memory_mb = runners_mb + others_mb
             self.looked_at = time.time()
             self.well = True
         finally:
@@ -157,13 +168,16 @@ class Watch:
         return still
 
     def _holds(self, runner: Runner, state: str) -> bool:
+        """Look and tell, for a caller who has the lock."""
         known = self._states.get(runner)
         if known is None or not life(runner.process).alive:
             return False
-        self._look_at_runners([known], self.processes.server())
+        server = self.processes.server()
+        self._look_at_runners([known], server)
         return known.state == state and life(runner.process).alive
 
     def _run(self, after_look: typing.Callable[[], None]) -> None:
+        """Look for as long as the service lives."""
         while True:
             until = time.monotonic() + LOOK_S
             try:
@@ -176,7 +190,8 @@ class Watch:
                 log.exception("the watch: a bug")
             # Not sooner than a second after the last questions: llama-server looks then whether
             # its clients have left.
-            time.sleep(max(LOOK_S / 2, until - time.monotonic()))
+            left_s = until - time.monotonic()
+            time.sleep(max(LOOK_S / 2, left_s))
 
     # Looking
 
@@ -195,16 +210,21 @@ class Watch:
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
         now = time.monotonic()
+        known = self.known_runners()
+        self.held = self.matching.match(known, self.loaded, fresh=False)
         states = {}
-        self.held = self.matching.match(self.known_runners(), self.loaded, fresh=False)
+        cpu = {}
         for runner, held in self.held.items():
-            state = self._states.get(runner) or RunnerState(runner, now, self._stuck_s)
+            state = self._states.get(runner)
+            if state is None:
+                state = RunnerState(runner, now, self._stuck_s)
             state.model = held.name or state.model
             states[runner] = state
+            if runner.process in self._cpu:
+                cpu[runner.process] = self._cpu[runner.process]
         self._states = states
+        self._cpu = cpu
         self.totals.keep(set(states))
-        there = {runner.process for runner in states}
-        self._cpu = {process: used for process, used in self._cpu.items() if process in there}
 
     def _look_at_runners(
         self, states: typing.Collection[RunnerState], server: psutil.Process | None
@@ -221,22 +241,26 @@ class Watch:
         looks = []
         for state in states:
             with contextlib.suppress(psutil.Error):  # it has ended: the next look forgets it
-                looks.append((state, self._glance(state, server)))
+                look = self._glance(state, server)
+                looks.append((state, look))
         due = [(state, look) for state, look in looks if look.due]
         in_parallel(ask, due)
         for state, look in looks:
             state.note(look)
+            model = state.model or "unknown"
             told = look.totals or {"tokens": state.tokens}
             if look.due:
-                self.totals.note(state.runner, state.model or "unknown", told)
+                self.totals.note(state.runner, model, told)
 
     def _look_at_callers(self, server: psutil.Process | None) -> None:
         """Look at who waits for Ollama, and whether anything works for him."""
+        now = time.monotonic()
         tasks = sum(state.tasks for state in self.states())
         pid = server.pid if server else 0
-        self.callers.look(time.monotonic(), pid, tasks)
+        self.callers.look(now, pid, tasks)
 
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
+        """Look at what a runner uses and how it stands, without asking it."""
         look = Look(time.monotonic())
         process = state.process
         look.cpu_s, look.passed_s = self._cpu_spent(process)
@@ -273,21 +297,28 @@ class Watch:
         look.on_gpu = self._is_on_gpu(state.model)
         try:
             look.slots = self.ollama.runner_slots(port, RUNNER_ASK_S)
-            look.totals = totals_of(self.ollama.runner_metrics(port, RUNNER_ASK_S))
+            metrics = self.ollama.runner_metrics(port, RUNNER_ASK_S)
+            look.totals = totals_of(metrics)
         except ServiceError:
             look.late = look.slots is None
 
     def _is_on_gpu(self, model: str | None) -> bool:
         """Tell whether a model lies wholly there; of an unknown one, whether all do."""
-        lines = [each for each in self.loaded if each["name"] == model] or self.loaded
-        sizes = [(bytes_of(each, "size"), bytes_of(each, "size_vram")) for each in lines]
-        return bool(sizes) and all(0 < size <= vram for size, vram in sizes)
+        lines = [line for line in self.loaded if line["name"] == model]
+        lines = lines or self.loaded
+        for line in lines:
+            size = bytes_of(line, "size")
+            vram = bytes_of(line, "size_vram")
+            if not 0 < size <= vram:
+                return False
+        return bool(lines)
 
 
 def is_waited_for(process: psutil.Process, server: psutil.Process | None) -> bool:
     """Tell whether a killed runner is not reaped by its server, or still holds memory."""
     seen = life(process)
-    return seen.dying and (seen.alive or (server is not None and seen.parent == server.pid))
+    is_child = server is not None and seen.parent == server.pid
+    return seen.dying and (seen.alive or is_child)
 
 
 def bytes_of(model: Json, key: str) -> int:
