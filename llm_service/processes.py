@@ -82,7 +82,7 @@ class Processes:
     def ending(self, server: psutil.Process) -> bool:
         """Tell whether a server was told to end, dies, or has been reaped just now.
 
-        At SIGTERM it takes no connection any more, and lives on until its runners have ended.
+        At SIGTERM it takes no connection any more. It lives on until its runners have ended.
         """
         seen = life(server)
         return server == self._ended or seen.dying or not seen.alive
@@ -129,24 +129,36 @@ class Processes:
                 if "--model" in words and ("llama-server" in words[0] or "runner" in words):
                     options = dict(itertools.pairwise(words))
                     model = options["--model"]
-                    port = options.get("--port")
-                    found.append(Runner(process, _digest_in(model), port, model))
+                    runner = Runner(
+                        process,
+                        digest=_digest_in(model),
+                        port=options.get("--port"),
+                        model=model,
+                    )
+                    found.append(runner)
         return found
 
     def unknown_children(self) -> list[Runner]:
         """Return the living children of the server that are not known as runners.
 
-        An Ollama of another version may start its runners with other words. A child of another
-        kind finds GPUs, or quantizes a model that is being created.
+        An Ollama of another version may start its runners with other words. A child of
+        another kind finds GPUs, or quantizes a model that is being created.
         """
         server = self.server()
         known = {runner.process for runner in self.runners()}
         found = []
         for process in self.all():
             with contextlib.suppress(psutil.Error):
-                if process not in known and alive(process) and not is_orphan(process, server):
-                    words = " ".join(process.cmdline())
-                    found.append(Runner(process, _digest_in(words), None, words))
+                if process in known or not alive(process) or is_orphan(process, server):
+                    continue
+                words = " ".join(process.cmdline())
+                child = Runner(
+                    process,
+                    digest=_digest_in(words),
+                    port=None,
+                    model=words,
+                )
+                found.append(child)
         return found
 
     def open_files(self) -> OpenFiles:
@@ -178,42 +190,47 @@ class Processes:
     def end_server(self, term_s: float, why_s: float = 0.0) -> bool:
         """End the server on purpose: the launcher starts a new one at once.
 
-        SIGTERM gets ``term_s``. Of one that hangs, SIGQUIT gets ``why_s``: Go then prints what
-        each goroutine waits for. Then it is SIGKILL's turn. Returns whether it is gone.
+        SIGTERM gets ``term_s``. Of one that hangs, SIGQUIT gets ``why_s``: Go then prints
+        what each goroutine waits for. Then it is SIGKILL's turn. Returns whether it is gone.
         """
         server = self.server()
         if server is None:
             return True
         self._ended = server
         self._tell_launcher(server.pid)
-        steps = [(signal.SIGTERM, term_s), (signal.SIGQUIT, why_s), (signal.SIGKILL, KILL_WAIT_S)]
-        for sig, seconds in steps:
+        steps = {
+            signal.SIGTERM: term_s,
+            signal.SIGQUIT: why_s,
+            signal.SIGKILL: KILL_WAIT_S,
+        }
+        for sig, seconds in steps.items():
             if seconds > 0:
                 self._send(server, sig)
-                if wait_until(lambda: not alive(server), time.monotonic() + seconds):
+                until = time.monotonic() + seconds
+                if wait_until(lambda: not alive(server), until):
                     return True
         return False
 
     def _tell_launcher(self, pid: int) -> None:
         """Say that a server ends on purpose: no pause then, and it counts as no death.
 
-        By a pipe that never waits: neither a full disk nor a launcher that hangs is in the way.
+        By a pipe that never waits: no full disk and no launcher that hangs is in the way.
         """
         with contextlib.suppress(OSError):
             os.set_blocking(self._ended_fd, False)
             os.write(self._ended_fd, f"{pid}\n".encode())
 
     def _records(self) -> list[tuple[int, int, int]]:
-        """Return the lines of the file, which is another one after each start of a server."""
+        """Return the lines of the file: each start of a server makes another file."""
         try:
             about = os.stat(self.state_file)
             key = about.st_ino, about.st_mtime_ns, about.st_size
             if key != self._read[0]:
-                words = map(str.split, self.state_file.read_text().splitlines())
-                lines = [
-                    (int(pid), int(started), int(restarts)) for pid, started, restarts in words
-                ]
-                self._read = key, lines
+                records = []
+                for line in self.state_file.read_text().splitlines():
+                    pid, started, restarts = map(int, line.split())
+                    records.append((pid, started, restarts))
+                self._read = key, records
             return self._read[1]
         except (OSError, ValueError):
             return []
@@ -225,7 +242,10 @@ def _is_waiting(socket: typing.Any) -> bool:
 
 
 class Life(typing.NamedTuple):
-    """How a process stands, by one look at it. A zombie with threads is alive and dying at once."""
+    """How a process stands, by one look at it.
+
+    A zombie with threads is alive and dying at once.
+    """
 
     alive: bool = False  # it holds memory: it runs, or a zombie's other threads do
     dying: bool = False  # dead and not reaped, or killed and not ended yet
@@ -266,7 +286,10 @@ def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
 def age_s(process: psutil.Process) -> float:
     """Return for how long a process has been there, whatever the clock was set to meanwhile."""
     about = _stat(process.pid)
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - about.start / TICKS_A_S if about else 0.0
+    if about is None:
+        return 0.0
+    boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return boot_s - about.start / TICKS_A_S
 
 
 def may_hold_model(child: Runner) -> bool:
@@ -287,8 +310,11 @@ def cpu_clock_s(process: psutil.Process | None) -> float:
     Asked of its clock, as clock_getcpuclockid makes it: /proc tells it in steps of 10 ms, and
     a request takes one. What a running thread uses may show some milliseconds later.
     """
+    if process is None:
+        return math.nan
+    clock = ~process.pid << 3 | 2
     try:
-        return time.clock_gettime(~process.pid << 3 | 2) if process else math.nan
+        return time.clock_gettime(clock)
     except OSError:
         return math.nan
 
@@ -296,7 +322,9 @@ def cpu_clock_s(process: psutil.Process | None) -> float:
 def cpu_seconds(process: psutil.Process) -> float:
     """Return the CPU time of a process, as exactly as it can be had."""
     used_s = cpu_clock_s(process)
-    return sum(process.cpu_times()[:2]) if math.isnan(used_s) else used_s
+    if math.isnan(used_s):
+        used_s = sum(process.cpu_times()[:2])  # by itself and by the kernel for it
+    return used_s
 
 
 def main_thread_s(process: psutil.Process) -> tuple[float, float]:
@@ -304,13 +332,16 @@ def main_thread_s(process: psutil.Process) -> tuple[float, float]:
 
     Its id is the process's. Where the kernel keeps no such account, it has not waited.
     """
-    task = f"/proc/{process.pid}/task/{process.pid}"
+    task = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}")
     try:
-        used_ns, waited_ns, _ = map(int, pathlib.Path(f"{task}/schedstat").read_text().split())
+        account = (task / "schedstat").read_text()
+        used_ns, waited_ns, _ = map(int, account.split())
         if used_ns:
             return used_ns / 1e9, waited_ns / 1e9
-        words = pathlib.Path(f"{task}/stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / TICKS_A_S, 0.0
+        about = (task / "stat").read_text()
+        words = about.rpartition(")")[2].split()  # the name before may hold anything
+        ticks = int(words[11]) + int(words[12])
+        return ticks / TICKS_A_S, 0.0
     except (OSError, ValueError):
         return 0.0, 0.0
 
@@ -379,7 +410,8 @@ def _is_killed(pid: int) -> bool:
     except OSError:
         return False
     pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
-    return any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
+    sigkill_bit = 1 << (signal.SIGKILL - 1)
+    return any(int(mask, 16) & sigkill_bit for mask in pending)
 
 
 def _digest_in(text: str) -> str | None:
@@ -399,5 +431,10 @@ def _mapped_files(pid: int) -> set[str]:
 
     Read by hand: psutil measures every mapping, which takes seconds for a large model.
     """
-    lines = pathlib.Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
-    return {line.rpartition("/")[2].removesuffix(" (deleted)") for line in lines if "/" in line}
+    maps = pathlib.Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    found = set()
+    for line in maps.splitlines():
+        _, slash, name = line.rpartition("/")
+        if slash:
+            found.add(name.removesuffix(" (deleted)"))
+    return found
