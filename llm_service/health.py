@@ -24,6 +24,7 @@ DISK_LOW_BYTES = DISK_RESERVE_BYTES  # where downloads stop, too
 ENDED_S = 60  # the launcher starts the next server within 11 s
 UNENDED_S = 15  # a server that was killed and is still there does not end
 SEVERITY = ("reboot_host", "restart_service", "reset_session", "wait")
+Diagnosis = tuple[str, str, str]  # a code, its reason and the action that heals
 
 
 class Health:
@@ -47,7 +48,7 @@ class Health:
         self._checks = SharedRun(began_since)
 
     def report(self) -> Json:
-        """Return the answer of ``GET /health``, or raise the 503 that tells what would heal it."""
+        """Return the answer of ``GET /health``; raise the 503 that tells what would heal it."""
         try:
             return self._checks.get(self.check, HEALTH_S)
         except ServiceError as e:
@@ -60,7 +61,8 @@ class Health:
         fault = self._gpu_fault()
         if fault:
             raise fault
-        server = self._watch.server  # before it is asked: the next one may be there afterwards
+        # Before it is asked: the next one may be there afterwards
+        server = self._watch.server
         try:
             names, loaded, slow = self._ask()
         except ServiceError as e:
@@ -89,7 +91,8 @@ class Health:
         """Tell whether the last look found no fault, without asking anything."""
         server = self._processes.server()
         state = self._watch.server_state
-        answers = server is not None and server == state.answered and state.state == "answering"
+        has_answered = server is not None and server == state.answered
+        answers = has_answered and state.state == "answering"
         fault = self._gpu_fault() or self._runner_fault() or self._caller_fault()
         return answers and self._watch.well and not fault
 
@@ -138,8 +141,8 @@ class Health:
         words = f"Nothing works for those who wait for Ollama: {starved}."
         return unhealthy("callers_starved", words, self._healing.starved_action())
 
-    def diagnose(self, error: ServiceError, asked: psutil.Process | None) -> tuple[str, str, str]:
-        """Tell code, reason and the action that heals from the error of the server asked."""
+    def diagnose(self, error: ServiceError, asked: psutil.Process | None) -> Diagnosis:
+        """Tell what is wrong from the error of the server that was asked."""
         server = self._processes.server()
         state = self._watch.server_state
         if not isinstance(error, (TimedOut, Unreachable)):
@@ -155,8 +158,8 @@ class Health:
             return "ollama_hung", "Ollama runs but does not answer.", action
         return "ollama_unreachable", "Ollama runs but takes no connection.", action
 
-    def _diagnose_end(self, server: psutil.Process | None) -> tuple[str, str, str]:
-        """Tell the same of an Ollama that ends or has ended, for as long as that may take."""
+    def _diagnose_end(self, server: psutil.Process | None) -> Diagnosis:
+        """Tell what is wrong with an Ollama that ends or has ended; that may take a while."""
         ended_s = self._watch.server_state.ended_s()
         if server is not None and ended_s > UNENDED_S:
             words = "Ollama was killed and does not end: reboot the host."
@@ -168,34 +171,39 @@ class Health:
 
     def _last_words(self) -> str:
         """Return what Ollama said at its last end, as the launcher noted it."""
+        noted = pathlib.Path(f"{self._processes.state_file}.reason")
         try:
-            return (
-                pathlib.Path(f"{self._processes.state_file}.reason")
-                .read_text(errors="replace")
-                .strip()
-            )
+            return noted.read_text(errors="replace").strip()
         except OSError:
             return ""
 
-    def find_warnings(self, reading: Json, loaded: list[Json], slow: bool = False) -> list[Json]:
+    def find_warnings(
+        self,
+        reading: Json,
+        loaded: list[Json],
+        slow: bool = False,
+    ) -> list[Json]:
         """Return what does not make the service unhealthy: ``[{"code", "message"}]``."""
         warnings = []
         free = self._machine.free_bytes()
         low = free is not None and free < DISK_LOW_BYTES
         if low and not self._machine.store_read_only:  # there no advice would help
-            warnings.append(("disk_low", "The disk is almost full: delete a model, or prune."))
+            words = "The disk is almost full: delete a model, or prune."
+            warnings.append(("disk_low", words))
         if not self._machine.store_writable:
             path = self._watch.store.path
             words = f"{path} cannot be written: chown -R it to the user of the service."
             warnings.append(("store_not_writable", words))
         load = self._session.loader.load
         if load and load["state"] == "failed":
-            warnings.append(("load_failed", f"{load['model']} did not load: {load['error']}"))
+            words = f"{load['model']} did not load: {load['error']}"
+            warnings.append(("load_failed", words))
         if slow:
             words = "Ollama or the models' disk is slow: what is listed is as of the last look."
             warnings.append(("ollama_slow", words))
         there = self._measured_models()
-        warnings += self.gpu_warnings(reading, [each for each in loaded if each["name"] in there])
+        measured = [model for model in loaded if model["name"] in there]
+        warnings += self.gpu_warnings(reading, measured)
         told = [{"code": code, "message": message} for code, message in warnings]
         return told + self._watch.callers.warnings() + self._long_answers()
 
@@ -222,7 +230,7 @@ class Health:
         return found
 
     def gpu_warnings(self, reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
-        """Compare where Ollama says that its models lie with what was asked for and measured."""
+        """Compare where Ollama says that models lie with what was asked for and measured."""
         warnings: list[tuple[str, str]] = []
         if reading["state"] not in ("ok", "unified"):
             return warnings
@@ -242,9 +250,9 @@ class Health:
         return warnings
 
     def _part_on_cpu(self, model: Json, used_mb: int | None) -> str:
-        """Say how much of a model lies in system memory, and what to do; "" where nothing should.
+        """Say how much of a model lies in system memory, and what to do about it.
 
-        ``used_mb`` is the memory in use on the GPUs.
+        That is "" where nothing should. ``used_mb`` is the memory in use on the GPUs.
         """
         size_mb = bytes_of(model, "size") // MB
         vram_mb = bytes_of(model, "size_vram") // MB
@@ -252,7 +260,8 @@ class Health:
             return ""
         hidden = not vram_mb or (used_mb is not None and vram_mb > used_mb)
         advice = NO_GPU_ADVICE if hidden else PARTLY_ADVICE
-        missing = f"{size_mb - vram_mb} of {size_mb} MB of {model['name']} lie in system memory"
+        missing_mb = size_mb - vram_mb
+        missing = f"{missing_mb} of {size_mb} MB of {model['name']} lie in system memory"
         return f"{missing}, which is slow. {advice}"
 
 
@@ -278,15 +287,15 @@ def unhealthy(code: str, reason: str, action: str) -> ServiceError:
     return ServiceError(code, reason, reason=reason, recommended_action=action)
 
 
-def diagnose_store(error: ServiceError) -> tuple[str, str, str]:
-    """Tell the same of an Ollama that answers with an error: a restart mends no files."""
+def diagnose_store(error: ServiceError) -> Diagnosis:
+    """Tell what is wrong with an Ollama that answers with an error: a restart mends no files."""
     no_help = error.code in ("store_damaged", "store_not_writable", "store_read_only")
     action = "wait" if no_help else "restart_service"
     return "model_store_unreadable", f"Ollama cannot list the models: {error}", action
 
 
-def diagnose_end(said: str) -> tuple[str, str, str]:
-    """Tell the same of an Ollama that has ended, from what it said last."""
+def diagnose_end(said: str) -> Diagnosis:
+    """Tell what is wrong with an Ollama that has ended, from what it said last."""
     words = "Ollama has ended and is being started again."
     if not said:
         return "ollama_dead", words, "wait"

@@ -33,7 +33,10 @@ class ServerState:
         clock: typing.Callable[[], float] = time.monotonic,
         age: typing.Callable[[psutil.Process], float] = age_s,
     ):
-        """``clock()`` gives monotonic seconds, ``age(process)`` its seconds since its start."""
+        """Nothing is known yet.
+
+        ``clock()`` gives monotonic seconds, ``age(process)`` its seconds since its start.
+        """
         self._clock = clock
         self._age = age
         self.version: str | None = None
@@ -43,7 +46,8 @@ class ServerState:
         self._store = store
         self._processes = processes
         self._tags: tuple[tuple, list[Json]] = ((), [])  # with the store's signature
-        self._silent: tuple[psutil.Process | None, int] = (None, 0)  # the server, its silent looks
+        # The server that is silent, and at how many looks in a row it was
+        self._silent: tuple[psutil.Process | None, int] = (None, 0)
         self._since = self._looked_at = self._clock()
         # The server of the last answer of /api/ps, its CPU time then, and the answer
         self._listed: tuple[psutil.Process | None, float, list[Json]] = (None, 0.0, [])
@@ -53,7 +57,7 @@ class ServerState:
         return server != self.answered and self._age(server) < STARTING_S
 
     def hung(self, server: psutil.Process | None) -> bool:
-        """Tell whether this server, which has answered or had its time, is silent for good."""
+        """Tell whether this server is silent for good: it has answered, or had its time."""
         silent, looks = self._silent
         if server is None or server != silent or self.starting(server):
             return False
@@ -105,7 +109,7 @@ class ServerState:
         return loaded
 
     def loaded_now(self, timeout_s: float = ANSWER_S) -> list[Json]:
-        """Return what is loaded, without a question where the server has done nothing since.
+        """Return what is loaded; a server that has done nothing since is not asked again.
 
         A stopped one is asked, which tells that it hangs.
         """
@@ -123,7 +127,7 @@ class ServerState:
         return self.version
 
     def tags(self, timeout_s: float) -> list[Json]:
-        """Return the models on disk, asked for anew unless the store is certainly as it was."""
+        """Return the models on disk: as known where the store is certainly as it was."""
         signature = self._store.signature()
         known, models = self._tags
         if not signature or signature != known:
