@@ -176,7 +176,7 @@ class Download:
         """Yield what is said at once, and how far it is while nothing is said."""
         with self._changed:
             joined_late = seen and self.state == "running"
-            lines = [{**self._line, **self._figures()}] if joined_late else []
+            lines = [self._line_now()] if joined_late else []
         yield from lines
         while self.state == "running" or seen < self._said_count:
             with self._changed:
@@ -184,7 +184,7 @@ class Download:
                     self._changed.wait(LINE_S)
                 new = self._said_count - seen
                 seen = self._said_count
-                lines = list(self._said)[-new:] if new else [{**self._line, **self._figures()}]
+                lines = list(self._said)[-new:] if new else [self._line_now()]
             yield from lines
 
     def _say(self, line: Json) -> None:
@@ -200,7 +200,11 @@ class Download:
             is_new = line["status"] != self._line["status"]
             self._line = line
             if is_new:
-                self._say({**line, **self._figures()})
+                self._say(self._line_now())
+
+    def _line_now(self) -> Json:
+        """Return the last line with the figures as of now."""
+        return {**self._line, **self._figures()}
 
     def _figures(self) -> Json:
         return self._progress.figures(time.monotonic(), self.state)
@@ -284,8 +288,10 @@ class Download:
                     raise
                 reason = e
             completed = self._progress.completed_bytes()
-            failures = 1 if completed > most else failures + 1
-            most = max(most, completed)
+            if completed > most:
+                failures = 0
+                most = completed
+            failures += 1
             is_late = not self._progress.received and time.monotonic() - began > NO_BYTE_S
             if failures > MAX_RECONNECTS or is_late:
                 raise type(reason)(
@@ -354,13 +360,14 @@ class Download:
             raise Interrupted("ollama_timeout", f"Ollama has said nothing for {STALL_S} s.")
         if not status.startswith("pulling"):
             return
-        if not self._progress.layers and silent_s > FIRST_LAYER_S:
+        if self._progress.layers:
+            if silent_s > STALL_S:
+                raise Interrupted("pull_interrupted", f"No byte came for {STALL_S} s.")
+        elif silent_s > FIRST_LAYER_S:
             raise Unreachable(
                 "registry_unreachable",
                 f"The registry has not answered for {FIRST_LAYER_S} s: {CHECK_NETWORK}.",
             )
-        if self._progress.layers and silent_s > STALL_S:
-            raise Interrupted("pull_interrupted", f"No byte came for {STALL_S} s.")
 
     def _check_disk(self, line: Json) -> None:
         free = self._store.free_bytes()
