@@ -8,6 +8,7 @@ import threading
 import time
 import typing
 
+from llm_service.trying import Generation
 from ollama_client import Json, Ollama, ServiceError, name_key
 
 log = logging.getLogger("llm-service")
@@ -29,12 +30,18 @@ class Loader:
         ollama: Ollama,
         answers: typing.Callable[[], bool],
         retries_s: typing.Sequence[float] | None = None,
+        request: typing.Callable[[str, str], Generation] = Generation,
     ):
-        """``answers()`` tells whether Ollama answers; ``retries_s``: the pauses between tries."""
+        """``answers()`` tells whether Ollama answers; ``retries_s``: the pauses between tries.
+
+        ``request(url, model)`` asks for a load when it is read, and takes that back when closed.
+        """
         self.load: Json | None = None  # the last one: model, state, error
         self._ollama = ollama
         self._answers = answers
         self._retries_s = RETRIES_S if retries_s is None else retries_s
+        self._request = request
+        self._under_way: Generation | None = None  # what Ollama is asked
         self._ordered_at = -math.inf
         self._changed = threading.Condition()
 
@@ -77,23 +84,29 @@ class Loader:
                 self._cancel()
 
     def _cancel(self) -> None:
+        """End the load, also one that waits in Ollama for its turn."""
         if self.load and self.load["state"] == "loading":
             self.load["state"] = "cancelled"
+            if self._under_way:
+                self._under_way.close()
         self._changed.notify_all()
 
     def _work(self, load: Json) -> None:
         for pause_s in (*self._retries_s, None):
-            error = self._try(load)
+            try:
+                error = self._try(load)
+            except Exception as e:
+                log.exception("load %s: a bug", load["model"])
+                return self._end(load, "failed", repr(e))
             if error is None or load["state"] != "loading":
                 break
             if pause_s is None or error.code in FINAL:
                 log.error("load %s: %s", load["model"], error)
-                self._end(load, "failed", str(error))
-                return
+                return self._end(load, "failed", str(error))
             log.warning("load %s: %s; trying again in %g s", load["model"], error, pause_s)
             load["error"] = str(error)
             self._pause(load, pause_s)
-        self._end(load, "loaded", None)
+        return self._end(load, "loaded", None)
 
     def _try(self, load: Json) -> ServiceError | None:
         """Wait for the server and load the model; return what went wrong."""
@@ -102,13 +115,25 @@ class Loader:
             if self._answers():
                 break
             self._pause(load, ANSWERING_LOOK_S)
-        if load["state"] != "loading":
-            return None
         try:
-            self._ollama.load(load["model"])
+            self._ask(load)
         except ServiceError as e:
             return e
         return None
+
+    def _ask(self, load: Json) -> None:
+        """Have Ollama load it, until it is cancelled. Raises ServiceError."""
+        with self._changed:
+            if load["state"] != "loading":
+                return
+            request = self._under_way = self._request(self._ollama.url, load["model"])
+        try:
+            for _ in request:
+                pass
+        except ServiceError as e:
+            if "does not support generate" not in str(e):
+                raise
+            self._ollama.load(load["model"])
 
     def _pause(self, load: Json, seconds: float) -> None:
         with self._changed:

@@ -105,11 +105,11 @@ class Trial:
 class Generation:
     """Ollama's lines for one prompt. ``close`` ends it at any moment, also while it loads.
 
-    It keeps a connection of its own: requests gives none that can be ended before the answer
+    Without a prompt the model is loaded, and nothing else. It keeps a connection of its own: requests gives none that can be ended before the answer
     has begun.
     """
 
-    def __init__(self, url: str, model: str, prompt: str):
+    def __init__(self, url: str, model: str, prompt: str = ""):
         parts = urllib.parse.urlsplit(url)
         secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -119,8 +119,9 @@ class Generation:
         self._closed = False
 
     def __iter__(self) -> typing.Iterator[Json]:
-        options = {"num_predict": TOKENS_MOST}
-        body = {"model": self._model, "prompt": self._prompt, "options": options}
+        body: Json = {"model": self._model}
+        if self._prompt:
+            body |= {"prompt": self._prompt, "options": {"num_predict": TOKENS_MOST}}
         try:
             self._connection.connect()
             self._socket = self._connection.sock
@@ -129,7 +130,8 @@ class Generation:
                 raise ConnectionAbortedError
             self._connection.request("POST", "/api/generate", json.dumps(body))
             done = False
-            for line in map(read_line, self._connection.getresponse()):
+            response = self._connection.getresponse()
+            for line in map(read_line, response):
                 yield line
                 done = line.get("done") is True
             if not done:

@@ -54,6 +54,22 @@ def test_a_model_is_loaded_by_order(trio):
     assert loaded(trio) == {"m2:latest", "m3:latest"}
 
 
+def test_a_clear_takes_back_a_load_that_waits_for_its_turn(make_service, make_gguf_variant):
+    """Ollama would begin it after the clear, once the busy runner has gone."""
+    service = make_service(
+        models={f"m{n}:latest": make_gguf_variant(n) for n in (1, 2)},
+        OLLAMA_MAX_LOADED_MODELS=1,
+    )
+    busy = service.generate("m1:latest")
+    assert service.post(LOAD, json={"model": "m2"}).status_code == 202
+    looks(service)
+    assert load_state(service) == "loading" and loaded(service) == {"m1:latest"}
+    clear(service)
+    assert busy.wait(5).error
+    looks(service, 3)
+    assert (loaded(service), load_state(service)) == (set(), "cancelled")
+
+
 # At the start
 
 

@@ -193,7 +193,7 @@ def test_a_clear_during_a_reset_ends_what_was_started_after_the_resets_clearing(
         reports.append(app.session.clear())
 
     monkeypatch.setitem(DIGESTS, "late:latest", "1" * 64)
-    monkeypatch.setattr(app.ollama, "load", lambda *_: None)
+    monkeypatch.setattr(app.session.loader, "order", lambda *_: "loading")
     monkeypatch.setattr(app.watch, "look", look)
     app.session.reset()
     assert [each["pid"] for each in reports[0]["killed"]] == [late.pid]

@@ -13,15 +13,33 @@ class Ollama:
     """Loads what it is asked for once it is let; raises what is next in ``errors``."""
 
     def __init__(self):
+        self.url = "http://127.0.0.1:9"
         self.loads, self.errors = [], []
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def load(self, model):
-        self.loads.append(model)
-        self.go_on.wait(5)
-        if self.errors:
-            raise self.errors.pop(0)
+    def request(self, _url, model):
+        return Request(self, model)
+
+
+class Request:
+    """One request to load; .closed once it was taken back."""
+
+    def __init__(self, ollama, model):
+        self.ollama, self.model, self.closed = ollama, model, False
+
+    def __iter__(self):
+        self.ollama.loads.append(self.model)
+        self.ollama.go_on.wait(5)
+        if self.closed:
+            raise ServiceError("shutting_down", "closed")
+        if self.ollama.errors:
+            raise self.ollama.errors.pop(0)
+        yield {"done": True}
+
+    def close(self):
+        self.closed = True
+        self.ollama.go_on.set()
 
 
 @pytest.fixture
@@ -30,7 +48,7 @@ def ollama():
 
 
 def make(ollama, answers=lambda: True, retries_s=(0.01, 0.01)):
-    return Loader(ollama, answers, retries_s)
+    return Loader(ollama, answers, retries_s, ollama.request)
 
 
 def test_a_load_that_ends_at_once_is_loaded(ollama):
@@ -87,7 +105,23 @@ def test_what_a_clear_ends_is_no_failure_and_is_not_tried_again(ollama):
     wait_for(lambda: ollama.loads, 5, "the load")
     loader.cancel_for("other")
     assert loader.load["state"] == "loading"
-    loader.cancel_for("m:latest")
-    ollama.go_on.set()
+    loader.cancel_for("m:latest")  # which takes the request back
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "load m"], 5, "its end")
     assert (loader.load["state"], ollama.loads) == ("cancelled", ["m"])
+
+
+def test_a_newer_order_takes_the_request_of_the_older_one_back(ollama):
+    ollama.go_on.clear()
+    loader = make(ollama)
+    loader.order("old", 0)
+    wait_for(lambda: ollama.loads, 5, "the load")
+    assert loader.order("new", 5) == "loaded"
+    assert ollama.loads == ["old", "new"]
+
+
+def test_a_bug_is_a_load_that_has_failed(ollama):
+    ollama.errors = [KeyError("done")]
+    loader = make(ollama)
+    loader.order("m", 5)
+    wait_for(lambda: loader.load["state"] == "failed", 5, "failed")
+    assert loader.load["error"] == "KeyError('done')"
