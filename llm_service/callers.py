@@ -75,19 +75,9 @@ class Callers:
 
         Of the answers under way, ``streams`` are for callers who do not wait.
         """
-        quiet = not tasks and max(waits, default=0) > CHECK_S
-        asleep = now - self._looked_at > GAP_S
-        self._looked_at = now
-        if not quiet or asleep or not self._quiet_looks:
-            self._quiet_since = now
-            self._quiet_looks = 0
-        if quiet:
-            self._quiet_looks += 1
-        quiet_s = now - self._quiet_since
-        in_vain = min(quiet_s, whole_s) >= self._stuck_s
-        long = [wait_s for wait_s in waits if wait_s >= self._stuck_s]
+        quiet_s = self._quiet_for(now, waits, tasks)
         self.suspicion = ""
-        if in_vain and self._quiet_looks >= LOOKS:
+        if min(quiet_s, whole_s) >= self._stuck_s and self._quiet_looks >= LOOKS:
             self.suspicion = (
                 f"callers have waited for up to {whole_s:.0f} s; "
                 f"for {quiet_s:.0f} s no runner has worked, "
@@ -96,8 +86,21 @@ class Callers:
         self._confirmed = self._confirmed and bool(self.suspicion)
         self.starved = self.suspicion if self._confirmed else ""
         self._queue = ""
+        long = [wait_s for wait_s in waits if wait_s >= self._stuck_s]
         if not self.starved and len(long) > max(0, tasks - streams):
             self._queue = f"{len(long)} callers of Ollama have waited for up to {max(long):.0f} s"
+
+    def _quiet_for(self, now: float, waits: list[float], tasks: int) -> float:
+        """Return for how long somebody has waited and nothing has worked, by the looks at it."""
+        quiet = not tasks and max(waits, default=0) > CHECK_S
+        asleep = now - self._looked_at > GAP_S
+        self._looked_at = now
+        if not quiet or asleep or not self._quiet_looks:
+            self._quiet_since = now
+            self._quiet_looks = 0
+        if quiet:
+            self._quiet_looks += 1
+        return now - self._quiet_since
 
     def confirm(self) -> None:
         """Take the suspicion for a fault, as long as it holds."""
@@ -140,7 +143,11 @@ class Callers:
             for key, last in noted.items():
                 if now - last.at <= GAP_S:  # it may read after the look that saw its bytes
                     noted[key] = last._replace(whole=True)
-        return {key for key, last in noted.items() if last.whole and last.at > self._excused_until}
+        whole = set()
+        for key, last in noted.items():
+            if last.whole and last.at > self._excused_until:
+                whole.add(key)
+        return whole
 
     def _new_bytes(self, pid: int) -> int:
         """Return how many bytes the server has read since the last look, or since its start."""

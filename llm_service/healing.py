@@ -1,6 +1,5 @@
 """What is healed without being asked, how often, and how it is told."""
 
-import collections
 import logging
 import threading
 import time
@@ -57,7 +56,7 @@ class Healing:
             "failed": 0,
             "last": None,
         }
-        self._healings: dict[str | None, list[float]] = collections.defaultdict(list)
+        self._healings: dict[str | None, list[float]] = {}
         self._healed_of: dict[Runner, str] = {}  # what known runners have been healed of
         self._killed: dict[Runner, Killed] = {}  # which have not ended yet
         self._unended: set[Runner] = set()  # which SIGKILL has not ended in time
@@ -95,14 +94,22 @@ class Healing:
 
     def _may_heal(self, name: str | None) -> bool:
         since = time.monotonic() - HEALINGS_S
-        return sum(at > since for at in self._healings[name]) < HEALINGS
+        recent = [at for at in self._healings.pop(name, ()) if at > since]
+        if recent:
+            self._healings[name] = recent
+        return len(recent) < HEALINGS
+
+    def _count_healing(self, name: str | None) -> None:
+        earlier = self._healings.get(name, [])
+        self._healings[name] = [*earlier, time.monotonic()]
 
     def after_look(self) -> None:
         """Do what follows from what the watch has just seen."""
         self._forget_ended()
         self._note_answer(self._watch.server_state.answered)
         self._tell_killed()
-        if self._watch.callers.suspicion and not self._watch.callers.starved:
+        callers = self._watch.callers
+        if callers.suspicion and not callers.starved:
             self._look_into_suspicion()
         if self.self_heal:
             self._heal()
@@ -117,18 +124,22 @@ class Healing:
 
     def _try_queue(self) -> None:
         """Have a load go through Ollama's queue: where it passes, nobody is starved there."""
-        loaded = [line for line in self._watch.loaded if line.get("name")]
-        line = loaded[0] if loaded else None
-        name = line["name"] if line else self._session.any_model()
+        callers = self._watch.callers
+        line = next(iter(self._watch.loaded), None)
+        if line:
+            name = line["name"]
+        else:
+            name = self._session.any_model()
         if name is None or not self._trial.passes(name, line):
-            self._watch.callers.confirm()
+            callers.confirm()
             return
-        self._watch.callers.excuse()
+        callers.excuse()
         log.info("who waits is not starved: a load of %s went through Ollama's queue", name)
         self._trial.restore(name, line)
 
     def _clean_list(self) -> None:
-        self._cleaner.clean(self._watch.loaded, list(self._watch.held.values()))
+        held = list(self._watch.held.values())
+        self._cleaner.clean(self._watch.loaded, held)
 
     def _beside(self, name: str, work: typing.Callable[[], object]) -> None:
         """Do what reads the models' disk, and wait a moment for it: that may hang.
@@ -153,7 +164,9 @@ class Healing:
         thread.join(ASK_S)
 
     def _forget_ended(self) -> None:
-        there = {state.runner for state in self._watch.states()}
+        there = set()
+        for state in self._watch.states():
+            there.add(state.runner)
         self._unended &= there
         for runner in list(self._healed_of):
             if runner not in there:
@@ -179,29 +192,44 @@ class Healing:
                 self._heal_ghost(state)
                 return  # with a new server the other faults are past
             self._heal_runner(state)
-        hung = self._watch.server_state.hung
-        if hung(self._processes.server()) and self._may_heal(SERVER):
+        if self._may_heal(SERVER):
+            self._heal_server()
+
+    def _heal_server(self) -> None:
+        """Restart a server that hangs or starves its callers."""
+        server = self._processes.server()
+        callers = self._watch.callers
+        if self._watch.server_state.hung(server):
             why = f"hung: no answer to /api/version in {HUNG_LOOKS} looks"
             self._restart_server(SERVER, why, {}, self._is_still_hung)
-        elif self._watch.callers.starved and self._may_heal(SERVER):
-            why = f"starved: {self._watch.callers.starved}"
-            evidence = {**self._evidence(None), "callers": self._watch.callers.report}
+        elif callers.starved:
+            why = f"starved: {callers.starved}"
+            evidence = self._evidence(None)
+            evidence["callers"] = callers.report
             self._restart_server(SERVER, why, evidence, self._is_still_starved)
 
     def _next_fault(self, tried: set[Runner]) -> RunnerState | None:
         """Return a runner that is due to be healed now and has not been tried in this turn."""
         now = time.monotonic()
         for state in self._watch.faults() + self._orphans(now):
-            new = state.runner not in tried and self._healed_of.get(state.runner) != state.state
-            goes_on = state.runner in self._healed_of  # one healing of the model, as a ghost too
-            if new and not state.survives and (goes_on or self._may_heal(state.model)):
+            healed_of = self._healed_of.get(state.runner)
+            if state.runner in tried or state.survives:
+                continue
+            if healed_of == state.state:
+                continue
+            # One that becomes a ghost after its end is one healing of the model
+            if healed_of or self._may_heal(state.model):
                 return state
         return None
 
     def _orphans(self, now: float) -> list[RunnerState]:
         """Return the living runners of a server that has gone, which the launcher has left."""
-        orphans = [each for each in self._watch.states() if each.state == "orphan"]
-        return [each for each in orphans if now - each.since >= ORPHAN_S and alive(each.process)]
+        found = []
+        for each in self._watch.states():
+            left_s = now - each.since
+            if each.state == "orphan" and left_s >= ORPHAN_S and alive(each.process):
+                found.append(each)
+        return found
 
     def _heal_runner(self, state: RunnerState) -> None:
         """Unload a runner's model by name and end the runner, if its fault still holds."""
@@ -221,8 +249,15 @@ class Healing:
             if not self._watch.end_runner(runner, fault):
                 return self._tell_recovered(state)
             self._note_try(runner, model, fault)
-            self._killed[runner] = Killed(time.monotonic(), model, why, evidence, before_mb)
-            wait_until(lambda: not alive(runner.process), time.monotonic() + KILL_WAIT_S)
+            now = time.monotonic()
+            self._killed[runner] = Killed(
+                at=now,
+                model=model,
+                why=why,
+                evidence=evidence,
+                before_mb=before_mb,
+            )
+            wait_until(lambda: not alive(runner.process), now + KILL_WAIT_S)
             self._tell_killed()
             self._watch.look()
         return None
@@ -234,7 +269,7 @@ class Healing:
     def _note_try(self, runner: Runner, model: str | None, fault: str) -> None:
         """Count the healings of a model: one that becomes a ghost after its end is one."""
         if runner not in self._healed_of:
-            self._healings[model].append(time.monotonic())
+            self._count_healing(model)
         self._healed_of[runner] = fault
 
     def _tell_killed(self) -> None:
@@ -245,10 +280,15 @@ class Healing:
                 del self._killed[runner]
                 if not ended:
                     self._unended.add(runner)
-                after_mb = used_mb(self._watch.known_runners())[1]
+                _, after_mb = used_mb(self._watch.known_runners())
                 freed_mb = max(0, killed.before_mb - after_mb)
                 self._note_healing(
-                    "runners", killed.model, killed.why, freed_mb, ended, killed.evidence
+                    "runners",
+                    killed.model,
+                    killed.why,
+                    freed_mb,
+                    ended,
+                    killed.evidence,
                 )
 
     def _heal_ghost(self, state: RunnerState) -> None:
@@ -282,8 +322,9 @@ class Healing:
             runners = self._watch.known_runners()
             evidence = evidence or self._evidence(None)
             before_mb = used_mb(runners)[1]
-            self._healings[SERVER].append(time.monotonic())
-            failure = self._session.restart(Steps(), time.monotonic() + RESET_S, 0, WHY_S)
+            self._count_healing(SERVER)
+            deadline = time.monotonic() + RESET_S
+            failure = self._session.restart(Steps(), deadline, 0, WHY_S)
             freed_mb = max(0, before_mb - used_mb(runners)[1])
             self._server_failure = failure or None
             self._note_healing("ollama", name, why, freed_mb, not failure, evidence)

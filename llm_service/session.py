@@ -22,8 +22,10 @@ CLEAR_S = 3.7
 RESET_S = 3.7
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
 ENDING_S = 0.8  # of a clear, to end runners and see them go: with less it is not begun
+LATE_CLEAR_S = 1.0  # for the clear of a reset that has waited for others
 COMES_S = 0.6  # for a new server to be seen, however late the old one has ended
 ASK_S = 0.6  # an answer that may take longer than the first question's
+NONE_CAME = "Ollama was told to end, and no new one has come: ask /health, which says more."
 TOO_LATE = "Other callers' clears and resets took the time: try again."
 
 
@@ -54,12 +56,19 @@ class Session:
     def clear(self, model: str | None = None, force: bool = True) -> Json:
         """Unload all models or one; with ``force`` end the runners left. Returns the report."""
         came = self._arrival()
-        at = self._reset_came.at if self._reset_came else came.at  # a reset's own clear will do
         until = came.at + CLEAR_S
-        report = self._clear(model, force, until, Arrival(at, came.runners)).report
+        under_way = self._reset_came
+        if under_way:  # its own clear will do
+            came = came._replace(at=under_way.at)
+        clearing = self._clear(model, force, until, came)
+        report = clearing.report
         if force and not report["verified"]:
             raise clear_failure(report)
-        return {"status": "success", "message": clear_message(report), **report}
+        return {
+            "status": "success",
+            "message": clear_message(report),
+            **report,
+        }
 
     def reset(self, model: str | None = None, restart: bool = False) -> Json:
         """Clear all, restart Ollama where it must be, load the model that is due."""
@@ -77,12 +86,15 @@ class Session:
         """Clear what is idle; answer as the service that this one replaces does."""
         report = self.clear(force=False)
         memory = report["memory"]
-        total_mb = gpu.memory_totals(gpu.sample())[1]
-        free_mb = psutil.virtual_memory().available // MB
+        _used_mb, total_mb = gpu.memory_totals(gpu.sample())
+        if total_mb:
+            free_mb = total_mb - memory["after_mb"]
+        else:
+            free_mb = psutil.virtual_memory().available // MB
         return {
             "status": "recovered",
             "freed_mb": memory["freed_mb"],
-            "free_mb": total_mb - memory["after_mb"] if total_mb else free_mb,
+            "free_mb": free_mb,
             "unloaded_models": report["unloaded_models"],
             "can_retry": not report["left"],
         }
@@ -90,7 +102,14 @@ class Session:
     def _arrival(self) -> Arrival:
         return Arrival(time.monotonic(), self._watch.known_runners())
 
-    def _clear(self, model: str | None, force: bool, deadline: float, came: Arrival) -> Clearing:
+    def _clear(
+        self,
+        model: str | None,
+        force: bool,
+        deadline: float,
+        came: Arrival,
+    ) -> Clearing:
+        """Clear, or share a clear that serves who came then."""
         self._store.require(model)
 
         def work() -> Clearing:
@@ -108,24 +127,24 @@ class Session:
         limit_s = deadline - time.monotonic() + SHARE_S
         return self.clears.get(work, limit_s, key, came)
 
-    def _reset(self, model: str | None, restart: bool, arrival: Arrival) -> Json:
-        came = arrival.at
-        self._reset_came = arrival
+    def _reset(self, model: str | None, restart: bool, came: Arrival) -> Json:
+        self._reset_came = came
+        deadline = came.at + RESET_S
         try:
-            late = time.monotonic() + ENDING_S
-            until = max(came + CLEAR_S - 1, min(late, came + CLEAR_S))
-            clearing = self._clear(None, True, until, arrival)
+            clearing = self._clear_for_reset(came)
             cleared = clearing.report
             steps = Steps(cleared["steps"])
-            self._restart_if_due(clearing, restart, came, steps)
-            self._watch.look(came + RESET_S + SHARE_S)
+            wanted = restart and self._restarted_at <= came.at
+            self._restart_if_due(clearing, wanted, deadline, steps)
+            self._watch.look(deadline + SHARE_S)
         finally:
             self._reset_came = None
         due = self.model_due(model, cleared["unloaded_models"])
-        wait_s = min(FIRST_S, came + RESET_S - time.monotonic())
-        state = self.loader.order(due, wait_s) if due else "none"
+        state = "none"
         said = f"no model to load ({self._default_model} is not downloaded)"
         if due:
+            left_s = deadline - time.monotonic()
+            state = self.loader.order(due, min(FIRST_S, left_s))
             said = f"{due} is {state}"
         steps.note("load", True, said)
         self.resets_done += 1
@@ -139,28 +158,51 @@ class Session:
             "managed": True,
         }
 
-    def _restart_if_due(self, clearing: Clearing, restart: bool, came: float, steps: Steps) -> None:
+    def _clear_for_reset(self, came: Arrival) -> Clearing:
+        """Clear all, with a second left for the restart unless others took that time."""
+        until = came.at + CLEAR_S - 1
+        late = time.monotonic() + LATE_CLEAR_S
+        if until < late:
+            until = min(late, came.at + CLEAR_S)
+        return self._clear(None, True, until, came)
+
+    def _restart_if_due(
+        self,
+        clearing: Clearing,
+        wanted: bool,
+        deadline: float,
+        steps: Steps,
+    ) -> None:
         """Restart a server that hangs, has a ghost, or shall be restarted."""
         server = self._processes.server()
         state = self._watch.server_state
         if server and state.starting(server):
             steps.note("start_ollama", True, "it is starting")
             return
-        answers = state.answers() or state.answers(ASK_S)
-        steps.note("ask_ollama", answers, "answers", "does not answer")
-        deadline = came + RESET_S
-        healthy = answers and clearing.is_verified()
-        wanted = restart and self._restarted_at <= came
+        healthy = self._answers(steps) and clearing.is_verified()
         if healthy and not wanted:
             return
-        # With time left for the next server
-        grace_s = min(1, deadline - time.monotonic() - 0.5) if healthy else 0
-        if time.monotonic() > deadline:  # by other callers' runs
+        left_s = deadline - time.monotonic()
+        if left_s < 0:  # others' runs took it
             raise ServiceError("timeout", TOO_LATE, steps=steps)
+        grace_s = 0.0
+        if healthy:  # with time left for the next server
+            grace_s = min(1, left_s - 0.5)
         failure = self.restart(steps, deadline, grace_s)
         if failure and server:
-            words = "Ollama was told to end, and no new one has come: ask /health, which says more."
-            raise ServiceError("restart_incomplete", words, recommended_action=failure, steps=steps)
+            raise ServiceError(
+                "restart_incomplete",
+                NONE_CAME,
+                recommended_action=failure,
+                steps=steps,
+            )
+
+    def _answers(self, steps: Steps) -> bool:
+        """Ask whether the server answers, a second time where it does not."""
+        state = self._watch.server_state
+        answers = state.answers() or state.answers(ASK_S)
+        steps.note("ask_ollama", answers, "answers", "does not answer")
+        return answers
 
     def restart(self, steps: Steps, deadline: float, grace_s: float, why_s: float = 0) -> str:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one.
@@ -175,20 +217,29 @@ class Session:
         deadline = max(deadline, time.monotonic() + COMES_S)
         answers = wait_until(self._is_answering_anew(old, deadline), deadline)
         self._restarted_at = time.monotonic()
-        new = self._processes.server()
-        comes = answers or (new is not None and new != old)
-        steps.note("start_ollama", comes, "answers" if answers else "it is starting", "none comes")
+        comes = answers or self._is_new(old)
+        state = "answers" if answers else "it is starting"
+        steps.note("start_ollama", comes, state, "none comes")
         if not ended:
             return "reboot_host"
         return "" if comes else "restart_service"
 
-    def _is_answering_anew(self, old: object, deadline: float) -> typing.Callable[[], bool]:
+    def _is_new(self, old: psutil.Process | None) -> bool:
+        """Tell whether there is a server, and another one than that."""
+        new = self._processes.server()
+        return new is not None and new != old
+
+    def _is_answering_anew(
+        self,
+        old: psutil.Process | None,
+        deadline: float,
+    ) -> typing.Callable[[], bool]:
         def answers() -> bool:
-            new = self._processes.server()
-            if new is None or new == old:
+            if not self._is_new(old):
                 return False
             left_s = deadline - time.monotonic()
-            return self._watch.server_state.answers(min(VERSION_S, max(0.05, left_s)))
+            ask_s = min(VERSION_S, max(0.05, left_s))
+            return self._watch.server_state.answers(ask_s)
 
         return answers
 
@@ -210,9 +261,11 @@ class Session:
         Not where a load was ordered since it was started, or is tried again: a reset may want
         another model. Nor where the server is an old one, and this process alone is new.
         """
+        if self._reset_came:
+            return
         due = self.model_due(None, [])
-        age = age_s(server)
-        if due and age < min(STARTING_S, self.loader.rests_s()) and not self._reset_came:
+        newest_s = min(STARTING_S, self.loader.rests_s())
+        if due and age_s(server) < newest_s:
             log.info("preloading %s", due)
             self.loader.order(due, 0)
 
@@ -223,11 +276,14 @@ def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
     One that was started after the clear's own begin, and before this caller came, is his to see
     go.
     """
-    fits = outcome.ended >= came.at and outcome.key in (key, (None, True))
-    return fits and outcome.value is not None and outcome.value.serves(came.runners)
+    wishes = key, (None, True)
+    if outcome.value is None or outcome.ended < came.at:
+        return False
+    return outcome.key in wishes and outcome.value.serves(came.runners)
 
 
 def reset_suits(outcome: Outcome, key: typing.Any, came: Arrival) -> bool:
     """A reset serves who came before its end and asked for the same, or for no restart."""
     model, _restart = key
-    return outcome.ended >= came.at and outcome.key in (key, (model, True))
+    wishes = key, (model, True)
+    return outcome.ended >= came.at and outcome.key in wishes

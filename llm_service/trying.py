@@ -105,8 +105,8 @@ class Trial:
 class Generation:
     """Ollama's lines for one prompt. ``close`` ends it at any moment, also while it loads.
 
-    Without a prompt the model is loaded, and nothing else. It keeps a connection of its own: requests gives none that can be ended before the answer
-    has begun.
+    Without a prompt the model is loaded, and nothing else. It keeps a connection of its own:
+    requests gives none that can be ended before the answer has begun.
     """
 
     def __init__(self, url: str, model: str, prompt: str = ""):
