@@ -1,11 +1,14 @@
-"""The client of Ollama's API, against an Ollama that answers whatever a test wants."""
+"""The client of Ollama's API: against `responses` what is said, against sockets how it comes."""
 
 import contextlib
 import json
 import time
+import typing
 
 import psutil
 import pytest
+import responses
+from responses.matchers import json_params_matcher
 
 from app import STATUS
 from helpers.fake_ollama import FakeOllama, chunked, drip, http, ndjson, never
@@ -13,16 +16,27 @@ from helpers.ports import NOWHERE, free_port
 from ollama_client import Ollama, ServiceError
 
 PATHS = ["version", "tags", "ps", "generate", "embed", "delete", "pull"]
+URL = "http://ollama:11434"
+
+
+class Call(typing.NamedTuple):
+    """What is called, and what of Ollama's it asks."""
+
+    do: typing.Callable
+    method: str
+    path: str
+
+
 CALLS = {
-    "version": lambda ollama: ollama.version(),
-    "tags": lambda ollama: ollama.tags(),
-    "ps": lambda ollama: ollama.ps(),
-    "load": lambda ollama: ollama.load("m"),
-    "unload": lambda ollama: ollama.unload("m"),
-    "delete": lambda ollama: ollama.delete("m"),
-    "pull": lambda ollama: list(ollama.pull("m")),
+    "version": Call(lambda ollama: ollama.version(), "GET", "/api/version"),
+    "tags": Call(lambda ollama: ollama.tags(), "GET", "/api/tags"),
+    "ps": Call(lambda ollama: ollama.ps(), "GET", "/api/ps"),
+    "load": Call(lambda ollama: ollama.load("m"), "POST", "/api/generate"),
+    "unload": Call(lambda ollama: ollama.unload("m"), "POST", "/api/generate"),
+    "delete": Call(lambda ollama: ollama.delete("m"), "DELETE", "/api/delete"),
+    "pull": Call(lambda ollama: list(ollama.pull("m")), "POST", "/api/pull"),
 }
-every_call = pytest.mark.parametrize("do", CALLS.values(), ids=list(CALLS))
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 LISTS = {
     "tags": lambda ollama, seconds: ollama.tags(timeout_s=seconds),
     "ps": lambda ollama, seconds: ollama.ps(timeout_s=seconds),
@@ -52,6 +66,19 @@ def ollama(fake):
     return Ollama(fake.url)
 
 
+@pytest.fixture
+def said():
+    """What Ollama says: each answer that is added must be asked for."""
+    with responses.RequestsMock(assert_all_requests_are_fired=True) as mock:
+        yield mock
+
+
+@pytest.fixture
+def told():
+    """A client of the Ollama that ``said`` stands for."""
+    return Ollama(URL)
+
+
 def answer_all(fake, raw):
     fake.routes = {f"/api/{path}": raw for path in PATHS}
 
@@ -64,16 +91,16 @@ def connections(port):
 
 
 @every_call
-def test_every_call_says_that_ollama_is_not_there(do):
+def test_every_call_says_that_ollama_is_not_there(call):
     with refused("ollama_unreachable", 503):
-        do(Ollama(f"http://{NOWHERE}"))
+        call.do(Ollama(f"http://{NOWHERE}"))
 
 
 @every_call
-def test_every_call_says_that_the_connection_broke(fake, ollama, do):
+def test_every_call_says_that_the_connection_broke(fake, ollama, call):
     answer_all(fake, b"")
     with refused("ollama_unreachable", 503):
-        do(ollama)
+        call.do(ollama)
 
 
 @pytest.mark.parametrize(
@@ -87,26 +114,26 @@ def test_every_call_says_that_the_connection_broke(fake, ollama, do):
         (503, "server busy, please try again", "ollama_error", 502),
     ],
 )
-def test_ollamas_error_is_told_with_its_status(fake, ollama, status, message, code, answered):
-    answer_all(fake, http(json.dumps({"error": message}), status))
+def test_ollamas_error_is_told_with_its_status(said, told, status, message, code, answered):
+    said.get(f"{URL}/api/tags", json={"error": message}, status=status)
     with refused(code, answered):
-        ollama.tags()
+        told.tags()
 
 
 @every_call
-def test_every_call_tells_ollamas_error(fake, ollama, do):
-    answer_all(fake, http('{"error": "something new"}', 500))
+def test_every_call_tells_ollamas_error(said, told, call):
+    said.add(call.method, URL + call.path, json={"error": "something new"}, status=500)
     with refused("ollama_error", 502):
-        do(ollama)
+        call.do(told)
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"<html>oops</html>", b"[]", b"{}", b'"error"', b"\xff\xfe", b'{"error":']
 )
-def test_an_error_without_a_reason_is_a_502(fake, ollama, body):
-    answer_all(fake, http(body, 500))
+def test_an_error_without_a_reason_is_a_502(said, told, body):
+    said.get(f"{URL}/api/tags", body, status=500)
     with refused("bad_answer", 502):
-        ollama.tags()
+        told.tags()
 
 
 def dripping(sock):
@@ -150,10 +177,10 @@ def test_a_call_ends_in_its_time_though_a_byte_comes_now_and_then(fake, ollama):
     ],
     ids=lambda body: repr(body[:20]),
 )
-def test_a_200_that_is_no_answer_of_ollamas_is_a_502(fake, ollama, body):
-    answer_all(fake, http(body, type="text/html"))
+def test_a_200_that_is_no_answer_of_ollamas_is_a_502(said, told, body):
+    said.get(f"{URL}/api/tags", body, content_type="text/html")
     with refused("bad_answer", 502):
-        ollama.tags()
+        told.tags()
 
 
 @every_list
@@ -166,12 +193,13 @@ def test_every_list_refuses_what_is_no_answer(fake, ollama, do):
 @pytest.mark.parametrize(
     "models", ["x", 7, {"a": 1}, [7], [None], [{}], [{"name": None}], [{"name": 7}], [["name"]]]
 )
-def test_a_list_of_something_else_is_a_502(fake, ollama, models):
-    answer_all(fake, http(json.dumps({"models": models})))
+def test_a_list_of_something_else_is_a_502(said, told, models):
+    for path in ("tags", "ps"):
+        said.get(f"{URL}/api/{path}", json={"models": models})
     with refused("bad_answer", 502):
-        ollama.tags()
+        told.tags()
     with refused("bad_answer", 502):
-        ollama.ps()
+        told.ps()
 
 
 def test_an_answer_cut_off_is_an_error(fake, ollama):
@@ -208,36 +236,34 @@ def test_a_redirect_is_not_followed_to_elsewhere(fake, ollama):
 # What is sent
 
 
-def sent(fake):
-    return [(method, path, json.loads(body)) for method, path, body in fake.calls]
+def expect(said, method, path, wanted, **answer):
+    """Have one request answered, which must be just that."""
+    said.add(method, URL + path, match=[json_params_matcher(wanted)], **{"json": {}, **answer})
 
 
-def test_the_calls_say_what_they_mean(fake, ollama):
-    answer_all(fake, http("{}"))
-    ollama.load("m")
-    ollama.unload("m")
-    ollama.delete("m")
-    assert sent(fake) == [
-        ("POST", "/api/generate", {"model": "m"}),
-        ("POST", "/api/generate", {"model": "m", "keep_alive": 0}),
-        ("DELETE", "/api/delete", {"model": "m"}),
-    ]
+def test_the_calls_say_what_they_mean(said, told):
+    expect(said, "POST", "/api/generate", {"model": "m"})
+    told.load("m")
+    expect(said, "POST", "/api/generate", {"model": "m", "keep_alive": 0})
+    told.unload("m")
+    expect(said, "DELETE", "/api/delete", {"model": "m"})
+    told.delete("m")
+    options = {"num_ctx": 1024}
+    expect(said, "POST", "/api/generate", {"model": "m", "options": options, "keep_alive": -1})
+    told.load("m", 5, options=options, keep_alive=-1)
 
 
-def test_a_pull_says_what_it_means(fake, ollama):
-    answer_all(fake, ndjson())
-    assert list(ollama.pull("m", insecure=True)) == []
+def test_a_pull_says_what_it_means(said, told):
     body = {"model": "m", "insecure": True, "stream": True}
-    assert sent(fake) == [("POST", "/api/pull", body)]
+    expect(said, "POST", "/api/pull", body, json=None, body=b"")
+    assert list(told.pull("m", insecure=True)) == []
 
 
-def test_a_model_that_only_embeds_is_loaded_by_embed(fake, ollama):
-    fake.routes = {
-        "/api/generate": http('{"error":"\\"m\\" does not support generate"}', 400),
-        "/api/embed": http('{"embeddings":[]}'),
-    }
-    ollama.load("m")
-    assert sent(fake)[-1] == ("POST", "/api/embed", {"model": "m", "input": []})
+def test_a_model_that_only_embeds_is_loaded_by_embed(said, told):
+    words = '"m" does not support generate'
+    expect(said, "POST", "/api/generate", {"model": "m"}, json={"error": words}, status=400)
+    expect(said, "POST", "/api/embed", {"model": "m", "input": []}, json={"embeddings": []})
+    told.load("m")
 
 
 def test_a_proxy_in_the_environment_is_not_for_ollama(monkeypatch):
