@@ -176,6 +176,7 @@ def test_answers_to_others_are_none_to_who_waits(deaf):
         for path in ("/api/version", "/api/tags", "/api/ps"):
             assert deaf.ollama("GET", path).ok
             time.sleep(0.3)  # or the server has something to compute
-        return health(deaf).get("code") == "callers_starved"
+        return stats(deaf)["healed"]["ollama"] == 1
 
-    wait_for(seen, VERDICT_S, "the fault")
+    wait_for(seen, VERDICT_S + 20, "the healing")
+    assert "callers have waited" in stats(deaf)["healed"]["last"]["why"]
