@@ -22,7 +22,8 @@ run() { # COMMAND…: one that a signal to this script interrupts, with all that
     running=$!
     wait "$running" && running=''
 }
-end_run() { kill -- -"$running" || true; } 2>/dev/null
+# shellcheck disable=SC2329 # a trap calls it; again, as a signal between a fork and its exec is lost
+end_run() { for _ in {1..99}; do pkill -s "$running" -r D,R,S,T,t || return 0; sleep 0.02; done; } 2>/dev/null
 
 need_python() { # sets `python`
     venv=$cache/venv-$(cat requirements.txt "${files[@]}" | sha256sum | head -c 12)

@@ -106,6 +106,7 @@ takes_settings_from_env() {
     local for_ollama=(OLLAMA_KEEP_ALIVE=7m OLLAMA_GPU_OVERHEAD=123456 OLLAMA_SCHED_SPREAD=1 CUDA_VISIBLE_DEVICES=0
         HTTPS_PROXY=http://proxy.internal:3128 NO_PROXY=registry.internal SSL_CERT_DIR=/root/.ollama/certs
         LLM_STUCK_SECONDS=77 LLM_SELF_HEAL=off)
+    unset "${for_ollama[@]%%=*}" # compose prefers what this shell has
     printf '%s\n' LLM_MODEL=qwen3:4b LLM_CONTEXT_LENGTH=2048 LLM_GPU_LAYERS=-1 LLM_MEMORY_LIMIT=3g LLM_BIND=0.0.0.0 \
         LLM_API_TOKEN=secret LLM_API_PORT=11436 "${for_ollama[@]}" >"$work/.env"
     anew
@@ -217,7 +218,7 @@ is_small() {
     check 'no compiler in it' lacks 'type -P gcc cc g++ clang make cmake go'
     check 'no pip, no caches of pip and apt' lacks 'type -P pip pip3
         find / -xdev \( -path "*/pip/_internal" -o -name "*.deb" -o -path "*/.cache/pip" -o -path "/var/lib/apt/lists/*Packages*" \)'
-    check 'of the checkout only what runs' lacks 'cd /app && ls -A | grep -vxE ".*\.py|requirements.txt|start.sh|static|__pycache__"'
+    check 'of the checkout only what runs' lacks 'cd /app && ls -A | grep -vxE ".*\.py|llm_service|requirements.txt|start.sh|static|__pycache__"'
     layers "$image" >"$work/layers"
     echo '# changed' >>"$work/app.py"
     since=$(ms)

@@ -704,7 +704,8 @@ def test_a_dead_and_a_hung_ollama_are_told(make_service, registry):
     with ollama_hung(service):
         listener = Listener(service, name)
         listener.until(lambda line: "reconnecting" in line.get("status", ""), "a reconnect")
-    assert listener.end()["status"] == "success"
+    last = listener.end()
+    assert last.get("status") == "success", last
     assert is_whole(service, registry, name)
 
 

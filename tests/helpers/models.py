@@ -115,9 +115,13 @@ def add_model(models, name, gguf, config=None):
     last = config_layer(config)
     layers = [_add_weights(models, path) for path in (gguf if isinstance(gguf, list) else [gguf])]
     manifest = manifest_path(models, name)
-    manifest.parent.mkdir(parents=True, exist_ok=True)
     blob_path(models, last["digest"]).write_bytes(config)
-    manifest.write_bytes(manifest_json([*layers, last]))
+    written = False
+    while not written:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # a delete removes folders that are empty
+            manifest.write_bytes(manifest_json([*layers, last]))
+            written = True
 
 
 def _add_weights(models, gguf):
