@@ -223,15 +223,16 @@ class Download:
             error = ServiceError("bug", f"The download broke on a bug: {clean(e)}.")
             log.exception("pull %s: a bug", self.model)
         code = error.code if error else "success"
+        state = code if code in ("success", "cancelled") else "error"
+        self._tools.note_end(self, state)  # who reads the last line finds it ended
         with self._changed:
             self._joinable = False
-            self.state = code if code in ("success", "cancelled") else "error"
+            self.state = state
             self.error = error
             self.ended_at = time.time()
             if not error:
                 self._line = {"status": "success"}
             self._say(self.last_line())
-        self._tools.note_end(self)
 
     def _work(self) -> None:
         old = self._digests_there()
@@ -574,12 +575,12 @@ class Downloads:
         for download in downloads:
             download.stop(self._closing)
 
-    def note_end(self, download: Download) -> None:
-        """Move a download to the ended ones."""
+    def note_end(self, download: Download, state: str) -> None:
+        """Move a download to the ended ones, and count how it ended."""
         with self._lock:
             del self._running[name_key(download.model)]
             self._ended.append(download)
-            self.counts[download.state] += 1
+            self.counts[state] += 1
 
     def _check_limit(self) -> None:
         if len(self._running) >= self._limit:

@@ -255,13 +255,15 @@ class Life(typing.NamedTuple):
 
 def life(process: psutil.Process) -> Life:
     """Return how a process stands; that of a process which is gone says no to everything."""
+    # First: as soon as SIGKILL waits no more, what is read next shows the end
+    killed = _is_killed(process.pid)
     about = _stat(process.pid)
     if about is None or not process.is_running():
         return Life()
     dead = about.state in "ZX"
     return Life(
         alive=not dead or about.threads > 1,
-        dying=dead or about.exiting or _is_killed(process.pid),
+        dying=dead or about.exiting or killed,
         runs=about.state not in "ZXTt",
         parent=about.parent,
     )

@@ -86,11 +86,13 @@ class Trial:
                     words = f"The answer was cut off after {self._limit_s:g} s."
                     news = ServiceError("timeout", words)
             if news is None:
-                return
+                break
             if isinstance(news, ServiceError):
+                self.close()
                 yield {"error": str(news), "code": news.code}
                 return
             yield news
+        self.close()  # before the end is sent: who has read that may try anew at once
 
     def _read(self) -> None:
         """Pass the lines on; None is the end."""
