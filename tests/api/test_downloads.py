@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import threading
+import time
 
 import pytest
 
@@ -35,6 +37,7 @@ def cancel(service, model, **fields):
 def test_a_download_streams_ollamas_lines_with_overall_figures(service, registry):
     name = registry.add_random("ns/figures:latest", 60)
     registry.rate = 20e6
+    began = time.monotonic()
     listener = Listener(service, name)
     assert listener.status == 200
     assert listener.answer.headers["Content-Type"] == "application/x-ndjson"
@@ -46,19 +49,49 @@ def test_a_download_streams_ollamas_lines_with_overall_figures(service, registry
     assert {"pulling manifest", "verifying sha256 digest", "success"} <= statuses
     middle = [line for line in listener.lines if line.get("bytes_per_second")]
     assert middle and all(isinstance(line["eta_seconds"], int) for line in middle)
-    assert all(5e6 < line["bytes_per_second"] < 60e6 for line in middle[5:])
+    # On a busy machine less comes than the registry would send.
+    for at, line in list(zip(listener.at, listener.lines, strict=True))[5:]:
+        if line.get("bytes_per_second"):
+            average = line["completed_bytes"] / (at - began)
+            assert min(5e6, average / 4) < line["bytes_per_second"] < 60e6
+
+
+class Pauses:
+    """Measures for how long this process is held up by others of a busy machine."""
+
+    def __enter__(self):
+        self._ended, self._longest_s = threading.Event(), 0
+        self._thread = threading.Thread(target=self._measure)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join()
+
+    def longest_s(self):
+        return self._longest_s
+
+    def _measure(self):
+        before = time.monotonic()
+        while not self._ended.wait(0.02):
+            now = time.monotonic()
+            self._longest_s = max(self._longest_s, now - before - 0.02)
+            before = now
 
 
 def test_at_most_five_progress_lines_come_in_a_second(service, registry):
     name = registry.add_random("ns/often:latest", 60)
     registry.rate = 20e6
-    listener = Listener(service, name)
-    assert listener.end()["status"] == "success"
+    with Pauses() as pauses:
+        listener = Listener(service, name)
+        assert listener.end()["status"] == "success"
     came = zip(listener.at, listener.lines, strict=True)
     progress = [at for at, line in came if line["status"].startswith("pulling ")]
     most = max(sum(start <= at < start + 1 for at in progress) for start in progress)
-    # Each of the three layers begins with a change of status; and a clock's tick.
-    assert most <= 5 + 3 + 1
+    # Each of the three layers begins with a change of status; and a clock's tick. What comes while
+    # this process is held up is read at once afterwards.
+    assert most <= 5 * (1 + pauses.longest_s()) + 3 + 1
 
 
 def test_without_stream_the_answer_comes_at_the_end(service, registry):
@@ -117,7 +150,7 @@ def test_two_listeners_of_one_model_share_one_download(service, registry):
     first = Listener(service, name).flowing()
     second = Listener(service, name.upper().replace("LOCALHOST", "localhost"))
     assert pull_of(service, name)["listeners"] == 2
-    wait_for(lambda: second.lines, 5, "a line for who came later")
+    wait_for(lambda: second.lines, 30, "a line for who came later")
     assert second.lines[0]["completed_bytes"] > 1e6
     assert first.end()["status"] == second.end()["status"] == "success"
     assert first.lines[-1] == second.lines[-1]
@@ -149,7 +182,7 @@ def test_with_the_last_listener_the_download_stops_and_the_next_goes_on_from_the
     second.leave()
     # The contract's 2 s, with room for a busy machine.
     wait_for(lambda: pull_of(service, name)["state"] == "cancelled", 4, "the download's end")
-    wait_for(lambda: registry.active == 0, 5, "the end of the transfers")
+    wait_for(lambda: registry.active == 0, 30, "the end of the transfers")
     registry.stall, registry.rate = False, None
     again = Listener(service, name)
     assert again.end()["status"] == "success"
@@ -160,11 +193,12 @@ def test_with_the_last_listener_the_download_stops_and_the_next_goes_on_from_the
 
 def test_detached_it_goes_on_without_listeners(service, registry):
     name = registry.add_random("ns/detached:latest", 40)
-    registry.rate = 20e6
+    registry.rate = 4e6  # it still runs when the listener leaves
     assert pull(service, name, detach=True).status_code == 202
     listener = Listener(service, name).flowing()
     listener.leave()
-    wait_for(lambda: pull_of(service, name)["state"] == "success", 20, "success")
+    registry.rate = None
+    wait_for(lambda: pull_of(service, name)["state"] == "success", 60, "success")
     ended = pull_of(service, name)
     assert ended["detached"] and ended["percent"] == 100
     assert ended["ended_at"].endswith("+00:00")
@@ -175,9 +209,9 @@ def test_detached_it_goes_on_without_listeners(service, registry):
 
 def test_the_list_shows_what_runs_and_what_ended(service, registry):
     name = registry.add_random("ns/listed:latest", 50)
-    registry.rate = 10e6
+    registry.rate = 4e6
     listener = Listener(service, name).flowing()
-    wait_for(lambda: pull_of(service, name)["bytes_per_second"] > 0, 5, "a speed")
+    wait_for(lambda: pull_of(service, name)["bytes_per_second"] > 0, 30, "a speed")
     running = pull_of(service, name)
     assert running["state"] == "running" and running["listeners"] == 1
     assert 0 < running["percent"] < 100
@@ -193,8 +227,8 @@ def test_the_list_shows_what_runs_and_what_ended(service, registry):
 @pytest.mark.parametrize("while_it_runs", [True, False])
 def test_purge_removes_the_parts(service, registry, while_it_runs):
     name = registry.add_random("ns/purged:latest", 50, seed=while_it_runs)
-    registry.rate = 6e6  # it still runs at the watch's next look but one
-    listener = Listener(service, name).flowing(25)
+    registry.stall_after(25_000_000)  # in the first layer's file, which grows no more
+    listener = Listener(service, name).flowing(8)
     if not while_it_runs:
         cancel(service, name)
         listener.end()
@@ -204,12 +238,12 @@ def test_purge_removes_the_parts(service, registry, while_it_runs):
         return [part for blob in blobs for part in blob.parent.glob(f"{blob.name}-partial*")]
 
     assert parts()
-    wait_for(lambda: partial_bytes(service) > 5e6, 5, "the watch sees the parts")
+    wait_for(lambda: partial_bytes(service) > 5e6, 60, "the watch sees the parts")
     assert pull_of(service, name)["kept_bytes"] > 5e6
     answer = cancel(service, name, purge=True)
     assert answer.status_code == 200 and answer.json()["freed_bytes"] > 5e6
     assert not parts() and pull_of(service, name)["kept_bytes"] == 0
-    registry.rate = None
+    registry.stall = False
     assert Listener(service, name).end()["status"] == "success"
 
 
@@ -218,7 +252,7 @@ def test_a_pull_right_after_a_cancel_works(service, registry):
     registry.rate = 20e6
     for _ in range(5):
         listener = Listener(service, name)
-        wait_for(lambda one=listener: one.lines, 10, "a line")
+        wait_for(lambda one=listener: one.lines, 30, "a line")
         cancel(service, name)
     registry.rate = None
     assert Listener(service, name).end()["status"] == "success"

@@ -127,11 +127,11 @@ def test_every_metric_is_there_with_its_type_and_labels(service):
     service.load(GEMMA, num_predict=1)
     service.post("/api/models/verify?stream=false")
     service.get("/api/models/updates")
-    wanted = OF_RUNNERS.keys() | OF_MODELS.keys()  # the sums are there a moment earlier
+    wanted = ALWAYS | ASKED | OF_RUNNERS | OF_MODELS  # the sums are there a moment earlier
     families = wait_for(
-        lambda: (found := scrape(service)).keys() >= wanted and found, 10, "a runner"
+        lambda: (found := scrape(service)).keys() >= wanted.keys() and found, 60, "all of them"
     )
-    assert shapes(families) == ALWAYS | ASKED | OF_RUNNERS | OF_MODELS
+    assert shapes(families) == wanted
     for family in families.values():
         assert family.documentation
         for sample in family.samples:
@@ -243,7 +243,7 @@ def test_tokens_are_counted_exactly_also_of_answers_shorter_than_a_look(service)
     tokens, seconds, prompt_tokens, prompt_seconds = sums(service)
     taken = [ask(service, num_predict=n, seed=n) for n in range(1, 9)]
     expected = tokens + sum(each for each, _ in taken)
-    wait_for(lambda: sums(service)[0] >= expected, 10, "all tokens are counted")
+    wait_for(lambda: sums(service)[0] >= expected, 60, "all tokens are counted")
     after = sums(service)
     assert after[0] == expected
     assert 0 < after[2] - prompt_tokens <= sum(each for _, each in taken)  # some were cached
@@ -254,13 +254,13 @@ def test_tokens_are_counted_exactly_also_of_answers_shorter_than_a_look(service)
 def test_what_was_counted_does_not_fall_when_a_runner_is_replaced(service):
     clear(service)
     before, _, *_ = sums(service)
-    ask(service, num_predict=5)
-    wait_for(lambda: sums(service)[0] >= before + 5, 10, "the tokens are counted")
+    tokens, _ = ask(service, num_predict=5)  # it may end by itself sooner
+    wait_for(lambda: sums(service)[0] >= before + tokens, 60, "the tokens are counted")
     before = sums(service)
     clear(service)
     assert sums(service) == before
     tokens, _ = ask(service, num_predict=7)
-    wait_for(lambda: sums(service)[0] >= before[0] + tokens, 10, "the next runner's, too")
+    wait_for(lambda: sums(service)[0] >= before[0] + tokens, 60, "the next runner's, too")
     assert sums(service)[0] == before[0] + tokens
     clear(service)
 
@@ -268,14 +268,18 @@ def test_what_was_counted_does_not_fall_when_a_runner_is_replaced(service):
 def test_callers_are_told(service):
     with socket.create_connection(("127.0.0.1", service.ollama_port)) as caller:
         caller.sendall(b"POST /api/generate HTTP/1.1\r\n")  # half a request
-        wait_for(lambda: stats(service)["callers"]["waiting"] == 1, 10, "he is seen")
-        told = stats(service)["callers"]
+
+        def seen():  # right after he has come his wait is rounded to 0.0 s
+            told = stats(service)["callers"]
+            return told["waiting"] == 1 and told["longest_wait_s"] > 0 and told
+
+        told = wait_for(seen, 60, "he is seen")
         families = scrape(service)
     assert told["connections"] >= 1 and told["longest_wait_s"] > 0
     assert value(families, "llm_callers_waiting") == 1
     assert value(families, "llm_callers_connections") >= 1
     assert value(families, "llm_callers_longest_wait_seconds") > 0
-    wait_for(lambda: stats(service)["callers"]["waiting"] == 0, 10, "he has left")
+    wait_for(lambda: stats(service)["callers"]["waiting"] == 0, 60, "he has left")
 
 
 def test_what_was_never_asked_for_is_left_out(told):

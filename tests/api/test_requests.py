@@ -252,7 +252,7 @@ def test_a_word_means_what_it_says(service, registry, fields, status, kind):
     name = registry.add_random(f"ns/words{len(str(fields))}:latest", 1)
     answer = service.post("/api/models/pull", json={"model": name, "insecure": "true", **fields})
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, kind), answer.text
-    wait_for(lambda: pull_of(service, name)["state"] == "success", 20, "success")
+    wait_for(lambda: pull_of(service, name)["state"] == "success", 60, "success")
     refused = {"model": name, "insecure": "false", "stream": False}
     error(service.post("/api/models/pull", json=refused), 502, "registry_insecure")
     assert service.delete("/api/models/delete", json={"model": name}).ok

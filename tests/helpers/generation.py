@@ -54,7 +54,7 @@ class Generation:
         assert self.done, f"the generation did not end within {timeout} s"
         return self
 
-    def goes_on(self, timeout=10):
+    def goes_on(self, timeout=60):
         """Wait for one more token."""
         so_far = self.tokens
         wait_for(lambda: self.tokens > so_far or self.done, timeout, "the answer goes on")
@@ -62,4 +62,4 @@ class Generation:
 
     def close(self):
         self._connection.sock.shutdown(socket.SHUT_RDWR)
-        return self.wait(5)
+        return self.wait(30)

@@ -35,7 +35,7 @@ class Listener:
                 self.at.append(time.monotonic())
         self.done = True
 
-    def until(self, predicate, what, timeout=30):
+    def until(self, predicate, what, timeout=60):
         """Wait for a line like that."""
 
         def seen():
@@ -54,7 +54,7 @@ class Listener:
         self.answer.raw.shutdown()
         self.answer.close()
 
-    def end(self, timeout=60):
+    def end(self, timeout=120):
         """Wait for the end; return the last line."""
         wait_for(lambda: self.done, timeout, f"the end of the stream {self.lines[-1:]}")
         return self.lines[-1]

@@ -52,10 +52,13 @@ def suspend(process):
     tasks = Path(f"/proc/{process.pid}/task")
 
     def stands():
-        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in tasks.glob("*/stat")]
-        return set(states) <= {"T"}
+        states = set()
+        for stat in tasks.glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+                states.add(stat.read_text().rpartition(")")[2].split()[0])
+        return states <= {"T"}
 
-    wait_for(stands, 5, f"{process} stands")
+    wait_for(stands, 30, f"{process} stands")
 
 
 def is_gone(process):

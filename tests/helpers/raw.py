@@ -9,7 +9,7 @@ INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def dial(service):
-    return socket.create_connection(("127.0.0.1", service.port), 20)
+    return socket.create_connection(("127.0.0.1", service.port), 60)
 
 
 def read_all(sock):

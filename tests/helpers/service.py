@@ -134,7 +134,7 @@ class Service:
         def runner():
             return next((each for each in self.runners() if blob in each.cmdline()), None)
 
-        return wait_for(runner, 5, f"{name}'s runner")
+        return wait_for(runner, 30, f"{name}'s runner")
 
     def generate(self, name, **options):
         """Return a long answer under way, once it flows."""
@@ -160,7 +160,12 @@ class Service:
     def runners(self):
         """Return its runners, also those of an Ollama that has died."""
         sessions = {line[0] for line in self.state_lines()}
-        return [each for each in self._with("--model") if os.getsid(each.pid) in sessions]
+        found = []
+        for each in self._with("--model"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                if os.getsid(each.pid) in sessions:
+                    found.append(each)
+        return found
 
     def worker_pid(self):
         """Return the one gunicorn process that another one started; None while there is none."""
@@ -170,11 +175,12 @@ class Service:
     def launcher(self):
         """Return all that start.sh is made of, without what it runs."""
         words = ("gunicorn", "serve", "llama-server")
-        return [
-            process
-            for process in self.processes()
-            if not any(word in part for part in process.cmdline() for word in words)
-        ]
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it has ended just now
+                if not any(word in part for part in process.cmdline() for word in words):
+                    found.append(process)
+        return found
 
     def _with(self, argument):
         found = []
@@ -198,6 +204,9 @@ class Service:
                 (os.killpg if sig == signal.SIGINT else os.kill)(self.process.pid, sig)
             try:
                 self.process.wait(20)
+                # What was killed, or reads to its end, may be there for a moment more.
+                with contextlib.suppress(AssertionError):
+                    wait_for(lambda: not self.processes(), 5, "nothing is left")
             finally:
                 left = self.processes()
                 kill(left)

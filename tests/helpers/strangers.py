@@ -12,18 +12,19 @@ print(flush=True)
 sys.stdin.read()
 """
 
-# It reads as Ollama does: each request, and a file once it knows what is asked for.
+# It reads as Ollama does: each request, and a file once it knows what is asked for. A request
+# may come in several pieces.
 SERVER = """
-import os, socket, sys
+import os, socket, sys, threading
+def serve(connection):
+    while request := os.read(connection.fileno(), 1 << 16):
+        if request.endswith(b"}"):
+            with open(sys.argv[1], "rb") as file:
+                file.read()
 server = socket.create_server(("127.0.0.1", 0))
 print(server.getsockname()[1], flush=True)
-accepted = []
 while True:
-    accepted.append(server.accept()[0])
-    request = os.read(accepted[-1].fileno(), 1 << 16)
-    if request.endswith(b"}"):
-        with open(sys.argv[1], "rb") as file:
-            file.read()
+    threading.Thread(target=serve, args=[server.accept()[0]], daemon=True).start()
 """
 
 

@@ -67,13 +67,13 @@ class Gpu:
             raise ServiceError("ollama_error", "no")
         if name == "small:latest" and self.slots[name] == IDLE:
             end(self.runners[name], signal.SIGTERM)
-            psutil.wait_procs([self.runners[name]], 5)
+            psutil.wait_procs([self.runners[name]], 20)
 
     def ps(self, *_):
         return [{"name": name, "digest": f"of {name}"} for name in self.listed]
 
     def clear(self, force, model=None):
-        clearing = Clearing(app.watch, model, force, time.monotonic() + 3)
+        clearing = Clearing(app.watch, model, force, time.monotonic() + 30)
         clearing.run()
         return clearing.report
 
@@ -84,7 +84,9 @@ def gpu(monkeypatch):
         one = Gpu(server)
         manifests = {name: [manifest(name, digest)] for name, digest in DIGESTS.items()}
         monkeypatch.setattr(clearing, "UNLOAD_WAIT_S", 0.2)
-        monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
+        # A busy machine is slow to end a process, and to reap it.
+        monkeypatch.setattr(clearing, "KILL_WAIT_S", 20)
+        monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 1)
         monkeypatch.setattr(app.watch, "known_runners", one.known_runners)
         monkeypatch.setattr(app.processes, "runners", one.known_runners)
         monkeypatch.setattr(app.processes, "unknown_children", list)
@@ -117,7 +119,8 @@ def test_a_model_that_is_listed_on_without_a_runner_is_cleared(gpu, slots, reaso
     assert report["verified"] is True
 
 
-def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu):
+def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu, monkeypatch):
+    monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
     gpu.slots = dict.fromkeys(DIGESTS, BUSY)
     gpu.server.suspend()  # so that it reaps none
     report = gpu.clear(force=True)
@@ -166,7 +169,8 @@ def test_one_that_was_not_loaded_yet_is_spared_and_named(gpu, model):
     assert (report["killed"], report["left"]) == ([], ["big:latest"])
 
 
-def test_a_ghost_is_named_beside_a_busy_one(gpu):
+def test_a_ghost_is_named_beside_a_busy_one(gpu, monkeypatch):
+    monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
     gpu.slots["small:latest"] = BUSY
     gpu.server.suspend()  # so that it reaps none
     report = gpu.clear(force=False)
@@ -228,6 +232,7 @@ def test_one_that_may_be_either_models_is_ended_for_one_where_it_serves_nobody(
 def test_a_reboot_is_advised_only_where_sigkill_has_not_helped_for_long(
     gpu, monkeypatch, survives, code, action
 ):
+    monkeypatch.setattr(clearing, "KILL_WAIT_S", 0.2)
     monkeypatch.setattr("llm_service.clearing.end", lambda _: None)
     monkeypatch.setattr(app.watch, "survives", lambda _: survives)
     report = gpu.clear(force=True)

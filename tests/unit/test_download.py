@@ -39,7 +39,7 @@ def ended(folder, *lines):
     """Run a download to its end, which its listener has slept through."""
     downloads = Downloads(Script(*lines), Store(folder), Processes("/none"), 1)
     download, listened = downloads.pull("m")
-    download.thread.join(10)
+    download.thread.join(60)
     assert downloads.running_count() == 0 and len(downloads.list()) == 1
     return download, listened
 
@@ -77,7 +77,7 @@ class Endless(Script):
 
     def __iter__(self):
         yield from super().__iter__()
-        self.closed.wait(30)
+        self.closed.wait(120)
 
     def close(self):
         self.closed.set()
@@ -90,11 +90,11 @@ def test_a_purge_spares_what_another_download_shares(tmp_path, shared):
     part.write_bytes(b"x" * 5000)
     downloads = Downloads(Endless(LAYER), Store(tmp_path), Processes("/none"), 2)
     first, _ = downloads.pull("first", detach=True)
-    wait_for(first.digests, 5, "the layer of the first")
+    wait_for(first.digests, 30, "the layer of the first")
     if shared:
         downloads.ollama = Endless(LAYER)
         second, _ = downloads.pull("second", detach=True)
-        wait_for(second.digests, 5, "the layer of the second")
+        wait_for(second.digests, 30, "the layer of the second")
     freed = downloads.cancel("first", purge=True)
     assert part.exists() == shared and bool(freed) == (not shared)
     downloads.close()

@@ -24,6 +24,7 @@ from helpers.fake_nvml import (
     Gpu,
     load_gpu,
 )
+from helpers.waiting import wait_for
 
 FIGURES = {
     "index": 0,
@@ -195,28 +196,31 @@ def test_one_bad_gpu_shows_beside_good_ones(gpu, nvml, monkeypatch, bad):
     assert gpu.memory_in_use(reading) == ("nvml", 7 * 5120)
 
 
+def readers():
+    """Return the threads that read a GPU: other tests may have left others."""
+    return {thread for thread in threading.enumerate() if thread.name == "gpu"}
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_that_hangs_costs_its_time_once_and_one_thread_and_passes(gpu, nvml, call):
-    threads = threading.active_count()
+    before = readers()
     nvml.answer(call)
     began = time.monotonic()
     first = gpu.sample(0.05)
-    assert 0.05 <= time.monotonic() - began < 0.4
+    assert time.monotonic() - began >= 0.05
     assert (first["state"], first["gpus"]) == ("slow", [])
     began = time.monotonic()
     for _ in range(20):
-        assert gpu.sample(0.05) == first
-        assert threading.active_count() == threads + 1
-    assert all(thread.daemon for thread in threading.enumerate()[1:])  # the process may end
-    assert time.monotonic() - began < 0.5
+        assert gpu.sample(20) == first
+        (reader,) = readers() - before
+        assert reader.daemon  # the process may end
+    assert time.monotonic() - began < 20  # no one has waited
     assert gpu.memory_totals(first) == (None, None)
     assert gpu.memory_in_use(first) == ("system", None)
     nvml.answer()
-    until = time.monotonic() + 5
-    while gpu.sample()["state"] == "slow" and time.monotonic() < until:
-        time.sleep(0.005)
-    assert gpu.sample()["gpus"] == [FIGURES]
-    assert threading.active_count() == threads
+    wait_for(lambda: gpu.sample()["state"] != "slow", 30, "the GPU answers")
+    assert gpu.sample(30)["gpus"] == [FIGURES]
+    wait_for(lambda: readers() == before, 30, "the end of the reader")
 
 
 def waited(gpu, seconds, step):
@@ -256,9 +260,9 @@ def test_many_callers_of_a_hanging_gpu_share_one_thread(gpu, nvml):
     nvml.answer("nvmlDeviceGetCount")
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        states = set(pool.map(lambda _: gpu.sample(0.2)["state"], range(200)))
+        states = set(pool.map(lambda _: gpu.sample(1)["state"], range(200)))
     assert states == {"slow"}
-    assert time.monotonic() - began < 0.8  # 200 callers by 32 in turn: 1.4 s if each waited
+    assert time.monotonic() - began < 6  # 200 callers by 32 in turn: 7 s if each waited
     assert nvml.calls == ["nvmlInit", "nvmlDeviceGetCount"]
 
 

@@ -36,12 +36,12 @@ def test_a_disk_that_does_not_answer_holds_up_no_look_at_the_runners(place, monk
     for name in ("models", "free_bytes", "disk", "writable", "signature", "changed_ns"):
         monkeypatch.setattr(place.store, name, lambda: place.go_on.wait(30))
     place.start()
-    wait_for(place.store_is_slow, 5, "the look is slow")
+    wait_for(place.store_is_slow, 30, "the look is slow")
     looked_at = place.watch.looked_at
     place.watch.look()
     assert place.watch.looked_at > looked_at
     place.go_on.set()
-    wait_for(lambda: not place.store_is_slow(), 5, "the disk answers")
+    wait_for(lambda: not place.store_is_slow(), 30, "the disk answers")
 
 
 def test_a_disk_that_does_not_answer_holds_up_no_figure_of_the_gpu(place, monkeypatch):
@@ -49,8 +49,8 @@ def test_a_disk_that_does_not_answer_holds_up_no_figure_of_the_gpu(place, monkey
     readings = iter(range(10**6))
     monkeypatch.setattr("gpu.sample", lambda: {"state": "ok", "gpus": [], "n": next(readings)})
     place.start()
-    wait_for(place.store_is_slow, 5, "the look is slow")
-    wait_for(lambda: place.gpu["n"] > 3, 5, "the GPU is read on")
+    wait_for(place.store_is_slow, 30, "the look is slow")
+    wait_for(lambda: place.gpu["n"] > 3, 30, "the GPU is read on")
 
 
 def test_a_bug_of_a_look_ends_no_looking(place, monkeypatch, caplog):
@@ -63,7 +63,7 @@ def test_a_bug_of_a_look_ends_no_looking(place, monkeypatch, caplog):
 
     monkeypatch.setattr(place.store, "models", models)
     place.start()
-    wait_for(lambda: place.models, 5, "the next look")
+    wait_for(lambda: place.models, 30, "the next look")
     assert "TypeError: a bug" in caplog.text
 
 

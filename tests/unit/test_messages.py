@@ -28,7 +28,7 @@ class Reader:
 
     def end(self, printed=b""):
         """Give it this to the end; return what it passes on."""
-        passed = self.process.communicate(printed, timeout=30)[1]
+        passed = self.process.communicate(printed, timeout=60)[1]
         assert self.process.returncode == 0
         return passed
 
@@ -55,10 +55,10 @@ def test_all_is_passed_on_as_it_came(reader):
 
 def test_the_last_lines_are_there_while_it_goes_on(reader):
     reader.process.stdin.write(numbered(60))
-    wait_for(lambda: last_lines(reader.state, 50)[-1:] == ["line 59 \ufffd"], 10, "the last line")
+    wait_for(lambda: last_lines(reader.state, 50)[-1:] == ["line 59 \ufffd"], 30, "the last line")
     assert len(last_lines(reader.state, 50)) == 50
     reader.process.stdin.write(b"one more\n")
-    wait_for(lambda: last_lines(reader.state, 1) == ["one more"], 10, "one more")
+    wait_for(lambda: last_lines(reader.state, 1) == ["one more"], 30, "one more")
 
 
 def test_what_is_kept_is_bounded_and_never_less_than_asked_for(reader):
@@ -70,7 +70,7 @@ def test_what_is_kept_is_bounded_and_never_less_than_asked_for(reader):
         passed = 0
         while passed < len(printed):
             passed += len(os.read(reader.process.stderr.fileno(), len(printed)))
-    wait_for(lambda: last_lines(reader.state, 1) == ["line 1999 \ufffd"], 10, "the last line")
+    wait_for(lambda: last_lines(reader.state, 1) == ["line 1999 \ufffd"], 30, "the last line")
     assert len(last_lines(reader.state, 50)) == 50
     sizes = [file.stat().st_size for file in reader.state.parent.glob("state.said*")]
     assert written > 4 * sum(sizes) and max(sizes) <= 2 * KEPT_BYTES
@@ -103,7 +103,7 @@ def test_the_reason_is_what_it_said_last(reader, printed, reason):
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_does_not_lose_the_last_words(reader, sig):
     reader.process.stdin.write(b"first\n")
-    wait_for(lambda: last_lines(reader.state, 1), 10, "that it reads")
+    wait_for(lambda: last_lines(reader.state, 1), 30, "that it reads")
     reader.process.send_signal(sig)
     assert reader.end(b"Error: last\n") == b"first\nError: last\n"
     assert reader.reason() == "Error: last\n"

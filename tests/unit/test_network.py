@@ -9,6 +9,7 @@ import urllib.parse
 import pytest
 
 from helpers.faults import Silent, answer, cut, speak
+from helpers.ports import free_port
 from helpers.registry import Registry
 from helpers.tls import Authority
 from llm_service.errors import ServiceError
@@ -223,8 +224,7 @@ def test_a_whole_answer_of_the_greatest_size_is_taken(registry):
 
 
 def test_nobody_and_nowhere_are_told_apart():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()  # which no other test takes meanwhile
     for host in ("localhost", "nowhere.invalid"):
         assert refused(port, host=host) == "registry_unreachable"
 
@@ -265,7 +265,7 @@ class _ProxyConnection(socketserver.StreamRequestHandler):
             back = threading.Thread(target=copy, args=(other, self.connection), daemon=True)
             back.start()
             copy(self.connection, other)
-            back.join(5)
+            back.join(30)
 
 
 def copy(source, target):

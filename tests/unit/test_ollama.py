@@ -148,7 +148,7 @@ def test_a_call_ends_in_its_time(fake, ollama, do):
     began = time.monotonic()
     with refused("ollama_timeout", 504):
         do(ollama, 0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15  # on a busy machine; else it would take for ever or 30 s
 
 
 def test_a_call_ends_in_its_time_though_a_byte_comes_now_and_then(fake, ollama):
@@ -156,7 +156,7 @@ def test_a_call_ends_in_its_time_though_a_byte_comes_now_and_then(fake, ollama):
     began = time.monotonic()
     with refused("ollama_timeout", 504):
         ollama.tags(timeout_s=0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15  # on a busy machine; else it would take for ever or 30 s
 
 
 # Answers that are none
@@ -187,7 +187,7 @@ def test_a_200_that_is_no_answer_of_ollamas_is_a_502(said, told, body):
 def test_every_list_refuses_what_is_no_answer(fake, ollama, do):
     answer_all(fake, http("[]"))
     with refused("bad_answer", 502):
-        do(ollama, 1)
+        do(ollama, 30)
 
 
 @pytest.mark.parametrize(

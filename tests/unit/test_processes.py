@@ -44,7 +44,7 @@ class StandIn:
         self.process = subprocess.Popen(command, start_new_session=True)
         self.started = ticks(self.process.pid)
         self.processes = self.record()
-        wait_for(self.processes.runners, 10, "the runner")
+        wait_for(self.processes.runners, 30, "the runner")
 
     def record(self, offset=0):
         self.state.write_text(f"1 1 0\n{self.process.pid} {self.started + offset} 3\n")
@@ -100,11 +100,11 @@ def test_a_recorded_server_and_its_runner_are_found(server):
 def test_a_runner_stays_the_same_whatever_its_state_and_its_parent(server):
     (before,) = server.processes.runners()
     before.process.suspend()
-    wait_for(lambda: before.process.status() == psutil.STATUS_STOPPED, 5, "it is stopped")
+    wait_for(lambda: before.process.status() == psutil.STATUS_STOPPED, 30, "it is stopped")
     assert server.processes.runners() == [before]
     server.process.kill()
     server.process.wait()
-    wait_for(lambda: before.process.ppid() != server.process.pid, 5, "it has another parent")
+    wait_for(lambda: before.process.ppid() != server.process.pid, 30, "it has another parent")
     (after,) = server.processes.runners()
     assert after == before and hash(after) == hash(before)
 
@@ -124,7 +124,7 @@ def test_a_runner_of_a_stranger_is_not_ours(server):
         try:
             wait_for(
                 lambda: "--model" in psutil.Process(process.pid).cmdline(),
-                5,
+                30,
                 "the stranger's command line",
             )
             assert [each.process.pid for each in server.processes.runners()] == ours
@@ -141,7 +141,7 @@ def test_an_orphan_is_still_ours_and_the_server_is_gone(server):
     (orphan,) = processes.runners()
     assert orphan.process.pid == runner.process.pid
     end(orphan.process)
-    wait_for(lambda: not alive(orphan.process), 5, "the orphan's end")
+    wait_for(lambda: not alive(orphan.process), 30, "the orphan's end")
     assert processes.runners() == []
 
 
@@ -151,7 +151,7 @@ def test_a_zombie_is_dead(server):
     for each in processes.runners():
         end(each.process)
     server.process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not alive(recorded), 5, "the server's end")
+    wait_for(lambda: not alive(recorded), 30, "the server's end")
     assert os.path.exists(f"/proc/{server.process.pid}")
     assert processes.server() is None
 
@@ -164,10 +164,10 @@ def test_one_whose_main_thread_has_ended_lives_until_its_last_thread_has():
     )
     with subprocess.Popen([sys.executable, "-c", script]) as started:
         process = psutil.Process(started.pid)
-        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 10, "the main thread's end")
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 30, "the main thread's end")
         assert alive(process) and life(process).dying
         end(process)
-        wait_for(lambda: not alive(process), 5, "the end of the last thread")
+        wait_for(lambda: not alive(process), 30, "the end of the last thread")
         assert life(process).dying  # until it is reaped
     assert not life(process).dying
 

@@ -45,7 +45,7 @@ def asked(monkeypatch, server):
     process = psutil.Process(server.pid)
     monkeypatch.setattr(app.processes, "server", lambda: process)
     waits = psutil.STATUS_SLEEPING
-    wait_for(lambda: process.status() == waits, 5, "the server waits for work")
+    wait_for(lambda: process.status() == waits, 30, "the server waits for work")
     state = ServerState(app.ollama, app.store, app.processes)
     state.ask_loaded(process, 1)
     assert state.loaded_now() == state.loaded_now() == [{"name": "m1"}]
@@ -61,7 +61,7 @@ def test_a_server_that_has_worked_since_is_asked_again(asked, server):
 def test_a_stopped_server_is_asked_as_that_tells_that_it_hangs(asked, server):
     server.send_signal(signal.SIGSTOP)
     process = psutil.Process(server.pid)
-    wait_for(lambda: process.status() == psutil.STATUS_STOPPED, 5, "it is stopped")
+    wait_for(lambda: process.status() == psutil.STATUS_STOPPED, 30, "it is stopped")
     assert asked.loaded_now() == [{"name": "m2"}]
 
 
@@ -69,7 +69,7 @@ def test_a_stopped_server_is_asked_as_that_tells_that_it_hangs(asked, server):
 def test_after_its_end_its_successor_is_asked(asked, server, reaped):
     process = psutil.Process(server.pid)
     server.kill()
-    wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 5, "it is dead")
+    wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, 30, "it is dead")
     if reaped:
         server.wait()
     assert asked.loaded_now() == [{"name": "m2"}]

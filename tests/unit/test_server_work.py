@@ -134,7 +134,9 @@ def test_the_runners_connections_are_no_work(server):
     runner = [*command, "--port", str(server.port)]
     server.do(f"runner = subprocess.Popen({runner}, executable=sys.executable)")
     server.do(f"other = socket.create_connection(('127.0.0.1', {server.port}))")
-    wait_for(server.processes.runners, 5, "its command line, which the kernel sets after the start")
+    wait_for(
+        server.processes.runners, 30, "its command line, which the kernel sets after the start"
+    )
     assert not server.works()
 
 

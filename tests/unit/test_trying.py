@@ -38,7 +38,7 @@ LINES = [{"model": "m", "response": "a", "done": False}, {"model": "m", "done": 
 
 def test_ollamas_lines_are_passed_on(fake, make_trials):
     trial = make_trials(ndjson(*LINES)).start("m", "Why?")
-    assert list(trial.lines(5)) == LINES
+    assert list(trial.lines(30)) == LINES
     trial.close()
     ((method, path, body),) = fake.calls
     asked = {"model": "m", "prompt": "Why?", "options": {"num_predict": TOKENS_MOST}}
@@ -73,21 +73,21 @@ def test_one_at_a_time_and_the_next_after_a_close(make_trials):
 def test_an_early_error_is_raised(make_trials, answer, code):
     trial = make_trials(answer).start("m", "a")
     with pytest.raises(ServiceError) as error:
-        trial.lines(5)
+        trial.lines(30)
     assert error.value.code == code
 
 
 def test_an_ollama_that_is_away_is_told():
     trials = Trials(Ollama(f"http://127.0.0.1:{free_port()}"))
     with pytest.raises(ServiceError) as error:
-        trials.start("m", "a").lines(5)
+        trials.start("m", "a").lines(30)
     assert error.value.code == "ollama_unreachable"
 
 
 def test_a_late_error_is_the_last_line(make_trials):
     late = ndjson(LINES[0], {"error": "CUDA error: out of memory"})
     trial = make_trials(late).start("m", "a")
-    *lines, last = trial.lines(5)
+    *lines, last = trial.lines(30)
     assert lines == LINES[:1] and last["code"] == "out_of_memory"
     trial.close()
 
@@ -97,13 +97,13 @@ def test_a_late_error_is_the_last_line(make_trials):
 )
 def test_an_answer_without_its_end_is_an_error(make_trials, answer):
     trial = make_trials(answer).start("m", "a")
-    *lines, last = trial.lines(5)
+    *lines, last = trial.lines(30)
     assert lines == LINES[:1] and last["code"] == "ollama_unreachable"
     trial.close()
 
 
 def test_while_ollama_is_silent_there_are_empty_pieces_until_the_limit(make_trials):
-    trial = make_trials(never, limit_s=1.2).start("m", "a")
+    trial = make_trials(never, limit_s=3).start("m", "a")
     *beats, last = trial.lines(0.1)
     assert beats and all(beat == {"model": "m", "response": "", "done": False} for beat in beats)
     assert last["code"] == "timeout"
@@ -120,10 +120,10 @@ def without_end(sock):
 @pytest.mark.parametrize("answer", [never, without_end])
 def test_a_close_ends_the_connection_at_any_moment(fake, make_trials, answer):
     trial = make_trials(answer).start("m", "a")
-    wait_for(lambda: fake.calls, 5, "the question")
+    wait_for(lambda: fake.calls, 30, "the question")
     trial.close()
     readers = lambda: [t for t in threading.enumerate() if t.name == "try"]  # noqa: E731
-    wait_for(lambda: not readers(), 5, "the end of the reader")
+    wait_for(lambda: not readers(), 30, "the end of the reader")
 
 
 def test_the_end_of_the_service_ends_it(make_trials):
@@ -132,5 +132,5 @@ def test_the_end_of_the_service_ends_it(make_trials):
     trial = trials.start("m", "a")
     trials.close()
     with pytest.raises(ServiceError) as error:
-        list(trial.lines(5))
+        list(trial.lines(30))
     assert error.value.code == "shutting_down"

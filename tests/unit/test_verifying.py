@@ -167,10 +167,15 @@ def test_a_manifest_that_ollama_refuses_is_a_damaged_file(add, verify, models):
 
 def test_progress_rises_to_its_end(add, models, monkeypatch):
     monkeypatch.setattr(verifying, "LINE_S", 0.005)
-    for n in range(3):
-        add(f"m{n}:latest", 30_000_000)
-    *lines, last = Verifying(Store(models)).start(None).lines()
-    assert len(lines) > 3
+    blob, *_ = [add(f"m{n}:latest", 30_000_000) for n in range(3)]
+    store = Store(models)
+    with Gate(store, blob) as gate:  # it may be fast, and the first line knows no sizes yet
+        told = Verifying(store).start(None).lines()
+        first = next(told)
+        gate.wait()
+        held = [next(told) for _ in range(3)]
+    *others, last = told
+    lines = [first, *held, *others]
     assert all(line["status"].startswith("checking ") for line in lines)
     percents = [line["percent"] for line in lines]
     assert percents == sorted(percents)
@@ -205,7 +210,7 @@ class Gate:
         self._came, self._go = threading.Event(), threading.Event()
 
     def wait(self):
-        assert self._came.wait(10)
+        assert self._came.wait(60)
 
     def open(self):
         self._go.set()
@@ -215,7 +220,7 @@ class Gate:
         held = threading.current_thread().name.startswith("ThreadPool")
         if path == self._blob and held and not self._go.is_set():
             self._came.set()
-            assert self._go.wait(10)
+            assert self._go.wait(60)
         return path
 
     def __enter__(self):
@@ -238,7 +243,7 @@ def test_it_ends_when_its_caller_leaves(add, models):
         lines.close()
         check.leave()
         gate.open()
-        check.thread.join(2)
+        check.thread.join(60)
     assert not check.thread.is_alive()
     assert check.last_line()["code"] == "cancelled"
     assert checks.damaged_count() is None
@@ -296,7 +301,7 @@ def test_a_repair_meanwhile_is_seen(add, models, tmp_path):
     with Gate(store, other) as gate:
         check = Verifying(store).start(None)
         gate.wait()
-        wait_for(lambda: check._reading.sizes()[0] >= blob.stat().st_size, 10, "the file read")
+        wait_for(lambda: check._reading.sizes()[0] >= blob.stat().st_size, 30, "the file read")
         blob.unlink()
         shutil.move(whole, blob)
     assert bad(list(check.lines())[-1]) == {}
@@ -358,4 +363,4 @@ def test_the_page_cache_is_not_filled(add, verify):
         file.read()
     assert cached_bytes(blob) > 40_000_000  # the kernel may have taken some pages back already
     assert bad(verify()) == {}
-    assert cached_bytes(blob) == 0
+    assert cached_bytes(blob) < 1_000_000  # the kernel may be at work on some pages just then
