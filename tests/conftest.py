@@ -171,7 +171,7 @@ def module_service(make_module_service, gguf):
 @pytest.fixture
 def idle(module_service):
     """The file's service with nothing loaded and Ollama well, whatever the test before left."""
-    module_service.wait_healthy(30)
+    module_service.wait_healthy(60)
     clear(module_service)
     return module_service
 

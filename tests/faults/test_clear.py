@@ -16,12 +16,33 @@ from helpers.answers import (
     stats,
     wait_loaded,
 )
-from helpers.causes import Waiting, hung_runner, ollama_dead
+from helpers.causes import Waiting, begun, clear_under_way, hung_runner, ollama_dead
 from helpers.generation import Generation
 from helpers.models import manifest_path
 from helpers.processes import is_gone, suspend
 from helpers.raw import dial
 from helpers.waiting import wait_for
+
+# On two busy cores a busy runner that answers late would be hung.
+PATIENT = {"llm_service.clearing.CLEAR_RUNNER_S": 0.5}
+
+
+@pytest.fixture(scope="module")
+def module_service(make_module_service, gguf):
+    return make_module_service(
+        models={GEMMA: gguf}, LLM_MODEL=GEMMA, LLM_CONTEXT_LENGTH=4096, constants=PATIENT
+    )
+
+
+@pytest.fixture
+def trio(make_service, make_gguf_variant):
+    return make_service(
+        models={f"m{n}:latest": make_gguf_variant(n) for n in (1, 2, 3)},
+        LLM_MODEL="m1",
+        LLM_CONTEXT_LENGTH=1024,
+        OLLAMA_MAX_LOADED_MODELS=3,
+        constants=PATIENT,
+    )
 
 
 def own_mb(process):
@@ -84,17 +105,15 @@ def test_a_runner_that_ends_its_answer_in_time_is_not_killed(idle):
         if not report["killed"]:
             break
     assert (report["killed"], report["unloaded_models"], report["verified"]) == ([], [GEMMA], True)
-    assert busy.wait(2).error is None
+    assert busy.wait(30).error is None
 
 
 def test_a_model_deleted_in_the_middle_of_its_clear_is_no_bug(idle, gguf, others):
     idle.add_model("going:latest", gguf)
     busy = idle.generate(GEMMA)
-    before = stats(idle)["clears"]
-    first = others.submit(clear, idle, force=False)  # which waits for the busy one
-    wait_for(lambda: stats(idle)["clears"] > before, 5, "the first clear")
+    first = begun(idle, others, clear, force=False)  # which waits for the busy one
     second = others.submit(idle.post, CLEAR, json={"model": "going"})  # waits for its turn
-    time.sleep(0.3)
+    time.sleep(0.7)  # it shall have come
     assert not first.done()
     manifest_path(idle.models, "going:latest").unlink()
     assert second.result().status_code == 200
@@ -129,7 +148,7 @@ def test_it_ends_an_orphan(idle):
         assert not is_gone(orphan)
         wait_for(
             lambda: [runner["state"] for runner in stats(idle)["runners"]] == ["orphan"],
-            10,
+            30,
             "the watch sees the orphan",
         )
         report = clear(idle)
@@ -144,7 +163,8 @@ def test_a_caller_who_leaves_does_not_stop_it(idle):
         head = f"POST {CLEAR} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
         sock.sendall(head.encode())
         time.sleep(0.2)  # it shall be under way
-    wait_for(lambda: is_gone(waiting.runner), 5, "the runner is ended all the same")
+    # Sooner than the watch would end it: a runner is silent after ten seconds.
+    wait_for(lambda: is_gone(waiting.runner), 8, "the runner is ended all the same")
 
 
 @pytest.mark.parametrize("path", [CLEAR, RESET])
@@ -184,7 +204,7 @@ def test_it_is_verified_while_a_client_keeps_asking(idle, others):
             assert report["verified"] is True
             assert not there & {runner.pid for runner in idle.runners()}
             assert not there & {new["pid"] for new in report["new_runners"]}
-            wait_for(idle.runners, 30, "the client's next runner")
+            wait_for(idle.runners, 60, "the client's next runner")
     finally:
         enough.set()
     for each in asking:
@@ -231,12 +251,7 @@ def test_clearing_one_model_leaves_the_others(trio):
 
 
 def test_runners_that_others_start_meanwhile_are_told_apart(trio, others):
-    hung_runner(trio, "m1:latest")
-    before = stats(trio)["clears"]
-    clearing = others.submit(clear, trio)
-    wait_for(lambda: stats(trio)["clears"] > before, 5, "the clear")
-    time.sleep(0.2)  # what is loaded has been listed by then
-    new = trio.load("m2")
+    clearing, new = clear_under_way(trio, others)
     report = clearing.result()
     assert report["verified"] is True
     assert report["new_runners"] == [{"pid": new.pid, "model": "m2:latest"}]

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from helpers.answers import GEMMA, clear, health, stats
+from helpers.causes import begun
 from helpers.nvml import HANG, NO_PERMISSION, NOT_SUPPORTED, RM_VERSION_MISMATCH, UNKNOWN
 from helpers.waiting import wait_for
 
@@ -14,6 +15,8 @@ from helpers.waiting import wait_for
 def on_gpu(nvml, make_service, gguf):
     service = make_service(models={GEMMA: gguf}, LLM_MODEL=GEMMA, **nvml.env)
     service.nvml = nvml
+    # On a busy machine the first reading may be a slow one.
+    wait_for(lambda: stats(service)["gpu"] == "ok", 30, "the GPU was read")
     return service
 
 
@@ -42,7 +45,7 @@ def test_the_gpu_shows(on_gpu):
 )
 def test_each_state_shows_and_passes(on_gpu, state, action, answers):
     on_gpu.nvml.say(**answers)
-    wait_for(lambda: stats(on_gpu)["gpu"] == state, 5, "the watch has looked")
+    wait_for(lambda: stats(on_gpu)["gpu"] == state, 30, "the watch has looked")
     for _ in range(3):
         told = stats(on_gpu)
         assert (told["gpu"], told["recommended_action"]) == (state, action)
@@ -52,30 +55,28 @@ def test_each_state_shows_and_passes(on_gpu, state, action, answers):
     assert "-1" not in json.dumps(told["gpus"])
     assert not [gpu for gpu in told["gpus"] if gpu["memory_total_mb"] == 0]
     on_gpu.nvml.say()
-    wait_for(lambda: stats(on_gpu)["gpu"] == "ok", 5, "the GPU is back")
+    wait_for(lambda: stats(on_gpu)["gpu"] == "ok", 30, "the GPU is back")
 
 
 def test_a_lost_gpu_is_unhealthy_and_the_service_must_be_restarted(on_gpu):
     on_gpu.nvml.say(count=UNKNOWN)
-    wait_for(lambda: stats(on_gpu)["gpu"] == "lost", 5, "the machine was looked at")
+    wait_for(lambda: stats(on_gpu)["gpu"] == "lost", 30, "the machine was looked at")
     assert health(on_gpu)["status"] == "healthy"  # one bad answer is no loss
-    wait_for(lambda: on_gpu.get("/health").status_code == 503, 10, "a loss for some looks")
+    wait_for(lambda: on_gpu.get("/health").status_code == 503, 60, "a loss for some looks")
     told = health(on_gpu, 503)
     assert (told["status"], told["code"]) == ("unhealthy", "gpu_lost")
     assert told["recommended_action"] == "restart_service"
     assert "restart" in told["error"].lower() or "restart" in told["reason"].lower()
     clear(on_gpu)
     on_gpu.nvml.say()
-    on_gpu.wait_healthy(5)
+    on_gpu.wait_healthy(60)
 
 
 def test_the_memory_of_a_clear_is_measured_by_nvml(on_gpu, others):
     busy = on_gpu.generate(GEMMA)
-    before = stats(on_gpu)["clears"]
-    clearing = others.submit(clear, on_gpu)
-    wait_for(lambda: stats(on_gpu)["clears"] > before, 5, "the clear")
+    clearing = begun(on_gpu, others, clear)
     time.sleep(0.5)  # within the time that a busy runner gets
     on_gpu.nvml.say(used=1120)
     memory = clearing.result()["memory"]
     assert memory == {"source": "nvml", "before_mb": 5120, "after_mb": 1120, "freed_mb": 4000}
-    busy.wait(5)
+    busy.wait(30)

@@ -1,7 +1,5 @@
 """Clear and reset run one at a time; who comes meanwhile shares what fits."""
 
-import time
-
 import pytest
 
 from helpers.answers import (
@@ -15,9 +13,8 @@ from helpers.answers import (
     stats,
     wait_loaded,
 )
-from helpers.causes import Waiting, hung_runner
+from helpers.causes import Waiting, begun, clear_under_way, hung_runner
 from helpers.processes import is_gone, suspend
-from helpers.waiting import wait_for
 
 
 def killed_pids(report):
@@ -67,8 +64,7 @@ def test_clear_and_reset_of_all_sorts_at_once(idle, others):
 
 def test_a_clear_during_a_reset_answers_with_the_resets_clearing(idle, others):
     waiting = hung_runner(idle)
-    resetting = others.submit(reset, idle, restart=True)
-    time.sleep(0.4)  # it shall be under way
+    resetting = begun(idle, others, reset, restart=True)
     cleared = clear(idle)
     assert is_gone(waiting.runner)
     assert killed_pids(cleared) == [waiting.runner.pid]
@@ -78,8 +74,7 @@ def test_a_clear_during_a_reset_answers_with_the_resets_clearing(idle, others):
 
 def test_a_reset_during_a_clear_takes_it_as_its_first_step(idle, others):
     waiting = hung_runner(idle)
-    clearing = others.submit(clear, idle)
-    time.sleep(0.4)  # it shall be under way
+    clearing = begun(idle, others, clear)
     report = reset(idle)
     cleared = clearing.result()
     assert killed_pids(cleared) == [waiting.runner.pid]
@@ -91,8 +86,7 @@ def test_a_reset_during_a_clear_takes_it_as_its_first_step(idle, others):
 def test_a_reset_during_a_clear_of_one_model_clears_all(trio, others):
     hung = hung_runner(trio, "m1:latest")
     other = trio.load("m2")
-    clearing = others.submit(clear, trio, model="m1")
-    time.sleep(0.4)  # it shall be under way
+    clearing = begun(trio, others, clear, model="m1")
     report = reset(trio, model="m3")
     assert clearing.result()["verified"] is True
     assert is_gone(hung.runner) and is_gone(other)
@@ -103,27 +97,11 @@ def test_a_reset_during_a_clear_of_one_model_clears_all(trio, others):
 def test_a_clear_of_all_after_one_of_a_model_under_way_clears_all_in_time(trio, others):
     hung, busy = Waiting(trio, "m1:latest"), Waiting(trio, "m2:latest")
     suspend(hung.runner)
-    clearing = others.submit(clear, trio, model="m1")
-    time.sleep(0.2)  # it shall be under way
+    clearing = begun(trio, others, clear, model="m1")
     report = clear(trio)
     assert report["verified"] is True
     assert is_gone(busy.runner)
     clearing.result()
-
-
-def clear_under_way(service, others, **fields):
-    """Begin a clear that waits for a hung m1, and load m2 meanwhile; return both."""
-    for _ in range(5):  # on a busy machine a load may take longer than a clear
-        clear(service)
-        hung_runner(service, "m1:latest")
-        before = stats(service)["clears"]
-        clearing = others.submit(clear, service, **fields)
-        wait_for(lambda before=before: stats(service)["clears"] > before, 5, "the clear")
-        time.sleep(0.2)  # what is loaded has been listed by then
-        new = service.load("m2")
-        if not clearing.done():
-            return clearing, new
-    raise AssertionError("each load took longer than a clear")
 
 
 @pytest.mark.parametrize("first, second", [({}, {}), ({"model": "m1"}, {}), ({}, {"model": "m2"})])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -18,7 +19,7 @@ from helpers.answers import (
     stats,
     wait_loaded,
 )
-from helpers.causes import hung_runner, ollama_dead, ollama_hung, slow_ollama
+from helpers.causes import hung_runner, late_ollama, ollama_dead, ollama_hung
 from helpers.processes import is_gone
 from helpers.waiting import wait_for
 
@@ -64,9 +65,9 @@ def test_while_the_model_loads(idle, others):
     runners = []
     for _ in range(3):
         loading = others.submit(idle.ollama, "POST", "/api/generate", json={"model": GEMMA})
-        runners.append(wait_for(idle.runners, 10, "a runner that loads")[0])
+        runners.append(wait_for(idle.runners, 60, "a runner that loads")[0])
         assert reset(idle)["model"] == GEMMA
-        loading.result(30)
+        loading.result(90)
     wait_loaded(idle, GEMMA)
     assert all(map(is_gone, runners))
     ask(idle)
@@ -88,7 +89,7 @@ def test_a_model_that_does_not_load_shows_in_health(make_service, gguf):
             blob.write_bytes(b"GGUF" + bytes(1 << 16))
     report = reset(service)
     assert report["model"] == GEMMA and report["model_state"] != "loaded"
-    wait_for(lambda: health(service)["load"]["state"] == "failed", 20, "the outcome of the load")
+    wait_for(lambda: health(service)["load"]["state"] == "failed", 60, "the outcome of the load")
     load = health(service)["load"]
     assert load["model"] == GEMMA and load["error"]
 
@@ -106,7 +107,7 @@ def test_ollama_hung_is_told_and_a_reset_brings_it_back(idle):
         assert stats(idle)["ollama"]["pid"] == server.pid
         reset(idle)
         assert is_gone(server)
-    idle.wait_healthy(10)
+    idle.wait_healthy(60)
     assert idle.ollama_pid() != server.pid
     assert stats(idle)["ollama"]["restarts"] == restarts + 1
     wait_loaded(idle, GEMMA)
@@ -140,15 +141,16 @@ def test_clear_frees_the_memory_of_a_hung_ollama(idle):
 def test_ollama_killed_with_a_model_loaded_comes_back_without_an_orphan(idle):
     orphan = idle.load(GEMMA)
     restarts, old = stats(idle)["ollama"]["restarts"], idle.ollama_pid()
+    killed_at = time.monotonic()
     os.kill(old, signal.SIGKILL)
-    wait_for(lambda: is_gone(orphan), 5, "the orphan is gone")
-    wait_for(lambda: idle.ollama_pid() != old, 10, "the next Ollama")
-    idle.wait_healthy(10)
+    wait_for(lambda: is_gone(orphan), 30, "the orphan is gone")
+    wait_for(lambda: idle.ollama_pid() != old, 60, "the next Ollama")
+    idle.wait_healthy(60)
     told = stats(idle)
     assert told["ollama"]["pid"] == idle.ollama_pid()
     assert told["ollama"]["restarts"] == restarts + 1
-    assert told["ollama"]["uptime_seconds"] < 20
-    wait_for(lambda: stats(idle)["runners"] == [], 10, "the watch sees that it is gone")
+    assert told["ollama"]["uptime_seconds"] <= time.monotonic() - killed_at + 1
+    wait_for(lambda: stats(idle)["runners"] == [], 30, "the watch sees that it is gone")
     ask(idle)
 
 
@@ -170,17 +172,18 @@ def test_with_ollama_dead_both_answer_and_health_says_wait(idle, others):
 def test_while_ollama_starts_health_says_wait_and_both_succeed(
     make_service, gguf, tmp_path, ollama_binary
 ):
-    slow = slow_ollama(tmp_path, ollama_binary, 4)
-    path = f"{slow.parent}:{os.environ['PATH']}"
+    program, listens = late_ollama(tmp_path, ollama_binary)
+    path = f"{program.parent}:{os.environ['PATH']}"
     service = make_service(models={GEMMA: gguf}, LLM_MODEL=GEMMA, PATH=path, wait=False)
     # In a list, as a 503 alone is false.
-    (told,) = wait_for(lambda: [service.get("/health")], 10, "the API answers")
+    (told,) = wait_for(lambda: [service.get("/health")], 60, "the API answers")
     assert (told.status_code, "Retry-After" in told.headers) == (503, True)
     said = told.json()
     assert (said["code"], said["recommended_action"]) == ("ollama_starting", "wait")
     clear(service)
     assert reset(service)["model"] == GEMMA
-    service.wait_healthy(20)
+    listens.touch()
+    service.wait_healthy(60)
     wait_loaded(service, GEMMA)
 
 
@@ -191,7 +194,7 @@ def test_the_worker_killed_comes_back(idle):
     runner = idle.load(GEMMA)
     old = idle.worker_pid()
     os.kill(old, signal.SIGKILL)
-    wait_for(lambda: idle.get("/health", timeout=1).status_code == 200, 10, "the API is back")
+    idle.wait_healthy(60)
     assert idle.worker_pid() != old
     assert not is_gone(runner)
     assert clear(idle)["unloaded_models"] == [GEMMA]
@@ -211,7 +214,7 @@ def test_restarts_in_a_row_never_make_the_launcher_give_up(idle):
     restarts = stats(idle)["ollama"]["restarts"]
     for _ in range(12):
         reset(idle, restart=True)
-        idle.wait_healthy(5)
+        idle.wait_healthy(60)
     assert stats(idle)["ollama"]["restarts"] == restarts + 12
     wait_loaded(idle, GEMMA)
     assert_works(idle)
@@ -235,13 +238,13 @@ def test_with_no_model_both_succeed_at_once_and_in_a_row(bare, others, path):
 
 def test_with_no_model_a_restart_loads_none(bare):
     assert reset(bare, restart=True)["model_state"] == "none"
-    bare.wait_healthy(5)
+    bare.wait_healthy(60)
     assert health(bare)["recommended_action"] == "none"
 
 
 @pytest.mark.parametrize("fault", [ollama_dead, ollama_hung])
 def test_with_no_model_and_ollama_dead_or_hung_both_succeed(bare, others, fault):
-    bare.wait_healthy(10)
+    bare.wait_healthy(60)
     with fault(bare):
         list(others.map(lambda path: heal(bare, path), BOTH_TEN_TIMES))
-    bare.wait_healthy(10)
+    bare.wait_healthy(60)

@@ -135,6 +135,17 @@ def wait_loaded(service, *names):
     wait_for(loaded, 60, f"{names} loaded")
 
 
+def wait_looks(service, count=2):
+    """Wait for this many more looks of the watch."""
+
+    def looked_at():
+        return service.get("/api/stats").json()["looked_at"]
+
+    for _ in range(count):
+        before = looked_at()
+        wait_for(lambda before=before: looked_at() != before, 30, "a look")
+
+
 def ask(service, name=GEMMA):
     """Assert that a short generation works."""
     body = {"model": name, "prompt": "1 2 3 4", "stream": False, "options": {"num_predict": 3}}
@@ -144,6 +155,6 @@ def ask(service, name=GEMMA):
 
 def assert_works(service):
     """Assert that after all of a test's faults it is well, with one model loaded."""
-    service.wait_healthy(10)
+    service.wait_healthy(60)
     ask(service)
     assert len(service.runners()) == 1

@@ -2,11 +2,12 @@
 
 import contextlib
 import threading
+import time
 
 import psutil
 import requests
 
-from helpers.answers import GEMMA
+from helpers.answers import GEMMA, clear, stats
 from helpers.generation import ENDLESS, PROMPT
 from helpers.processes import is_gone, suspend
 from helpers.waiting import call, wait_for
@@ -27,7 +28,7 @@ class Waiting:
         slots = f"http://127.0.0.1:{words[words.index('--port') + 1]}/slots"
         wait_for(
             lambda: any(slot["is_processing"] for slot in call("GET", slots).json()),
-            30,
+            60,
             "an answer under way",
         )
 
@@ -36,7 +37,7 @@ class Waiting:
         with contextlib.suppress(requests.RequestException):
             self.answer = service.ollama("POST", "/api/generate", json=body, timeout=120)
 
-    def status(self, timeout=5):
+    def status(self, timeout=30):
         """Wait for the answer; return its status."""
         self._thread.join(timeout)
         assert self.answer is not None, f"the waiting caller got no answer within {timeout} s"
@@ -55,18 +56,19 @@ def ollama_dead(service):
     """Kill Ollama, with nobody there to start it again until the end."""
     stopped = service.launcher()
     for process in stopped:
-        process.suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a program that it ran for a moment
+            process.suspend()
     server = psutil.Process(service.ollama_pid())
     server.kill()
     # Its parent is stopped, so it stays as a zombie; its threads end a moment later.
-    wait_for(lambda: is_gone(server), 5, "Ollama is dead")
+    wait_for(lambda: is_gone(server), 30, "Ollama is dead")
     try:
         yield
     finally:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
-    service.wait_healthy(20)
+    service.wait_healthy(60)
 
 
 @contextlib.contextmanager
@@ -81,11 +83,31 @@ def ollama_hung(service):
             server.resume()
 
 
-def slow_ollama(folder, binary, seconds):
-    """Write an `ollama` whose server listens late; return its path."""
-    program = folder / "ollama"
-    program.write_text(
-        f'#!/bin/sh\n[ "$1" = serve ] && sleep {seconds}\nexec {binary} "$@"\n', encoding="utf-8"
-    )
+def late_ollama(folder, binary):
+    """Write an `ollama` whose server listens once there is a file; return their paths."""
+    program, listens = folder / "ollama", folder / "listens"
+    wait = f"while [ ! -e {listens} ]; do sleep 0.1; done"
+    program.write_text(f'#!/bin/sh\n[ "$1" = serve ] && {wait}\nexec {binary} "$@"\n')
     program.chmod(0o755)
-    return program
+    return program, listens
+
+
+def clear_under_way(service, others, **fields):
+    """Begin a clear that waits for a hung m1, and load m2 meanwhile; return both."""
+    for _ in range(5):  # on a busy machine a load may take longer than a clear
+        clear(service)
+        hung_runner(service, "m1:latest")
+        clearing = begun(service, others, clear, **fields)
+        time.sleep(0.2)  # what is loaded has been listed by then
+        new = service.load("m2")
+        if not clearing.done():
+            return clearing, new
+    raise AssertionError("each load took longer than a clear")
+
+
+def begun(service, others, heal, **fields):
+    """Send a clear or a reset, and return its future once its clear is under way."""
+    before = stats(service)["clears"]
+    future = others.submit(heal, service, **fields)
+    wait_for(lambda: stats(service)["clears"] > before, 30, "the clear")
+    return future

@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 
-from helpers.models import add_model, config_json
+from helpers.models import add_model, config_json, models_lock
 from helpers.places import RUNS
 
 LAYERS, WIDTH, INNER, CONTEXT = 4, 384, 1536, 512
@@ -14,18 +14,23 @@ LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 def add_embedding_model(models, name):
     """Put it into a model store."""
     path = RUNS / "bert.gguf"
-    if not path.exists():
-        new = path.with_suffix(f".{id(models)}.new")
-        write_bert(new)
-        new.rename(path)
+    with models_lock():
+        if not path.exists():
+            new = path.with_suffix(".new")
+            write_bert(new)
+            new.rename(path)
     add_model(models, name, path, config_json("bert", "8M", "F32"))
 
 
 def split_embedding_model():
     """Write the same model in two files; return their paths."""
     paths = [RUNS / f"bert-0000{number}-of-00002.gguf" for number in (1, 2)]
-    if not paths[-1].exists():
-        write_bert(RUNS / "bert.gguf", split_max_tensors=40)
+    with models_lock():
+        if not all(path.exists() for path in paths):
+            news = [path.with_name(path.name.replace("bert", "new")) for path in paths]
+            write_bert(RUNS / "new.gguf", split_max_tensors=40)
+            for new, path in zip(news, paths, strict=True):  # an interrupted run left no half
+                new.rename(path)
     return paths
 
 

@@ -49,7 +49,7 @@ def _held(process, reap):
     tracer = _spawn.Process(target=_trace, args=(process.pid, ready, reap), daemon=True)
     tracer.start()
     try:
-        error = ready.get(timeout=20)
+        error = ready.get(timeout=60)
         assert error is None, error
         yield
     finally:

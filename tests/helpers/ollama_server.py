@@ -1,9 +1,12 @@
 """A real Ollama, without the service."""
 
+import contextlib
 import os
 import signal
 import subprocess
 from pathlib import Path
+
+import psutil
 
 from helpers.generation import Generation
 from helpers.models import add_model
@@ -55,7 +58,7 @@ class OllamaServer:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_for(lambda: call("GET", self.url + "/api/version").ok, 30, "Ollama's first answer")
+        wait_for(lambda: call("GET", self.url + "/api/version").ok, 60, "Ollama's first answer")
 
     @property
     def pid(self):
@@ -71,7 +74,12 @@ class OllamaServer:
         return Generation(self.port, name, **options).flowing()
 
     def runners(self):
-        return [each for each in marked(mark(self.port)) if "--model" in each.cmdline()]
+        found = []
+        for process in marked(mark(self.port)):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if "--model" in process.cmdline():
+                    found.append(process)
+        return found
 
     def suspend(self):
         self.process.send_signal(signal.SIGSTOP)
@@ -91,3 +99,5 @@ class OllamaServer:
     def stop(self):
         kill(marked(mark(self.port)))
         self.process.wait()
+        # A runner takes a moment to give its memory back.
+        wait_for(lambda: not marked(mark(self.port)), 30, "the end of its runners")

@@ -68,7 +68,7 @@ def is_gone(process):
     """
     try:
         return not process.is_running() or (
-            process.status() == psutil.STATUS_ZOMBIE
+            process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
             and len(os.listdir(f"/proc/{process.pid}/task")) <= 1
         )
     except (psutil.NoSuchProcess, FileNotFoundError):

@@ -169,7 +169,10 @@ class Service:
 
     def worker_pid(self):
         """Return the one gunicorn process that another one started; None while there is none."""
-        gunicorns = {each.pid: each.ppid() for each in self._with("gunicorn")}
+        gunicorns = {}
+        for process in self._with("gunicorn"):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                gunicorns[process.pid] = process.ppid()
         return next((pid for pid, parent in gunicorns.items() if parent in gunicorns), None)
 
     def launcher(self):
