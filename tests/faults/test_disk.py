@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -29,7 +30,7 @@ def plain(make_module_service):
 
 @pytest.fixture(autouse=True)
 def empty_store(request):
-    """Leave no model and no part in the file's service."""
+    """Leave no model and no part in the file's service, whatever its manifests were made to be."""
     yield
     if "plain" not in request.fixturenames:
         return
@@ -39,7 +40,9 @@ def empty_store(request):
             service.delete(PULL, json={"model": each["model"]})
     for model in service.get("/api/models").json()["models"]:
         service.delete(DELETE, json={"model": model["name"], "force": True})
-    wait_for(lambda: service.post(PRUNE, json={"older_than_s": 0}).ok, 10, "a prune")
+    shutil.rmtree(service.models / "manifests", ignore_errors=True)
+    (service.models / "manifests").mkdir(exist_ok=True)
+    wait_for(lambda: service.post(PRUNE, json={"older_than_s": 0}).ok, 60, "a prune")
 
 
 def content(seed, megabytes=1):
@@ -81,20 +84,40 @@ def prune(service, **fields):
 
 
 class OllamaPull(threading.Thread):
-    """A pull on Ollama's own port: .lines so far, .answer at the end."""
+    """A pull on Ollama's own port: .lines so far."""
 
     def __init__(self, service, name):
         super().__init__(daemon=True)
-        self.service, self.name_, self.answer = service, name, None
+        self.service, self.name_, self.lines = service, name, []
         self.start()
 
     def run(self):
-        body = {"model": self.name_, "insecure": True, "stream": False}
-        self.answer = self.service.ollama("POST", "/api/pull", json=body, timeout=60)
+        body = {"model": self.name_, "insecure": True}
+        answer = self.service.ollama("POST", "/api/pull", json=body, stream=True)
+        for line in answer.iter_lines():
+            self.lines.append(json.loads(line))
+
+    def flowing(self):
+        """Wait until a part of it is there."""
+        wait_for(lambda: any(line.get("completed") for line in self.lines), 30, "bytes")
+        return self
 
     def end(self):
         self.join(60)
-        assert self.answer is not None and self.answer.json() == {"status": "success"}
+        assert not self.is_alive() and self.lines[-1] == {"status": "success"}
+
+
+def disk_size(*files):
+    """Return the bytes that files take on the disk for good: writeback may add a block."""
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    return sum(file.stat().st_blocks * 512 for file in files)
+
+
+def wait_unused(service, size):
+    """Wait until the figure is that: where no file comes or goes, it is read once a minute."""
+    wait_for(lambda: stats(service)["disk"]["unused_bytes"] == size, 90, "unused_bytes")
 
 
 # Updates
@@ -147,11 +170,12 @@ def test_an_update_beside_another_download_is_unused_until_a_prune(plain, regist
     publish(registry, "ns/beside:latest", 2)
     pull(plain, name)
     assert blob_path(plain.models, old["digest"]).exists()
-    wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == old["size"], 10, "unused_bytes")
+    size = disk_size(blob_path(plain.models, old["digest"]))
+    wait_unused(plain, size)
     error(plain.post(PRUNE), 409, "model_being_pulled")
     registry.rate = None
     assert listener.end()["status"] == "success"
-    assert prune(plain)["freed_bytes"] == old["size"]
+    assert prune(plain)["freed_bytes"] == size
     assert blobs(plain) == blobs_of(registry, name, slow)
 
 
@@ -165,8 +189,8 @@ def test_an_update_while_the_old_version_is_loaded(plain, registry, gguf, make_g
     old = blob_path(plain.models, file_digest(str(gguf)))
     assert old.exists()
     (metadata,) = (plain.models / "metadata").glob(f"{old.name}.json")
-    size = (old.stat().st_blocks + metadata.stat().st_blocks) * 512
-    wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == size, 10, "unused_bytes")
+    size = disk_size(old, metadata)
+    wait_unused(plain, size)
     assert prune(plain)["files"] == 0 and old.exists()
     generation.goes_on()
     report = clear(plain)
@@ -175,7 +199,7 @@ def test_an_update_while_the_old_version_is_loaded(plain, registry, gguf, make_g
     assert would["freed_bytes"] == size and old.exists()
     assert prune(plain)["freed_bytes"] == size
     assert not old.exists() and not metadata.exists()
-    wait_for(lambda: stats(plain)["disk"]["unused_bytes"] == 0, 10, "unused_bytes")
+    wait_unused(plain, 0)
     plain.load(name)
     clear(plain)
 
@@ -190,7 +214,7 @@ def test_a_model_that_was_updated_while_it_is_loaded_can_be_deleted(
     pull(plain, name)
     answer = plain.delete(DELETE, json={"model": name, "force": True})
     assert answer.status_code == 200 and answer.json()["freed_bytes"] > 250e6, answer.text
-    wait_for(lambda: not plain.runners(), 5, "the end of the runner")
+    wait_for(lambda: not plain.runners(), 30, "the end of the runner")
 
 
 # Prune beside what needs the files
@@ -198,10 +222,11 @@ def test_a_model_that_was_updated_while_it_is_loaded_can_be_deleted(
 
 def test_a_prune_beside_a_download_is_refused(plain, registry):
     name = registry.add_random("ns/running:latest", 20)
-    registry.rate = 10e6
+    registry.rate = 2e6
     listener = Listener(plain, name).flowing()
     error(plain.post(PRUNE), 409, "model_being_pulled")
     error(plain.post(PRUNE, json={"older_than_s": 0, "dry_run": True}), 409, "model_being_pulled")
+    registry.rate = None
     assert listener.end()["status"] == "success" and is_whole(plain, registry, name)
 
 
@@ -209,7 +234,7 @@ def test_a_prune_beside_a_stalled_pull_of_ollamas_own_is_refused(plain, registry
     name = registry.add_random("ns/stalled:latest", 20)
     registry.stall_after(8_000_000)
     pulling = OllamaPull(plain, name)
-    wait_for(lambda: registry.stall and registry.bytes_sent() > 1e6, 10, "a stall")
+    wait_for(lambda: registry.stall and registry.bytes_sent() > 1e6, 30, "a stall")
     error(plain.post(PRUNE), 409, "model_being_pulled")
     error(plain.post(PRUNE, json={"older_than_s": 0}), 409, "model_being_pulled")
     registry.stall = False
@@ -229,7 +254,7 @@ def test_prunes_never_take_what_a_pull_of_ollamas_own_counts_on(plain, registry)
     registry.models["ns/counts:latest"].insert(1, registry.layers(big)[0])
     registry.rate = 100e6
     pulling = OllamaPull(plain, name)
-    wait_for(lambda: registry.bytes_sent() > 1e6, 10, "the first bytes")
+    wait_for(lambda: registry.bytes_sent() > 1e6, 30, "the first bytes")
     statuses = set()
     while pulling.is_alive():
         statuses.add(plain.post(PRUNE, json={"older_than_s": 0}).status_code)
@@ -246,7 +271,7 @@ def test_a_prune_beside_a_create_leaves_its_upload(plain, gguf):
         with open(gguf, "rb") as file:
             yield file.read(50_000_000)
             reached.set()
-            go_on.wait(20)
+            go_on.wait(60)
             yield from iter(lambda: file.read(MIB), b"")
 
     uploads = []
@@ -256,8 +281,8 @@ def test_a_prune_beside_a_create_leaves_its_upload(plain, gguf):
 
     uploading = threading.Thread(target=upload)
     uploading.start()
-    reached.wait(20)
-    wait_for(lambda: plain.post(PRUNE).status_code == 409, 5, "a refusal in mid-upload")
+    reached.wait(60)
+    wait_for(lambda: plain.post(PRUNE).status_code == 409, 30, "a refusal in mid-upload")
     go_on.set()
     uploading.join(60)
     assert uploads[0].status_code == 201
@@ -276,9 +301,9 @@ def test_a_prune_takes_the_parts_of_a_cancelled_download(plain, registry):
     listener = Listener(plain, name).flowing(10)
     plain.delete(PULL, json={"model": name})
     listener.end()
-    wait_for(lambda: plain.post(PRUNE).ok, 10, "the end of the transfers")
+    wait_for(lambda: plain.post(PRUNE).ok, 60, "the end of the transfers")
     assert any("-partial" in each for each in blobs(plain))  # not old enough
-    wait_for(lambda: stats(plain)["disk"]["partial_bytes"] > 5e6, 10, "partial_bytes")
+    wait_for(lambda: stats(plain)["disk"]["partial_bytes"] > 5e6, 30, "partial_bytes")
     assert prune(plain)["files"] == 0
     assert prune(plain, older_than_s=0)["freed_bytes"] > 5e6
     assert blobs(plain) == set()
@@ -330,9 +355,7 @@ def test_a_purge_leaves_a_live_pull_of_ollamas_own_alone(plain, registry):
     name = registry.add_random("ns/alive:latest", 40)
     registry.rate = 5e6
     listener = Listener(plain, name).flowing(3)
-    pulling = OllamaPull(plain, name)  # it joins the same parts
-    wait_for(lambda: registry.requests["ns/alive:latest"] >= 2, 10, "the other pull")
-    time.sleep(0.5)
+    pulling = OllamaPull(plain, name).flowing()  # it has joined the same parts
     began = time.monotonic()
     answer = plain.delete(PULL, json={"model": name, "purge": True})
     assert time.monotonic() - began < 2.5
@@ -502,13 +525,17 @@ def test_verify_of_a_healthy_model_that_the_registry_does_not_know(plain, regist
 
 
 def test_a_check_can_be_cancelled(plain, registry):
-    name = registry.add_random("ns/check:latest", 300, shares=(1,))
+    name = registry.add_random("ns/check:latest", 3, shares=(1,))
     pull(plain, name)
+    layer = registry.layers(name)[0]
+    path = blob_path(plain.models, layer["digest"])
+    os.truncate(path, 30_000_000_000)  # which takes many seconds to read, whatever the machine
     listener = Listener(plain, name, verify=True)
     listener.until(lambda line: line.get("status", "").startswith("checking"), "the check")
     plain.delete(PULL, json={"model": name})
-    assert listener.end(5)["code"] == "cancelled"
+    assert listener.end()["code"] == "cancelled"
     assert_in_order(listener.lines)
+    os.truncate(path, layer["size"])
     assert is_whole(plain, registry, name)
 
 
@@ -552,11 +579,11 @@ def warnings(service):
 
 def test_a_store_that_cannot_be_written_is_told_by_health(foreign):
     service, name = foreign
-    wait_for(lambda: "store_not_writable" in warnings(service), 10, "the warning")
+    wait_for(lambda: "store_not_writable" in warnings(service), 60, "the warning")
     assert "chown" in warnings(service)["store_not_writable"]
     assert health(service)["models"] == [name]
     give_to(0, service.models)
-    wait_for(lambda: "store_not_writable" not in warnings(service), 10, "the warning's end")
+    wait_for(lambda: "store_not_writable" not in warnings(service), 60, "the warning's end")
 
 
 def test_what_fails_on_permissions_says_so(foreign, registry):
@@ -591,11 +618,11 @@ def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp
         answer = service.get("/health").json()
         return answer.get("code") == "store_not_writable" and answer
 
-    answer = wait_for(told, 20, "the reason")
+    answer = wait_for(told, 60, "the reason")
     assert "permission denied" in answer["reason"] and "chown" in answer["reason"]
     assert "permission denied" in service.log()
     os.chown(models, 0, 0)
-    service.wait_healthy(30)
+    service.wait_healthy(60)
 
 
 # A store that is mounted read-only
@@ -616,7 +643,7 @@ def test_a_read_only_store_serves_and_refuses_what_would_change_it(read_only, re
     service, name = read_only
     told = health(service)
     assert (told["status"], told["models"], warnings(service)) == ("healthy", [name], {})
-    assert wait_for(lambda: stats(service)["disk"], 10, "the disk")["read_only"] is True
+    assert wait_for(lambda: stats(service)["disk"], 30, "the disk")["read_only"] is True
     before = blobs(service)
     publish(registry, "ns/read:latest", 2)
     for answer in (
@@ -640,7 +667,7 @@ def test_the_disk_is_the_one_that_the_blobs_lie_on(make_service, small_disk, tmp
     (models / "blobs").symlink_to(small_disk)
     constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
     service = make_service(OLLAMA_MODELS=models, constants=constants)
-    disk = wait_for(lambda: stats(service)["disk"], 10, "the disk")
+    disk = wait_for(lambda: stats(service)["disk"], 30, "the disk")
     assert disk["total_bytes"] == shutil.disk_usage(small_disk).total
     assert disk["blobs_path"] == str(small_disk)
     name = registry.add_random("ns/large:latest", 70)

@@ -61,7 +61,7 @@ def test_while_ollama_is_silent_a_line_comes_every_second(plain, registry):
     listener = Listener(plain, name).flowing()
     with ollama_hung(plain):
         start = len(listener.lines)
-        wait_for(lambda: len(listener.lines) >= start + 4, 8, "four lines of a silent Ollama")
+        wait_for(lambda: len(listener.lines) >= start + 4, 20, "four lines of a silent Ollama")
         at = listener.at[start:]
         gaps = [after - before for before, after in zip(at, at[1:], strict=False)]
         assert max(gaps) < 2
@@ -73,7 +73,11 @@ def test_ended_downloads_are_kept_in_a_bounded_number(make_service, registry):
     for number in range(5):
         name = f"localhost:{registry.port}/ns/none:{number}"
         assert service.post(PULL, json={"model": name, "insecure": True}).status_code == 404
-    assert [pull["model"][-1] for pull in pulls(service)] == ["4", "3", "2"]
+
+    def kept():  # an end is told before it is noted
+        return [pull["model"][-1] for pull in pulls(service)] == ["4", "3", "2"]
+
+    wait_for(kept, 30, "the last three")
 
 
 # Reconnects
@@ -90,7 +94,7 @@ def test_a_download_outlives_the_death_of_ollama(plain, registry):
 
 
 def test_a_download_outlives_a_cut_connection_and_a_reset_session(plain, registry):
-    plain.wait_healthy(20)
+    plain.wait_healthy(60)
     name = registry.add_random("ns/cut:latest", 60)
     registry.rate = 15e6
     listener = Listener(plain, name).flowing(5)
@@ -100,6 +104,7 @@ def test_a_download_outlives_a_cut_connection_and_a_reset_session(plain, registr
     assert_in_order(listener.lines)
     assert listener.reconnects() and is_whole(plain, registry, name)
     assert registry.bytes_sent() < registry.size(name) * 1.4
+    plain.wait_healthy(60)
     assert name in plain.get("/health").json()["models"]
 
 
@@ -130,7 +135,7 @@ def test_it_gives_up_after_a_bound_and_says_that_the_next_pull_goes_on(make_serv
 
 
 def test_a_part_older_than_an_hour_survives_a_restart_of_ollama(plain, registry):
-    plain.wait_healthy(20)
+    plain.wait_healthy(60)
     name = registry.add_random("ns/aged:latest", 60)
     registry.rate = 20e6
     listener = Listener(plain, name).flowing(15)
@@ -138,13 +143,13 @@ def test_a_part_older_than_an_hour_survives_a_restart_of_ollama(plain, registry)
     assert store.parts("*")
     plain.delete(PULL, json={"model": name})
     last = listener.end()
-    wait_for(lambda: registry.active == 0, 5, "the end of the transfers")
+    wait_for(lambda: registry.active == 0, 30, "the end of the transfers")
     left = store.parts("*")
     assert left, (last, registry.bytes_sent(), os.listdir(plain.models / "blobs"))
     for part in left:
         os.utime(part, (time.time() - 7200,) * 2)
     reset(plain, restart=True)
-    plain.wait_healthy(10)
+    plain.wait_healthy(60)
     assert_goes_on(plain, registry, name)
 
 
@@ -229,7 +234,7 @@ def test_a_disk_that_fills_meanwhile_stops_the_download_before_it_is_full(
 
 
 def test_a_300_mb_download_takes_no_memory_of_the_api(plain, registry):
-    plain.wait_healthy(20)
+    plain.wait_healthy(60)
     worker = psutil.Process(plain.worker_pid())
     Listener(plain, registry.add_random("ns/warm:latest", 5, seed=7)).end()
     before = worker.memory_info().rss

@@ -11,6 +11,7 @@ import pytest
 from helpers.answers import CLEAR, GEMMA, RESET, heal, health
 from helpers.causes import ollama_hung
 from helpers.places import RUNS
+from helpers.waiting import wait_for
 from llm_service.store import Store
 
 
@@ -35,11 +36,13 @@ def test_a_model_store_that_cannot_be_read_is_unhealthy(make_service, gguf):
         heal(service, path)
     manifests.unlink()
     (service.models / "away").rename(manifests)
-    service.wait_healthy(10)
+    service.wait_healthy(60)
 
 
 def test_a_disk_that_is_full_is_a_warning_and_needs_no_restart(make_service):
-    told = health(make_service(constants={"llm_service.health.DISK_LOW_BYTES": 1 << 60}))
+    service = make_service(constants={"llm_service.health.DISK_LOW_BYTES": 1 << 60})
+    # The disk is told as of the last look.
+    told = wait_for(lambda: health(service)["warning"] and health(service), 30, "a warning")
     assert (told["status"], told["recommended_action"]) == ("healthy", "none")
     assert "disk" in told["warning"].lower() and "delete" in told["warning"].lower()
 
@@ -70,7 +73,7 @@ def test_dropping_the_page_cache_takes_the_models_out_of_memory():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
             file.read_bytes()
-            assert resident_bytes(file) == 8 << 20
+            assert resident_bytes(file) > 7 << 20  # the kernel may take some pages for others
         Store(folder).drop_page_cache()
-        assert resident_bytes(weights) == 0
-        assert resident_bytes(other) == 8 << 20
+        assert resident_bytes(weights) < 1 << 20  # or still have some in hand
+        assert resident_bytes(other) > 7 << 20

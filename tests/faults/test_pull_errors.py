@@ -479,7 +479,9 @@ def test_a_disk_that_became_read_only_is_told(make_service, small_disk, registry
     service = make_service(OLLAMA_MODELS=small_disk)
     assert_pulled(service, registry, registry.add_random("ns/before:latest", 0.2))
     name = registry.add_random("ns/readonly:latest", 0.2)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    remount = ["mount", "-o", "remount,ro", small_disk]
+    # Not while a file is open for writing.
+    wait_for(lambda: not subprocess.run(remount).returncode, 30, "the disk is read-only")
     status, last, _ = pull(service, name)
     assert (status, last["code"]) == (409, "store_read_only"), last
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
@@ -679,6 +681,8 @@ def test_a_load_that_fails_on_damaged_weights_names_what_repairs_them(plain, reg
     assert_pulled(plain, registry, name, **({} if missing else {"verify": True}))
     ollama.load(name)
     ollama.unload(name)
+    # Its runner would serve the same weights of the next case, while it is not gone.
+    wait_for(lambda: not ollama.ps(), 60, "the end of the runner")
 
 
 # The log
@@ -688,7 +692,7 @@ def test_no_signature_of_an_address_is_in_the_log(plain, registry):
     name = registry.add_random("ns/signed:latest", 0.1)
     registry.faults["manifest"] = redirect("http://127.0.0.1:9/blob?X-Signature=" + "5ec" * 99)
     _, last, _ = pull(plain, name)
-    wait_for(lambda: "127.0.0.1:9/blob" in plain.log().partition("request failed")[2], 5, "it")
+    wait_for(lambda: "127.0.0.1:9/blob" in plain.log().partition("request failed")[2], 30, "it")
     assert "5ec5ec" not in plain.log() and "5ec5ec" not in last["error"]
 
 
@@ -714,7 +718,7 @@ def test_a_session_reset_in_the_first_second_of_a_pull_does_not_fail_it(plain, r
     registry.manifest_delay = 1
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pulling = pool.submit(pull, plain, name)
-        wait_for(lambda: pull_of(plain, name), 5, "the pull")
+        wait_for(lambda: pull_of(plain, name), 30, "the pull")
         assert plain.post("/api/session/reset", json={"restart": True}).status_code == 200
         _, last, _ = pulling.result()
     assert last.get("status") == "success", last
@@ -785,7 +789,7 @@ def test_a_listener_of_a_stream_who_leaves_before_its_first_line_ends_it(plain, 
     registry.faults["manifest"] = stall
     with socket.create_connection(("127.0.0.1", plain.port)) as sock:
         sock.sendall(request_of(name).replace(b'"stream": false', b'"stream": true '))
-        wait_for(lambda: pull_of(plain, name), 10, "the download")
+        wait_for(lambda: pull_of(plain, name), 30, "the download")
     wait_for(lambda: pull_of(plain, name)["state"] == "cancelled", 4, "the download's end")
 
 
