@@ -28,9 +28,9 @@ def shared(make_module_service, make_gguf_variant, ollama_binary, tmp_path_facto
 @pytest.fixture
 def on_gpu(shared):
     """The service with nothing loaded, and Ollama at rest."""
-    shared.wait_healthy(30)
+    shared.wait_healthy(60)
     clear(shared)
-    wait_for(lambda: listed(shared) == [], 20, "Ollama to list nothing")
+    wait_for(lambda: listed(shared) == [], 60, "Ollama to list nothing")
     return shared
 
 
@@ -75,7 +75,7 @@ def test_a_reset_restarts_nothing(on_gpu):
     assert all(map(is_gone, runners))
     assert stats(on_gpu)["ollama"]["pid"] == before["pid"]
     assert "end_ollama" not in [step["step"] for step in report["steps"]]
-    wait_for(lambda: health(on_gpu)["load"]["state"] == "loaded", 30, "m1 to be loaded")
+    wait_for(lambda: health(on_gpu)["load"]["state"] == "loaded", 60, "m1 to be loaded")
 
 
 def test_recover_frees_all_that_is_idle_and_says_so(on_gpu):

@@ -71,7 +71,7 @@ def stand_in(make_service, tmp_path):
 
 def api_pid(service):
     """gunicorn's master."""
-    return wait_for(lambda: psutil.Process(service.worker_pid()).ppid(), 20, "gunicorn's processes")
+    return wait_for(lambda: psutil.Process(service.worker_pid()).ppid(), 60, "gunicorn's processes")
 
 
 def readers(service):
@@ -94,7 +94,7 @@ def gone(process):
     return True
 
 
-def line_of(service, words, timeout=20):
+def line_of(service, words, timeout=60):
     return wait_for(
         lambda: next((line for line in service.log().splitlines() if words in line), None),
         timeout,
@@ -185,9 +185,10 @@ def test_what_ollama_reads_too_is_trimmed_as_it_does(make_service, tmp_path):
     info = service.get("/api/info").json()
     assert (info["models_path"], info["context_length"]) == (str(models), 2048)
     assert info["ollama_url"] == f"http://127.0.0.1:{port}"
-    assert stats(service)["disk"]["path"] == str(models)
+    disk = wait_for(lambda: stats(service)["disk"], 30, "the disk")  # None before the first look
+    assert disk["path"] == str(models)
     config = re.compile(r'msg="server config" env="map\[(.*)\]"')  # passed on a moment later
-    said = wait_for(lambda: config.search(service.log()), 5, "what Ollama says of it")[1]
+    said = wait_for(lambda: config.search(service.log()), 30, "what Ollama says of it")[1]
     for told in (f"OLLAMA_MODELS:{models} ", "OLLAMA_CONTEXT_LENGTH:2048 ", "OLLAMA_NOPRUNE:true"):
         assert told in said
 
@@ -329,7 +330,7 @@ def test_a_signal_ends_an_installation_at_once(make_service, tmp_path):
     line_of(service, "installing Python packages")
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(5) == 0
-    wait_for(lambda: not service.processes(), 5, "the end of the installation")
+    wait_for(lambda: not service.processes(), 30, "the end of the installation")
     assert not list(tmp_path.glob("llm-service/venv-*/.complete"))
 
 
@@ -354,7 +355,7 @@ def traps(pid, sig):
 @pytest.mark.parametrize("after_s", [0, 0.1, 0.2, 0.3, 0.4, 0.6])
 def test_stopped_while_it_starts_it_ends_with_status_0(make_service, after_s):
     service = make_service(wait=False)
-    wait_for(lambda: traps(service.process.pid, signal.SIGTERM), 5, "bash's trap")
+    wait_for(lambda: traps(service.process.pid, signal.SIGTERM), 30, "bash's trap")
     time.sleep(after_s)
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(20) == 0
@@ -368,7 +369,7 @@ def test_it_ends_within_10_s_though_ollama_hangs(make_service):
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(15) == 0
     assert time.monotonic() - began < 10
-    assert not service.processes()
+    wait_for(lambda: not service.processes(), 30, "the end of all processes")
 
 
 def test_it_ends_within_10_s_though_the_api_hangs(make_service):
@@ -379,7 +380,7 @@ def test_it_ends_within_10_s_though_the_api_hangs(make_service):
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(15) == 0
     assert time.monotonic() - began < 10
-    assert not service.processes()
+    wait_for(lambda: not service.processes(), 30, "the end of all processes")
 
 
 # The death of each process
@@ -390,7 +391,7 @@ def test_a_killed_launcher_leaves_nothing_that_disturbs_the_next_start(make_serv
     first.load("gemma")
     first.process.kill()
     first.process.wait()
-    wait_for(lambda: not first.processes(), 15, "the end of all that the killed launcher started")
+    wait_for(lambda: not first.processes(), 60, "the end of all that the killed launcher started")
     second = make_service(LLM_API_PORT=first.port, OLLAMA_HOST=f"127.0.0.1:{first.ollama_port}")
     assert second.get("/health").json()["status"] == "healthy"
 
@@ -413,8 +414,8 @@ def test_what_hangs_when_the_launcher_is_killed_is_ended_by_the_next_start(make_
 def test_gunicorns_death_ends_all_with_its_status(make_service):
     service = make_service()
     os.kill(api_pid(service), signal.SIGKILL)
-    assert service.process.wait(20) == 128 + signal.SIGKILL
-    wait_for(lambda: not service.processes(), 5, "the end of all processes")
+    assert service.process.wait(60) == 128 + signal.SIGKILL
+    wait_for(lambda: not service.processes(), 30, "the end of all processes")
     assert "the API ended with status 137" in service.log()
 
 
@@ -422,9 +423,9 @@ def test_ollamas_death_leaves_no_orphan_and_another_one_starts(make_service, ggu
     service = make_service(models={"gemma": gguf})
     runner, server = service.load("gemma"), service.ollama_pid()
     os.kill(server, signal.SIGKILL)
-    wait_for(lambda: service.ollama_pid() != server, 15, "the next Ollama")
+    wait_for(lambda: service.ollama_pid() != server, 60, "the next Ollama")
     assert gone(runner)
-    service.wait_healthy(20)
+    service.wait_healthy(60)
     assert (
         "Ollama ended with status 137" in service.log()
         and "starting it again in 0.5 s" in service.log()
@@ -444,8 +445,8 @@ def test_the_death_of_a_reader_of_ollamas_output_is_healed(make_service, gguf, n
             service.ollama("POST", "/api/generate", json={"model": "gemma"})
         return service.ollama_pid() != server
 
-    wait_for(another, 20, "the next Ollama")
-    service.wait_healthy(20)
+    wait_for(another, 60, "the next Ollama")
+    service.wait_healthy(60)
     assert service.stop() == 0
 
 
@@ -454,7 +455,7 @@ def test_five_deaths_of_ollama_within_a_minute_end_the_service_and_the_reason_is
         "echo 'time=1 level=INFO msg=starting' >&2; "
         "echo 'Error: mkdir /x: permission denied' >&2; exit 3"
     )
-    assert service.process.wait(40) == 1
+    assert service.process.wait(90) == 1
     said = [line for line in service.log().splitlines() if "Ollama ended" in line]
     reason = "status 3: Error: mkdir /x: permission denied"
     pauses = [
@@ -465,7 +466,7 @@ def test_five_deaths_of_ollama_within_a_minute_end_the_service_and_the_reason_is
     assert (
         service.log().count("Error: mkdir /x: permission denied\n") == 5 + 1
     )  # passed on, each of them
-    wait_for(lambda: not service.processes(), 5, "the end of all processes")
+    wait_for(lambda: not service.processes(), 30, "the end of all processes")
 
 
 @pytest.mark.parametrize(
@@ -482,7 +483,7 @@ def test_five_deaths_of_ollama_within_a_minute_end_the_service_and_the_reason_is
 )
 def test_the_reason_of_ollamas_end_is_kept_for_health(stand_in, script, reason):
     service = stand_in(f"[[ -e $HOME/again ]] && exec sleep 60; touch $HOME/again; {script}")
-    wait_for(lambda: len(service.state_lines()) == 2, 20, "the second start")
+    wait_for(lambda: len(service.state_lines()) == 2, 60, "the second start")
     assert (
         service.state_file.with_name(f"{service.state_file.name}.reason").read_text()
         == f"{reason}\n"
@@ -493,17 +494,13 @@ def test_the_reason_of_ollamas_end_is_kept_for_health(stand_in, script, reason):
 
 
 def test_what_is_recorded_is_bounded(stand_in):
-    service = stand_in(
-        "echo x >&2; [[ $(wc -l <$LLM_STATE_FILE) == 10 ]] && exec sleep 60; "
-        "echo $PPID >/dev/null; exec sleep 0.1"
-    )
+    service = stand_in("echo x >&2; exec sleep 600")
     folder = service.state_file.parent
     for _ in range(14):  # ended on purpose, else it would give up
-        pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
+        pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 60, "an Ollama")
         tell_launcher(service, pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        wait_for(lambda pid=pid: service.ollama_pid() != pid, 20, "the next one")
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: service.ollama_pid() != pid, 60, "the next one")
     assert len(service.state_lines()) == 10
     files = [file for file in folder.glob(f"{service.port}.*") if file.suffix != ".spare"]
     assert sum(file.stat().st_size for file in files) < 2000
@@ -512,10 +509,10 @@ def test_what_is_recorded_is_bounded(stand_in):
 def test_an_end_on_purpose_is_no_death_and_has_no_pause(stand_in):
     service = stand_in("exec sleep 60")
     for _ in range(7):  # five deaths in a minute would end the service
-        pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "an Ollama")
+        pid = wait_for(lambda: service.state_lines() and service.ollama_pid(), 60, "an Ollama")
         tell_launcher(service, pid)
         os.kill(pid, signal.SIGTERM)
-        wait_for(lambda pid=pid: service.ollama_pid() != pid, 5, "the next one")
+        wait_for(lambda pid=pid: service.ollama_pid() != pid, 60, "the next one")
     assert service.log().count("the API ended Ollama; starting it again") == 7
     assert "again in" not in service.log()
     os.kill(service.ollama_pid(), signal.SIGKILL)
@@ -527,18 +524,18 @@ def test_an_end_on_purpose_is_no_death_and_has_no_pause(stand_in):
 
 def test_a_clock_that_leaps_ahead_hides_no_death(stand_in, tmp_path):
     service = stand_in("exit 3", **clock_environment(tmp_path, 1000))
-    assert service.process.wait(40) == 1
+    assert service.process.wait(90) == 1
     assert "Ollama ended five times in a minute" in service.log()
 
 
 def test_it_ends_within_10_s_though_the_clock_runs_backwards(stand_in, tmp_path):
     service = stand_in("exec sleep 60", **clock_environment(tmp_path, -1))
-    wait_for(lambda: service.get("/livez").ok and service.state_lines(), 20, "the start")
+    wait_for(lambda: service.get("/livez").ok and service.state_lines(), 60, "the start")
     for pid in api_pid(service), service.worker_pid():
         os.kill(pid, signal.SIGSTOP)
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(15) == 0
-    assert not service.processes()
+    wait_for(lambda: not service.processes(), 30, "the end of all processes")
 
 
 # A full disk, and what does not end
@@ -548,7 +545,7 @@ def test_a_full_disk_hides_no_ollama_from_the_api(make_service, small_disk, tmp_
     models = tmp_path / "models"
     service = make_service(wait=False, XDG_CACHE_HOME=str(small_disk), OLLAMA_MODELS=models)
     service.state_file = small_disk / "llm-service" / "run" / service.state_file.name
-    service.wait_healthy(30)
+    service.wait_healthy(60)
     with open(small_disk / "filled", "wb", buffering=0) as file, pytest.raises(OSError):
         while True:
             file.write(bytes(1 << 16))
@@ -557,11 +554,11 @@ def test_a_full_disk_hides_no_ollama_from_the_api(make_service, small_disk, tmp_
             file.write(b"0")
     server = service.ollama_pid()
     os.kill(server, signal.SIGKILL)
-    wait_for(lambda: service.ollama_pid() != server, 15, "the record of the next Ollama")
-    service.wait_healthy(20)
+    wait_for(lambda: service.ollama_pid() != server, 60, "the record of the next Ollama")
+    service.wait_healthy(60)
     reset(service, restart=True)
     line_of(service, "the API ended Ollama; starting it again")
-    service.wait_healthy(20)
+    service.wait_healthy(60)
     assert service.get("/api/stats").json()["ollama"]["pid"] == service.ollama_pid()
 
 
@@ -574,14 +571,14 @@ def test_what_outlives_its_ollama_is_ended_as_soon_as_that_can_be(stand_in, tmp_
     )
     program.chmod(0o755)
     service = stand_in(f"[[ -e {file} ]] || {{ sleep 300 & echo $! >{file}; }}; exec sleep 60")
-    orphan = psutil.Process(int(wait_for(lambda: file.exists() and file.read_text(), 20, "it")))
-    server = wait_for(lambda: service.state_lines() and service.ollama_pid(), 20, "its record")
+    orphan = psutil.Process(int(wait_for(lambda: file.exists() and file.read_text(), 60, "it")))
+    server = wait_for(lambda: service.state_lines() and service.ollama_pid(), 60, "its record")
     os.kill(server, signal.SIGKILL)
     line_of(service, f"processes of Ollama do not end yet (sessions {server})")
-    wait_for(lambda: service.ollama_pid() != server, 15, "the next Ollama")
+    wait_for(lambda: service.ollama_pid() != server, 60, "the next Ollama")
     assert not gone(orphan)
     marker.touch()
-    wait_for(lambda: gone(orphan), 10, "its end")
+    wait_for(lambda: gone(orphan), 60, "its end")
     assert not gone(psutil.Process(service.ollama_pid()))
 
 
@@ -604,7 +601,7 @@ def test_what_would_blind_the_watch_does_not_reach_a_runner(make_service, gguf):
         (runner,) = service.get("/api/stats").json()["runners"] or [None]
         return runner and runner["state"] == "busy" and runner["tokens"]
 
-    wait_for(watched, 20, "a busy runner whose tokens are counted")
+    wait_for(watched, 60, "a busy runner whose tokens are counted")
     kept = [line for line in service.log().splitlines() if "kept from Ollama" in line]
     assert len(kept) == 1 and "secret" not in service.log()
     assert "LLAMA_API_KEY, LLAMA_ARG_API_PREFIX, LLAMA_ARG_ENDPOINT_SLOTS" in kept[0]
@@ -668,7 +665,7 @@ def test_a_number_that_has_passed_to_a_stranger_is_left_alone(record):
         start_and_fail(record((leader.pid, started - 1)))
         assert leader.poll() is None
         start_and_fail(record((leader.pid, started)))
-        assert leader.wait(5) == -signal.SIGKILL
+        assert leader.wait(30) == -signal.SIGKILL
 
 
 def test_numbers_of_another_boot_or_container_are_left_alone(record):
@@ -685,7 +682,7 @@ def test_access_lines_of_the_apis_own_questions_stay_out_of_the_log(make_service
     for path in "/api/ps", "/api/version", "/api/tags", "/api/nothing":
         service.ollama("GET", path)
     service.ollama("POST", "/api/show", json={"model": "nothing"})
-    line_of(service, '"/api/show"', 5)
+    line_of(service, '"/api/show"')
     seen = re.findall(r'^\[GIN\].*\| (\d+) \|.* (\w+) +"(.*)"', service.log(), re.M)
     assert seen == [("404", "GET", "/api/nothing"), ("404", "POST", "/api/show")]
 

@@ -1,6 +1,7 @@
 """Runners and names that do not match one to one, on a real Ollama."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -37,7 +38,7 @@ def shown(service):
 
 
 def wait_seen(service, *runners):
-    wait_for(lambda: shown(service).keys() == {each.pid for each in runners}, 10, "they are seen")
+    wait_for(lambda: shown(service).keys() == {each.pid for each in runners}, 30, "they are seen")
 
 
 def delete(service, name, **fields):
@@ -47,16 +48,21 @@ def delete(service, name, **fields):
 @pytest.fixture(scope="module")
 def made(make_module_service, make_gguf_variant):
     return make_module_service(
-        models={A: make_gguf_variant(1)}, LLM_MODEL="a", LLM_CONTEXT_LENGTH=1024
+        models={A: make_gguf_variant(1)},
+        LLM_MODEL="a",
+        LLM_CONTEXT_LENGTH=1024,
+        # On two busy cores a busy runner that answers late would be hung.
+        constants={"llm_service.clearing.CLEAR_RUNNER_S": 0.5},
     )
 
 
 @pytest.fixture
 def kin(made, make_gguf_variant):
-    """A service with two models of the same weights, nothing loaded, Ollama's list empty."""
-    made.wait_healthy(30)
+    """A service with two models of the same weights alone, nothing loaded, Ollama's list empty."""
+    made.wait_healthy(60)
     clear(made)
-    wait_for(lambda: listed(made) == [], 10, "nothing is listed")
+    wait_for(lambda: listed(made) == [], 60, "nothing is listed")
+    shutil.rmtree(made.models / "manifests")  # what a test before has left
     made.add_model(A, make_gguf_variant(1))
     made.add_model(B, make_gguf_variant(1), config_json(size="another"))
     return made
@@ -108,7 +114,7 @@ def test_the_runner_of_one_is_taken_over_by_the_other_with_other_options(kin):
     first = kin.load(A)
     second = kin.load(B, num_ctx=512)
     assert is_gone(first) and [name for name, _ in listed(kin)] == [B]
-    wait_for(lambda: shown(kin) == {second.pid: B}, 10, "the watch shows B")
+    wait_for(lambda: shown(kin) == {second.pid: B}, 30, "the watch shows B")
     assert clear(kin, model=A)["unloaded_models"] == []
     report = clear(kin, model=B)
     assert (report["unloaded_models"], report["verified"]) == ([B], True)
@@ -149,7 +155,7 @@ def test_old_and_new_version_are_both_of_that_model(kin, make_gguf_variant):
     assert [name for name, _ in listed(kin)] == [A, A]
     shown_as = {each["name"]: each for each in kin.get("/api/models").json()["models"]}
     assert shown_as[A]["expires_at"] > "2100"  # as the version that is on the disk
-    wait_for(lambda: shown(kin) == {old.pid: A, new.pid: A}, 10, "both are shown")
+    wait_for(lambda: shown(kin) == {old.pid: A, new.pid: A}, 30, "both are shown")
     report = clear(kin, model=A)
     assert (report["left"], report["unloaded_models"], report["verified"]) == ([], [A], True)
     assert is_gone(old) and is_gone(new) and listed(kin) == []
@@ -195,7 +201,7 @@ def test_the_watch_cleans_the_list_of_an_old_version_that_was_killed(kin, make_g
     update(kin, A, make_gguf_variant(2))
     new = load(kin, A)
     old.kill()
-    wait_for(lambda: len(listed(kin)) == 1, 15, "one version is listed")
+    wait_for(lambda: len(listed(kin)) == 1, 60, "one version is listed")
     assert not is_gone(new)
     ask(kin, A)
 
@@ -206,8 +212,8 @@ def test_a_service_that_has_forgotten_all_clears_an_old_version(kin, make_gguf_v
     kin.delete("/api/models/delete", json={"model": B})
     worker = kin.worker_pid()
     os.kill(worker, signal.SIGKILL)
-    wait_for(lambda: kin.worker_pid() not in (None, worker), 20, "another worker")
-    kin.wait_healthy(20)
+    wait_for(lambda: kin.worker_pid() not in (None, worker), 60, "another worker")
+    kin.wait_healthy(60)
     report = clear(kin, model=A)
     assert (report["left"], report["unloaded_models"], report["verified"]) == ([], [A], True)
     assert is_gone(old) and listed(kin) == []
@@ -220,7 +226,7 @@ def test_a_model_of_several_files_is_told_from_another_of_the_same_files(kin):
     body = {"model": "parts", "input": ["a"], "keep_alive": -1}
     assert kin.ollama("POST", "/api/embed", json=body, timeout=120).ok
     (runner,) = kin.runners()
-    wait_for(lambda: shown(kin) == {runner.pid: "parts:latest"}, 10, "it is shown")
+    wait_for(lambda: shown(kin) == {runner.pid: "parts:latest"}, 30, "it is shown")
     assert clear(kin, model="twin")["unloaded_models"] == []
     assert not is_gone(runner)
     kin.add_model("parts:latest", parts[:1], config_json("bert", "8M", "updated"))
@@ -254,10 +260,10 @@ def test_a_model_whose_process_is_not_known_stays_loaded(renaming):
     looks = set()
 
     def looked():
-        looks.add(renaming.get("/health").json()["looked_at"])
+        looks.add(stats(renaming)["looked_at"])
         return len(looks) > 4 or sorted(listed(renaming)) != before
 
-    wait_for(looked, 30, "four more looks")
+    wait_for(looked, 60, "four more looks")
     assert sorted(listed(renaming)) == before
 
 
@@ -279,5 +285,5 @@ def test_no_clear_is_verified_while_a_process_that_is_not_known_holds_the_model(
     assert clear(renaming, force=False)["verified"] is False
     busy.goes_on()
     assert reset(renaming)["model_state"] in ("loading", "loaded")
-    assert busy.wait(5).error
-    renaming.wait_healthy(30)
+    assert busy.wait(30).error
+    renaming.wait_healthy(60)

@@ -31,7 +31,7 @@ def confused(make_module_service, tmp_path_factory):
 def worker(confused):
     """The worker of the service, once that is well; its log and memory are looked at after."""
     confused.says(SANE)
-    wait_for(lambda: confused.get("/health").ok, 10, "/health")
+    wait_for(lambda: confused.get("/health").ok, 60, "/health")
     start = len(confused.log())
     process = psutil.Process(confused.worker_pid())
     before = process.memory_info().rss

@@ -47,5 +47,5 @@ def test_runners_of_a_dead_server_are_found_by_its_session(recorded):
     assert dead.server() is None
     (orphan,) = dead.runners()
     end(orphan.process)
-    wait_for(lambda: not alive(orphan.process), 5, "the orphan is gone")
+    wait_for(lambda: not alive(orphan.process), 30, "the orphan is gone")
     assert dead.runners() == []

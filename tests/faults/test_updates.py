@@ -105,7 +105,7 @@ def test_a_registry_that_hangs_holds_up_nothing_else(service, registry, others):
     pull(service, name)
     registry.faults["manifest"] = stall
     asked = others.submit(states, service, params={"model": name}, timeout=40)
-    wait_for(lambda: registry.requests["ns/f:latest"] >= 2, 5, "the question")
+    wait_for(lambda: registry.requests["ns/f:latest"] >= 2, 30, "the question")
     assert service.get("/health").status_code == 200
     assert service.get("/api/models").status_code == 200
     told = asked.result()[name]

@@ -91,7 +91,7 @@ class Faults:
             return {key: so_far[key] for key in counts} == counts and so_far
 
         found = wait_for(healed, timeout, f"healed: {counts}")
-        self.wait(lambda said: said["status"] == "healthy", 10, "healthy again")
+        self.wait(lambda said: said["status"] == "healthy", 60, "healthy again")
         print(f"{time.monotonic() - self.began:5.1f} s: healed {found['last']}")
         return found["last"]
 
@@ -108,8 +108,8 @@ def state_of(service, runner):
     return shown.get(runner.pid)
 
 
-def wait_state(service, runner, state, timeout=15):
-    wait_for(lambda: state_of(service, runner) == state, timeout, f"{runner.pid} is {state}")
+def wait_state(service, runner, state):
+    wait_for(lambda: state_of(service, runner) == state, 60, f"{runner.pid} is {state}")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def quick(make_module_service, make_gguf_variant):
 @pytest.fixture
 def well(quick):
     """The same, with nothing loaded; and what was healed before is counted away."""
-    quick.wait_healthy(30)
+    quick.wait_healthy(60)
     clear(quick)
     before = stats(quick)["healed"]
     quick.healed = {key: before[key] for key in ("runners", "ollama")}
@@ -159,7 +159,7 @@ def test_one_of_two_is_stuck_and_the_other_goes_on(well):
     server, started = well.ollama_pid(), len(well.log())
     with frozen(held.runner):
         faults = Faults(well)
-        last = faults.wait_healed(STUCK_S + 15, **more(well, runners=1))
+        last = faults.wait_healed(60, **more(well, runners=1))
         assert is_gone(held.runner)
         assert held.status() == 500
     assert set(faults.seen) <= {("healthy", "none"), ("runner_stuck", "wait")}
@@ -177,8 +177,8 @@ def test_a_loop_held_while_idle_is_stuck_once_it_is_asked(well):
     with frozen(runner):
         faults = Faults(well)
         caller = Generation(well.ollama_port, M1)
-        faults.wait_healed(STUCK_S + 15, **more(well, runners=1))
-    assert caller.wait(5).status == 500 or caller.error
+        faults.wait_healed(60, **more(well, runners=1))
+    assert caller.wait(30).status == 500 or caller.error
     faults.works(M1)
 
 
@@ -189,7 +189,7 @@ def test_a_ghost_is_healed_by_a_restart_of_the_server(well, busy):
     with frozen(runner, reap=False):
         runner.kill()
         faults = Faults(well)
-        last = faults.wait_healed(20, **more(well, ollama=1))
+        last = faults.wait_healed(60, **more(well, ollama=1))
     allowed = {"none", "wait"}
     assert {seen for seen in faults.seen if seen[1] not in allowed} == set()
     assert last["why"].startswith("ghost: ")
@@ -201,7 +201,7 @@ def test_a_stuck_one_that_is_not_reaped_is_healed_as_a_ghost(well):
     held = Waiting(well, M1)
     with frozen(held.runner, reap=False):
         faults = Faults(well)
-        faults.wait_healed(STUCK_S + 25, **more(well, runners=1, ollama=1))
+        faults.wait_healed(60, **more(well, runners=1, ollama=1))
     assert ("runner_stuck", "reset_session") not in faults.seen
     faults.works(M1)
 
@@ -216,7 +216,7 @@ def test_a_stopped_runner_is_silent_and_ended(well, busy):
     server = well.ollama_pid()
     suspend(runner)
     faults = Faults(well)
-    last = faults.wait_healed(25, **more(well, runners=1))
+    last = faults.wait_healed(60, **more(well, runners=1))
     assert is_gone(runner)
     assert set(faults.seen) <= {("healthy", "none"), ("runner_silent", "wait")}
     assert last["why"].startswith("silent: ")
@@ -231,7 +231,7 @@ def test_a_stopped_server_is_restarted(well):
     server = psutil.Process(well.ollama_pid())
     suspend(server)
     faults = Faults(well)
-    last = faults.wait_healed(40, **more(well, ollama=1))
+    last = faults.wait_healed(90, **more(well, ollama=1))
     assert ("ollama_hung", "reset_session") in faults.seen
     assert is_gone(server) and last["what"] == "Ollama"
     faults.works(M1)
@@ -244,8 +244,8 @@ def test_a_killed_server_comes_back_and_is_not_counted(well):
     runner = well.load(M1)
     os.kill(well.ollama_pid(), signal.SIGKILL)
     faults = Faults(well)
-    faults.wait(lambda said: said["status"] == "unhealthy", 3, "seen")
-    faults.wait(lambda said: said["status"] == "healthy", 15, "healthy again")
+    faults.wait(lambda said: said["status"] == "unhealthy", 10, "seen")
+    faults.wait(lambda said: said["status"] == "healthy", 60, "healthy again")
     assert is_gone(runner)
     assert {action for _, action in faults.seen} <= {"none", "wait"}
     faults.works(M1)
@@ -257,7 +257,7 @@ def test_a_busy_runner_killed_from_outside_leaves_the_list_and_the_server(well):
     other = well.generate(M2)
     waiting.runner.kill()
     faults = Faults(well)
-    faults.wait(lambda said: said["loaded"] == [M2], 10, "the list is clean")
+    faults.wait(lambda said: said.get("loaded") == [M2], 60, "the list is clean")
     assert faults.seen == [("healthy", "none")]
     other.goes_on()
     other.close()
@@ -313,11 +313,11 @@ def test_a_model_deleted_while_it_is_loaded_is_no_fault(well, make_gguf_variant)
     assert well.ollama("DELETE", "/api/delete", json={"model": "gone"}).status_code == 200
     faults = Faults(well)
     busy = well.generate(M2)
-    faults.wait(lambda _: state_of(well, runner) == "idle", 15, "idle")
+    faults.wait(lambda _: state_of(well, runner) == "idle", 60, "idle")
     assert clear(well)["verified"] is True
     faults.told()
     assert is_gone(runner)
-    busy.wait(5)
+    busy.wait(30)
     assert {code for code, _ in faults.seen} <= {"healthy"}
     faults.works(M2)
 
@@ -329,7 +329,7 @@ def test_a_model_updated_while_it_is_stuck_loses_no_other_runner(well, make_gguf
     with frozen(old.runner):
         runner = well.load("new")
         assert runner != old.runner
-        Faults(well).wait_healed(STUCK_S + 15, **more(well, runners=1))
+        Faults(well).wait_healed(60, **more(well, runners=1))
         assert is_gone(old.runner) and not is_gone(runner)
     wait_state(well, runner, "idle")
 
@@ -345,7 +345,7 @@ def test_a_runner_without_slots_is_unwatched_while_it_uses_cpu(make_service, tmp
     program.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     service = make_service(PATH=path, WORK=work, LLM_STUCK_SECONDS=1, constants=QUICK)
-    (runner,) = wait_for(service.runners, 5, "the runner")
+    (runner,) = wait_for(service.runners, 30, "the runner")
     wait_state(service, runner, "idle")
     work.touch()
     wait_state(service, runner, "unwatched")
@@ -357,7 +357,7 @@ def test_a_runner_without_slots_is_unwatched_while_it_uses_cpu(make_service, tmp
     work.unlink()
     wait_state(service, runner, "idle")
     suspend(runner)
-    Faults(service).wait_healed(15, runners=1)
+    Faults(service).wait_healed(60, runners=1)
     assert is_gone(runner)
 
 
@@ -398,7 +398,7 @@ def test_embeddings_are_work_and_no_standstill(well, embedder, others):
 def test_an_embedding_that_stands_is_stuck_and_healed(well, embedder, others):
     with frozen(embedder):
         answer = others.submit(embed, well, 1)
-        last = Faults(well).wait_healed(STUCK_S + 15, **more(well, runners=1))
+        last = Faults(well).wait_healed(60, **more(well, runners=1))
         assert answer.result().status_code >= 400
     assert last["what"] == EMBEDDER
     assert embed(well, 1).status_code == 200
@@ -462,7 +462,7 @@ def test_a_model_in_system_memory_beside_a_gpu_is_a_warning(make_service, nvml, 
     assert health(service)["warnings"] == []
     service.load(GEMMA)
     # Only of a runner that the watch has seen: Ollama may list dead ones.
-    told = wait_for(lambda: health(service)["warnings"] and health(service), 10, "a warning")
+    told = wait_for(lambda: health(service)["warnings"] and health(service), 60, "a warning")
     (warning,) = told["warnings"]
     assert (told["status"], warning["code"]) == ("healthy", "model_on_cpu")
     assert GEMMA in warning["message"] and told["warning"] == warning["message"]
@@ -495,7 +495,7 @@ def test_without_self_healing_health_says_what_a_reset_then_heals(off):
     held = Waiting(off, M1)
     with frozen(held.runner):
         faults = Faults(off)
-        faults.wait(lambda said: said.get("code") == "runner_stuck", STUCK_S + 15, "stuck")
+        faults.wait(lambda said: said.get("code") == "runner_stuck", 60, "stuck")
         assert faults.seen[-1] == ("runner_stuck", "reset_session")
         assert off.get("/livez").json() == {"status": "alive"}
         assert not is_gone(held.runner)
@@ -508,18 +508,19 @@ def test_without_self_healing_health_says_what_a_reset_then_heals(off):
 
 
 def test_without_self_healing_a_reset_heals_a_ghost(off):
-    off.wait_healthy(10)
+    off.wait_healthy(60)
+    clear(off)  # whatever the test before left
     runner, server = off.load(M1), off.ollama_pid()
     with frozen(runner, reap=False):
         runner.kill()
         faults = Faults(off)
-        faults.wait(lambda said: said.get("code") == "runner_ghost", 15, "a ghost")
+        faults.wait(lambda said: said.get("code") == "runner_ghost", 60, "a ghost")
         assert faults.seen[-1] == ("runner_ghost", "reset_session")
         told = error(off.post(CLEAR), 503, "runner_ghost")
         assert (told["recommended_action"], told["verified"]) == ("reset_session", False)
         reset(off)
         assert off.ollama_pid() != server
-        off.wait_healthy(10)
+        off.wait_healthy(60)
     wait_loaded(off, M1)
     faults.works(M1)
 
@@ -536,12 +537,12 @@ def test_after_three_healings_the_model_is_left_alone(make_service, make_gguf_va
     )
     for number in range(1, 4):
         suspend(service.load(M1))
-        Faults(service).wait_healed(20, runners=number)
+        Faults(service).wait_healed(60, runners=number)
     fourth = service.load(M1)
     suspend(fourth)
     faults = Faults(service)
-    faults.wait(lambda said: said.get("code") == "runner_silent", 15, "silent")
+    faults.wait(lambda said: said.get("code") == "runner_silent", 60, "silent")
     assert faults.seen[-1] == ("runner_silent", "restart_service")
     assert not is_gone(fourth)
     clear(service)
-    service.wait_healthy(10)
+    service.wait_healthy(60)
