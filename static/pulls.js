@@ -11,7 +11,8 @@ const DISMISSED = "llm-service dismissed";
 const START_S = 15;
 const CANCEL_S = 10;
 
-const running = new Set(); // those seen under way, whose end is told
+// Those seen under way, whose end is told; with the key of an older end, which is not theirs.
+const running = new Map();
 const checks = new Map(); // of files, by the model: how far, and what stops it
 
 const lower = (name) => name.toLowerCase();
@@ -22,9 +23,11 @@ const keyOf = ({ model, ended_at: at, started_at: since }) =>
 // Starts a download that goes on by itself; tells whether it was accepted.
 export async function startPull(model, options = {}) {
   const body = { model, ...options, detach: true };
+  // A list that is under way meanwhile still has the older end.
+  const older = latest("pulls")?.pulls.find((pull) => lower(pull.model) === lower(model));
   const answer = await call("POST", "api/models/pull", body, START_S);
   if (answer.ok) {
-    running.add(lower(model));
+    running.set(lower(model), older && keyOf(older));
     say(`The download of ${model} is under way.`);
   } else {
     sayError(`The download of ${model} was not started`, answer);
@@ -55,8 +58,12 @@ export function showPulls() {
 function tellEnds(pulls) {
   for (const pull of pulls) {
     const { model, state } = pull;
-    if (state === "running") running.add(lower(model));
-    else if (running.delete(lower(model))) tellEnd(pull);
+    const name = lower(model);
+    if (state === "running") running.set(name, undefined);
+    else if (running.has(name) && running.get(name) !== keyOf(pull)) {
+      running.delete(name);
+      tellEnd(pull);
+    }
   }
 }
 
