@@ -38,6 +38,11 @@ def wait_for(predicate, timeout, what):
     return helpers.waiting.wait_for(steady, timeout, what)
 
 
+def can_be_used(button):
+    """Tell whether a click on a button would do anything: its last act may not be over."""
+    return button.get_attribute("aria-disabled") != "true"
+
+
 class Page:
     def __init__(self, browser, service):
         self.browser, self.service = browser, service
@@ -65,7 +70,7 @@ class Page:
                 self.run("document.dispatchEvent(new Event('poll'))")
                 return self.rounds() > before
 
-            wait_for(polled, 20, "a round of polling")
+            wait_for(polled, 60, "a round of polling")
 
     def element(self, id):
         return self.browser.find_element(By.ID, id)
@@ -75,12 +80,12 @@ class Page:
 
     def click(self, id):
         def clicked():
-            self.element(id).click()
-            return True
+            button = self.element(id)
+            return can_be_used(button) and (button.click() or True)
 
-        wait_for(clicked, 5, f"#{id} to click on")
+        wait_for(clicked, 30, f"#{id} to click on")
 
-    def wait_text(self, id, part, timeout=20):
+    def wait_text(self, id, part, timeout=60):
         wait_for(lambda: part in self.text(id), timeout, f"{part!r} in #{id}")
 
     def rows_of(self, list):
@@ -103,13 +108,13 @@ class Page:
         row = self.row(list, model)
         return row.text if row else ""
 
-    def wait_row(self, list, model, part, timeout=20):
+    def wait_row(self, list, model, part, timeout=60):
         """Wait until a row says this."""
         what = f"{part!r} in the row of {model}"
         wait_for(lambda: part in self.row_text(list, model), timeout, what)
 
     def wait_no_row(self, list, model):
-        wait_for(lambda: self.row(list, model) is None, 20, f"the row of {model} to go")
+        wait_for(lambda: self.row(list, model) is None, 60, f"the row of {model} to go")
 
     def press(self, list, model, label):
         """Click on a row's button, in its fold too."""
@@ -119,13 +124,13 @@ class Page:
             for fold in row.find_elements(By.CSS_SELECTOR, ".more") if row else ():
                 self.run("arguments[0].open = true", fold)
             for button in row.find_elements(By.TAG_NAME, "button") if row else ():
-                if button.text == label:
+                if button.text == label and can_be_used(button):
                     self.run("arguments[0].scrollIntoView({block: 'center'})", button)
                     button.click()
                     return True
             return False
 
-        wait_for(pressed, 10, f"the button {label}")
+        wait_for(pressed, 60, f"the button {label}")
 
     def buttons(self, list, model):
         """Return the words of a row's buttons that can be seen."""
@@ -133,10 +138,17 @@ class Page:
         return [each.text for each in row.find_elements(By.TAG_NAME, "button") if each.text]
 
     def answer(self, id):
-        """Answer the question that is open."""
-        wait_for(lambda: self.element("ask").get_attribute("open"), 5, "the question")
+        """Answer the question that is open, or opens."""
+        wait_for(lambda: self.element("ask").get_attribute("open"), 60, "the question")
+        asked = self.text("ask-text")
         self.click(id)
-        wait_for(lambda: not self.element("ask").get_attribute("open"), 5, "the question to go")
+        # Another question may follow at once. That of a closed dialog is "".
+        wait_for(lambda: self.text("ask-text") != asked, 30, "the question to go")
+        self.settle()
+
+    def settle(self):
+        """Let the page hear that a dialog was closed: the event comes after the closing itself."""
+        self.browser.execute_async_script("setTimeout(arguments[0])")
 
     def download(self, model):
         self.element("pull-name").clear()
@@ -162,8 +174,8 @@ class Page:
 
     def state(self, model):
         """Return the words and the classes of a model's runner."""
-        row = self.row("models", model)
-        state = row.find_element(By.CLASS_NAME, "state")
+        selector = f'#models > [data-key="{model.lower()}" i] .state'
+        state = self.browser.find_element(By.CSS_SELECTOR, selector)
         return state.text, state.get_attribute("class")
 
     def charts(self):
@@ -173,9 +185,15 @@ class Page:
 
     def curve(self, chart):
         """Return the points of a chart's first series: [(x, y)] of 600 and 100, for each line."""
-        path = self.row("charts", chart).find_element(By.CSS_SELECTOR, "path").get_attribute("d")
+        (path, *_) = self.drawn(chart, "path", "d")
         lines = [re.findall(r"([\d.]+) ([\d.]+)", line) for line in path.split("M")[1:]]
         return [[(float(x), float(y)) for x, y in line] for line in lines]
+
+    def drawn(self, chart, selector, attribute):
+        """Return an attribute of each such element of a chart, which each round draws anew."""
+        script = """return [...document.querySelectorAll(arguments[0])]
+            .map((each) => each.getAttribute(arguments[1]))"""
+        return self.run(script, f"#charts > [data-key={chart}] {selector}", attribute)
 
     def old(self, source):
         """Return what a part of the page says of its age."""
@@ -183,7 +201,7 @@ class Page:
         return "".join(each.text for each in self.browser.find_elements(By.CSS_SELECTOR, selector))
 
     def marks(self, chart):
-        return len(self.row("charts", chart).find_elements(By.CSS_SELECTOR, "line.mark"))
+        return len(self.drawn(chart, "line.mark", "x1"))
 
     def focus(self, model, label):
         """Focus a button of a model's row as a keyboard does; return it."""
@@ -210,6 +228,8 @@ class StubPage(Page):
         self.now = time.time()
         stub.clock = lambda: self.now
         super().__init__(browser, stub)
+        # Without a model the page asks for these beside its rounds.
+        wait_for(lambda: self.rows_of("suggestions"), 60, "the models to begin with")
 
     def poll(self, seconds=0):
         """Have the page poll, so many seconds later."""

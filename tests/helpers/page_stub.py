@@ -145,6 +145,11 @@ def runner(name, state, seconds=0, speed=0.0, pid=4242):
     }
 
 
+class Server(http.server.ThreadingHTTPServer):
+    # With the usual five a connection that comes with many others waits for a second or three.
+    request_queue_size = 64
+
+
 class PageStub:
     """Plays the service: change `.stats`, `.health`, `.models`, `.pulls` to change its answers.
 
@@ -208,7 +213,7 @@ class PageStub:
             def log_message(self, *args):
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -13,6 +13,7 @@ from selenium.webdriver.common.keys import Keys
 
 from helpers.answers import GEMMA, ask, clear, reset
 from helpers.frozen import frozen
+from helpers.generation import PROMPT
 from helpers.listener import PULL, pulls, running_pulls
 from helpers.models import blob_path, config_json, file_digest
 from helpers.page import Page, wait_for
@@ -32,6 +33,9 @@ def page(browser, page_service, gguf):
     """The page of a service with gemma:latest, not loaded, and no download under way."""
     page_service.add_model(GEMMA, gguf)
     clear(page_service)
+    for each in page_service.get("/api/models").json()["models"]:
+        if each["name"] != GEMMA:  # of a test that has failed
+            page_service.delete("/api/models/delete", json={"model": each["name"]})
     browser.get_log("browser")  # what a test before has caused
     one = Page(browser, page_service)
     one.open_anew()
@@ -61,30 +65,34 @@ def test_what_is_there_shows_without_a_complaint_of_the_browser(page):
 
 
 def test_without_a_gpu_the_charts_are_the_systems_and_nothing_says_na(page):
-    wait_for(lambda: {"cpu", "ram", "tokens"} <= set(page.charts()), 20, "the charts")
+    wait_for(lambda: {"cpu", "ram", "tokens"} <= set(page.charts()), 60, "the charts")
     shown = page.text("charts") + page.text("meters")
     assert "N/A" not in shown and "GPU" not in shown
-    first = len(page.curve("ram")[0])
-    wait_for(lambda: len(page.curve("ram")[0]) > first, 30, "a longer line")
+
+    def points():  # a sample that came late begins another line
+        return sum(map(len, page.curve("ram")))
+
+    first = points()
+    wait_for(lambda: points() > first, 60, "a longer line")
 
 
 def test_another_tab_and_a_reload_show_the_same_hour(page):
     def drawn():
-        wait_for(lambda: "cpu" in page.charts(), 20, "the charts")
+        wait_for(lambda: "cpu" in page.charts(), 60, "the charts")
         return [y for line in page.curve("cpu") for _, y in line]
 
-    here = wait_for(lambda: len(drawn()) > 1 and drawn(), 30, "two samples")
+    here = wait_for(lambda: len(drawn()) > 1 and drawn(), 60, "two samples")
     page.open_anew()  # as a new tab does, it knows nothing by itself
     assert drawn()[: len(here)] == here
 
 
 def test_a_clear_a_reset_and_a_restart_by_others_are_marks_with_words(page):
     service = page.service
-    wait_for(lambda: "ram" in page.charts(), 20, "the charts")
+    wait_for(lambda: "ram" in page.charts(), 60, "the charts")
     clear(service)
-    page.wait_text("marks", "Memory cleared", 30)
+    page.wait_text("marks", "Memory cleared")
     reset(service)
-    page.wait_text("marks", "Session reset", 30)
+    page.wait_text("marks", "Session reset")
     os.kill(service.ollama_pid(), 9)
     page.wait_text("marks", "Ollama restarted.", 60)
     service.wait_healthy(60)
@@ -93,7 +101,7 @@ def test_a_clear_a_reset_and_a_restart_by_others_are_marks_with_words(page):
     def lines():
         return len(page.rows_of("marks"))
 
-    wait_for(lambda: page.marks("tokens") == page.marks("ram") == lines(), 30, "a line for each")
+    wait_for(lambda: page.marks("tokens") == page.marks("ram") == lines(), 60, "a line for each")
 
 
 # Runners
@@ -112,7 +120,7 @@ def test_a_frozen_runner_shows_as_busy_and_then_as_healed_with_the_mark(browser,
         shown = service.get("/api/stats?evidence=false").json()["healed"]["last"]
         assert shown == {key: last[key] for key in last if key != "evidence"}
         page.wait_row("models", GEMMA, "not loaded")
-    answer.wait(10)
+    answer.wait(60)
     assert "came free" in page.text("marks") and answer.error
     ask(service)
     page.wait_row("models", GEMMA, "idle")
@@ -135,7 +143,7 @@ def test_a_frozen_runner_that_nobody_heals_shows_as_stuck_and_what_to_do(browser
         page.element("advice").find_element(By.TAG_NAME, "button").click()
         page.answer("ask-yes")
         page.wait_text("messages", "The session is reset")
-    answer.wait(10)
+    answer.wait(60)
     page.wait_row("models", GEMMA, "idle", 60)
     page.wait_text("state", "The service works.")
     browser.get("about:blank")
@@ -154,14 +162,15 @@ def test_a_stopped_runner_shows_as_silent(browser, freezable):
 
 def test_a_model_beside_its_gpu_is_a_sentence_at_the_top(browser, make_service, gguf, nvml):
     page = Page(browser, make_service(models={GEMMA: gguf}, LLM_MODEL=GEMMA, **nvml.env))
-    wait_for(lambda: page.rows_of("gpus"), 20, "the GPU")
+    wait_for(lambda: page.rows_of("gpus"), 60, "the GPU")
     assert "37 %" in page.text("gpus") and "5.4 GB of 69 GB" in page.text("gpus")
     assert page.text("warnings") == ""
     page.service.load(GEMMA)
-    page.wait_text("warnings", f"of {GEMMA} lie in system memory")
-    assert "Ollama sees no GPU, whatever LLM_GPU_LAYERS says" in page.text("warnings")
+    # The service's own sentence begins likewise: it shows until the list of models tells, too.
+    page.wait_text("warnings", "Ollama sees no GPU, whatever LLM_GPU_LAYERS says")
+    assert f"of {GEMMA} lie in system memory" in page.text("warnings")
     nvml.say(init=15, count=15)  # the GPU is lost
-    page.wait_text("state", "GPU is lost", 30)
+    page.wait_text("state", "GPU is lost")
     browser.get("about:blank")
 
 
@@ -184,7 +193,7 @@ def test_what_a_prune_would_free_is_told_and_freed(browser, make_service):
     unused.write_bytes(bytes(12_300_000))
     page.wait_text("disk", "unused 12 MB", 90)
     page.click("prune")
-    wait_for(lambda: page.text("ask-yes") == "Prune, frees 12 MB", 5, "the verb")
+    wait_for(lambda: page.text("ask-yes") == "Prune, frees 12 MB", 30, "the verb")
     page.answer("ask-no")
     assert unused.exists()
     page.click("prune")
@@ -192,7 +201,7 @@ def test_what_a_prune_would_free_is_told_and_freed(browser, make_service):
     page.wait_text("messages", "1 file removed, 12 MB came free.")
     assert not unused.exists()
     page.wait_text("disk", "unused 0 MB", 90)
-    wait_for(lambda: page.element("prune").get_attribute("aria-disabled") == "true", 5, "off")
+    wait_for(lambda: page.element("prune").get_attribute("aria-disabled") == "true", 30, "off")
     browser.get("about:blank")
 
 
@@ -203,30 +212,30 @@ def test_a_download_shows_its_progress_also_after_a_reload_and_then_the_model(
     page, registry, make_gguf_variant
 ):
     name = registry.add("ns/other:latest", make_gguf_variant(1))
-    registry.rate = 10e6
+    registry.rate = 3e6  # so that it is under way for longer than what follows may take
     insecure_pull(page, name)
-    first = wait_for(lambda: page.progress(name), 20, "progress")
+    first = wait_for(lambda: page.progress(name), 60, "progress")
     page.open()
-    wait_for(lambda: page.progress(name) > first, 20, "further progress after the reload")
+    wait_for(lambda: page.progress(name) > first, 60, "further progress after the reload")
     page.wait_row("pulls", name, "%")
     page.wait_row("pulls", name, "/s")
     registry.rate = None
-    page.wait_row("models", name, "MB", 30)
+    page.wait_row("models", name, "MB", 90)
     page.wait_text("messages", f"{name} is downloaded, 253 MB.")
     page.service.delete("/api/models/delete", json={"model": name})
 
 
 def test_a_download_is_cancelled_and_resumed_by_its_buttons(page, registry):
     name = registry.add_random("ns/big:latest", 200)
-    registry.rate = 5e6
+    registry.rate = 2e6
     insecure_pull(page, name)
-    wait_for(lambda: page.progress(name), 20, "progress")
+    wait_for(lambda: page.progress(name), 60, "progress")
     page.press("pulls", name, "Cancel")
     page.wait_row("ended-pulls", name, "Cancelled. Resume goes on")
     assert pulls(page.service)[0]["state"] == "cancelled"
-    wait_for(lambda: registry.active == 0, 10, "the end of the transfer")
+    wait_for(lambda: registry.active == 0, 30, "the end of the transfer")
     page.press("ended-pulls", name, "Resume")
-    wait_for(lambda: page.service.get(PULL).json()["pulls"][0]["state"] != "cancelled", 10, "it")
+    wait_for(lambda: page.service.get(PULL).json()["pulls"][0]["state"] != "cancelled", 30, "it")
 
 
 def test_a_download_that_fails_says_why(page):
@@ -287,6 +296,8 @@ def test_an_update_of_a_registry_without_tls_is_looked_for_after_a_warning(
     name = registry.add("ns/plain:latest", make_gguf_variant(6))
     insecure_pull(page, name)
     page.wait_row("models", name, "not loaded", 60)
+    wait_for(lambda: not running_pulls(page.service), 60, "the end of the download")
+    page.next_rounds()  # else that end is told later, in the place of what is waited for below
     page.press("models", name, "Update")
     page.wait_text("ask-text", "has no TLS", 60)
     page.answer("ask-yes")
@@ -318,11 +329,11 @@ def test_a_prompt_is_answered_with_its_speed(page):
 @pytest.mark.parametrize("way", ["try-stop", "try-close"])
 def test_an_answer_is_stopped(page, way):
     page.press("models", GEMMA, "Try")
-    page.element("try-prompt").send_keys("Count from 1 to 1000, one number a line.")
+    page.element("try-prompt").send_keys(PROMPT)  # to another one the answer may be short
     page.click("try-ask")
     wait_for(lambda: len(page.text("try-answer")) > 5, 60, "the answer")
     page.click(way)
-    page.wait_row("models", GEMMA, "idle", 20)
+    page.wait_row("models", GEMMA, "idle")
     if way == "try-stop":
         page.wait_text("try-figures", "Stopped.")
         page.click("try-close")
@@ -377,8 +388,8 @@ def test_nothing_is_polled_while_the_page_is_hidden(page):
         """Object.defineProperty(document, 'hidden', {value: true});
         document.dispatchEvent(new Event('visibilitychange'))"""
     )
-    # A round under way goes on; its pauses are five seconds.
-    page.browser.execute_async_script("setTimeout(arguments[0], 3000)")
+    # A round under way goes on: its calls have six seconds. The pauses are five seconds.
+    page.browser.execute_async_script("setTimeout(arguments[0], 7000)")
     seen = page.rounds()
     page.browser.execute_async_script("setTimeout(arguments[0], 6500)")
     assert page.rounds() == seen
@@ -420,10 +431,10 @@ def test_it_says_that_the_api_hangs(browser, make_service):
     page.wait_text("state", "The service works")
     worker = psutil.Process(service.worker_pid())
     suspend(worker)
-    page.wait_text("state", "The service has not answered since", 20)
-    wait_for(lambda: "old" in page.old("stats"), 20, "the age of the figures")
+    page.wait_text("state", "The service has not answered since")
+    wait_for(lambda: "old" in page.old("stats"), 60, "the age of the figures")
     worker.resume()
-    page.wait_text("state", "The service works", 30)
+    page.wait_text("state", "The service works")
     browser.get("about:blank")
 
 
@@ -431,7 +442,7 @@ def test_the_token_is_asked_for_once_and_kept_for_all_tabs(browser, make_service
     page = Page(browser, make_service(LLM_API_TOKEN="secret"))
 
     def give(token):
-        wait_for(lambda: page.element("token").get_attribute("open"), 10, "the question")
+        wait_for(lambda: page.element("token").get_attribute("open"), 30, "the question")
         field = page.element("token-input")
         field.clear()
         field.send_keys(token, Keys.ENTER)
