@@ -1,5 +1,6 @@
 """A long answer under way, in a thread."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -61,5 +62,8 @@ class Generation:
         assert not self.done, f"the generation ended: {self.status} {self.error}"
 
     def close(self):
-        self._connection.sock.shutdown(socket.SHUT_RDWR)
+        # Who is not connected yet cannot leave: he would ask later, when nobody expects it.
+        wait_for(lambda: self.done or self._connection.sock, 30, "a connection")
+        with contextlib.suppress(OSError, AttributeError):  # it has just ended
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
         return self.wait(30)

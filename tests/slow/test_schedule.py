@@ -52,7 +52,7 @@ class Round:
             # Another fault has ended it: a process that exits cannot be traced any more.
             process = self.runners.get(what, self.server)
             try:
-                wait_for(lambda: is_gone(process), 5, "its end")
+                wait_for(lambda: is_gone(process), 30, "its end")
             except AssertionError:
                 self.errors.append(f"{what}: {error!r}")
 

@@ -94,8 +94,7 @@ class Soak:
 
     def leave(self):
         if self.generations:
-            with contextlib.suppress(OSError, AttributeError):  # not connected yet, or no more
-                self.generations.pop(0).close()
+            self.generations.pop(0).close()
 
     def pull_and_leave(self):
         body = {"model": self.pullable, "insecure": True}
@@ -199,7 +198,7 @@ def wait_default_loaded(service):
     def loaded():
         return service.get("/health").json().get("loaded") == ["m1:latest"]
 
-    wait_for(loaded, 30, "the default model is loaded")
+    wait_for(loaded, 60, "the default model is loaded")
 
 
 def answers(service, name):
@@ -226,7 +225,7 @@ def assert_one_of_each_is_left(service):
     def shown():
         return [runner["pid"] for runner in service.get("/api/stats").json()["runners"]]
 
-    wait_for(lambda: shown() == [loaded.pid], 10, "the watch's list")
+    wait_for(lambda: shown() == [loaded.pid], 30, "the watch's list")
     running = [" ".join(process.cmdline()) for process in service.processes()]
     assert sum("llama-server" in line for line in running) == 1, running
     assert sum(line.endswith(" serve") for line in running) == 1, running
@@ -274,6 +273,8 @@ def test_random_faults_and_calls_leave_a_healthy_service(soak):
     # The server makes its threads on demand and keeps them: as many as are ever asked at once,
     # before the count.
     list(soak.pool.map(lambda _: soak.call("/health", method="GET"), range(64)))
+    # Of those at once a clear may have been the last, which ends a load that is due.
+    soak.call(RESET)
     wait_default_loaded(service)
     threads, files = held(worker)
 
@@ -282,13 +283,13 @@ def test_random_faults_and_calls_leave_a_healthy_service(soak):
     assert_all_answers(soak)
     soak.tracers.close()
     soak.call(RESET)
-    service.wait_healthy(10)
+    service.wait_healthy(60)
     wait_default_loaded(service)
     assert not soak.late and not soak.wrong
     assert service.worker_pid() == worker.pid
     ask(service, "m1")
     assert_one_of_each_is_left(service)
     soak.pool.shutdown()
-    wait_for(lambda: held(worker)[0] <= threads, 15, f"no more than {threads} threads")
+    wait_for(lambda: held(worker)[0] <= threads, 60, f"no more than {threads} threads")
     # A few more connections to Ollama may be kept open.
-    wait_for(lambda: held(worker)[1] <= files + 4, 15, f"no more than {files} open files")
+    wait_for(lambda: held(worker)[1] <= files + 4, 60, f"no more than {files} open files")

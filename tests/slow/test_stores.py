@@ -281,7 +281,7 @@ def test_a_link_that_leads_nowhere_in_the_place_of_a_manifest_is_named(linked, t
     turn(linked, store)
     before = store.files()
     assert linked.ollama("GET", "/api/tags").status_code == 500
-    told = wait_for(lambda: (a := linked.get("/health").json()).get("code") and a, 10, "a 503")
+    told = wait_for(lambda: (a := linked.get("/health").json()).get("code") and a, 60, "a 503")
     assert told["recommended_action"] == "wait" and "nowhere/latest" in told["reason"]
     assert "nowhere/latest" in linked.get("/api/models").json()["error"]
     for answer in (
@@ -292,7 +292,7 @@ def test_a_link_that_leads_nowhere_in_the_place_of_a_manifest_is_named(linked, t
         assert "nowhere/latest" in answer.json()["error"]
     assert not removed_since(before, store)
     manifest.unlink()
-    linked.wait_healthy(10)
+    linked.wait_healthy(60)
 
 
 def test_names_are_taken_as_ollama_takes_them(linked):
