@@ -114,7 +114,7 @@ def test_the_store_holds_exactly_what_its_manifests_name(make_service, registry)
     for name in use.there():  # what a cancelled update damaged or left is whole again
         assert Listener(service, name, verify=True).end()["status"] == "success"
     pruned = wait_for(
-        lambda: (answer := service.post(PRUNE, json={"older_than_s": 0})).ok and answer, 10, "rest"
+        lambda: (answer := service.post(PRUNE, json={"older_than_s": 0})).ok and answer, 60, "rest"
     )
     print(pruned.json())
     blobs = {path.name: path.read_bytes() for path in (service.models / "blobs").iterdir()}
