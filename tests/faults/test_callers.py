@@ -52,9 +52,11 @@ class Starved:
         self.first = service.generate(GEMMA, num_ctx=1024)
         self.last = generating(service, num_ctx=2048)
         wait_for(lambda: waiting(service) == 1, 60, "one waits")
+        # So far the kernel has seen the request. The scheduler must have, before the next comes.
+        wait_looks(service, 1)
         self.second = generating(service, num_ctx=1024, keep_alive=-1)
         wait_for(lambda: waiting(service) == 2, 60, "two wait")
-        # So far the kernel has seen the second's request. The scheduler must have, too.
+        # The same, before the first leaves.
         wait_looks(service, 1)
 
     def begin(self):

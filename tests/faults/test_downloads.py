@@ -74,7 +74,7 @@ def test_ended_downloads_are_kept_in_a_bounded_number(make_service, registry):
         name = f"localhost:{registry.port}/ns/none:{number}"
         assert service.post(PULL, json={"model": name, "insecure": True}).status_code == 404
 
-    def kept():  # an end is told before it is noted
+    def kept():
         return [pull["model"][-1] for pull in pulls(service)] == ["4", "3", "2"]
 
     wait_for(kept, 30, "the last three")
