@@ -83,12 +83,12 @@ class Clearing:
         wait_until(self._is_let_go, self._until(VERIFY_WAIT_S))
         self.report = self._report()
 
-    def is_verified(self) -> bool:
-        """Tell whether all is gone by now: what was not at the end may have gone since."""
-        if not self.report["verified"]:
-            gone = not self._holders() and self._is_let_go()
-            self.report["verified"] = gone and not self._ghosts
-        return self.report["verified"]
+    def look_again(self, until: float) -> Json:
+        """Return the report as it is by now; wait until then for what was told to end."""
+        wait_until(lambda: not living(self._killed), until)
+        self._ghosts = self._find_ghosts()
+        self.report = {**self.report, **self._outcome()}
+        return self.report
 
     def serves(self, runners: list[Runner]) -> bool:
         """Tell whether all of these were there when it began, or are gone."""
@@ -193,8 +193,9 @@ class Clearing:
         in_parallel(self._end_if_due, living(self._mine))
         if not self._killed:
             return
-        wait_until(lambda: not living(self._killed), self._until(KILL_WAIT_S))
-        self.steps.note("end_runners", True, f"{len(self._killed)} ended")
+        ended = wait_until(lambda: not living(self._killed), self._until(KILL_WAIT_S))
+        count = len(self._killed)
+        self.steps.note("end_runners", ended, f"{count} ended", f"{count} told to end")
         self._unload()  # Ollama lists a busy one that was killed until it is asked
 
     def _end_if_due(self, runner: Runner) -> None:
@@ -244,7 +245,6 @@ class Clearing:
         names |= by_key(line["name"] for line in self._asked)
         kept = by_key(map(self._name, stay))
         gone = names.keys() - kept.keys()
-        unknown_pids = [runner.process.pid for runner in unknown]
         nameless = []
         for runner in stay:
             if self._name(runner) is None:
@@ -255,12 +255,20 @@ class Clearing:
             "left": sorted(kept.values()) + nameless,
             "new_runners": self._tell_new_runners(),
             "memory": self._memory(),
-            "verified": not stay,
-            "survived": any(map(self._watch.survives, left)),
-            "ending": bool(left),
-            "unknown_processes": unknown_pids,
+            **self._outcome(),
             "managed": True,
             "steps": self.steps,
+        }
+
+    def _outcome(self) -> Json:
+        """Tell whether all is gone, and what is not."""
+        left = living(self._mine)
+        unknown = living(self._spared)
+        return {
+            "verified": not (left or unknown or self._ghosts),
+            "survived": any(map(self._watch.survives, left)),
+            "ending": bool(left),
+            "unknown_processes": [runner.process.pid for runner in unknown],
         }
 
     def _tell_killed(self) -> list[Json]:
@@ -292,10 +300,9 @@ class Clearing:
         A model that is listed without a runner holds nothing: its turn to be unloaded has not
         come. Nor does an Ollama that does not answer.
         """
-        self._ghosts = []
-        if not self._watch.server_state.answers():
-            return True
         self._ghosts = self._find_ghosts()
+        if not self._watch.server_state.answers():
+            return not self._ghosts
         with contextlib.suppress(ServiceError):
             self._loaded = self._ollama.ps(CLEAR_ASK_S)
         listed = set(map(version, self._loaded))

@@ -201,12 +201,13 @@ class Healing:
         callers = self._watch.callers
         if self._watch.server_state.hung(server):
             why = f"hung: no answer to /api/version in {HUNG_LOOKS} looks"
-            self._restart_server(SERVER, why, {}, self._is_still_hung)
+            self._restart_server(SERVER, why, {}, lambda: self._is_still_hung(server))
         elif callers.starved:
             why = f"starved: {callers.starved}"
             evidence = self._evidence(None)
             evidence["callers"] = callers.report
-            self._restart_server(SERVER, why, evidence, self._is_still_starved)
+            still = lambda: self._is_still_starved(server)  # noqa: E731
+            self._restart_server(SERVER, why, evidence, still)
 
     def _next_fault(self, tried: set[Runner]) -> RunnerState | None:
         """Return a runner that is due to be healed now and has not been tried in this turn."""
@@ -218,7 +219,8 @@ class Healing:
             if healed_of == state.state:
                 continue
             # One that becomes a ghost after its end is one healing of the model
-            if healed_of or self._may_heal(state.model):
+            counts = not healed_of and state.state != "orphan"
+            if not counts or self._may_heal(state.model):
                 return state
         return None
 
@@ -268,7 +270,7 @@ class Healing:
 
     def _note_try(self, runner: Runner, model: str | None, fault: str) -> None:
         """Count the healings of a model: one that becomes a ghost after its end is one."""
-        if runner not in self._healed_of:
+        if runner not in self._healed_of and fault != "orphan":  # whose server's end was no fault
             self._count_healing(model)
         self._healed_of[runner] = fault
 
@@ -293,19 +295,25 @@ class Healing:
 
     def _heal_ghost(self, state: RunnerState) -> None:
         def still() -> bool:
-            return unreaped(state.process, self._processes.server())
+            holds = unreaped(state.process, self._processes.server())
+            if holds:
+                self._note_try(state.runner, state.model, "ghost")
+            return holds
 
         why = f"ghost: {state.evidence}"
-        self._note_try(state.runner, state.model, "ghost")
         self._restart_server(state.model, why, self._evidence(state), still)
 
-    def _is_still_hung(self) -> bool:
-        server = self._processes.server()
-        return server is not None and not self._watch.server_state.answers(ASK_S)
+    def _is_still_hung(self, judged: psutil.Process | None) -> bool:
+        """Ask the server that was judged once more: another one has not had its time."""
+        if judged is None or self._processes.server() != judged:
+            return False
+        return not self._watch.server_state.answers(ASK_S)
 
-    def _is_still_starved(self) -> bool:
+    def _is_still_starved(self, judged: psutil.Process | None) -> bool:
+        """Look at its callers once more."""
         self._watch.look()
-        return bool(self._watch.callers.starved)
+        same = judged is not None and self._processes.server() == judged
+        return same and bool(self._watch.callers.starved)
 
     def _restart_server(
         self,
@@ -324,7 +332,8 @@ class Healing:
             before_mb = used_mb(runners)[1]
             self._count_healing(SERVER)
             deadline = time.monotonic() + RESET_S
-            failure = self._session.restart(Steps(), deadline, 0, WHY_S)
+            # Who waits to clear shall not wait for its answer
+            failure = self._session.restart(Steps(), deadline, 0, WHY_S, False)
             freed_mb = max(0, before_mb - used_mb(runners)[1])
             self._server_failure = failure or None
             self._note_healing("ollama", name, why, freed_mb, not failure, evidence)

@@ -8,6 +8,7 @@ import threading
 import time
 import typing
 
+from llm_service.errors import TimedOut, Unreachable
 from llm_service.trying import Generation
 from ollama_client import Json, Ollama, ServiceError, name_key
 
@@ -159,12 +160,19 @@ class QueueTrial:
         self._runners = runners
 
     def passes(self, name: str, line: Json | None) -> bool:
-        """Tell whether it gets through; ``line`` of /api/ps is what of the model is loaded."""
+        """Tell whether it gets through; ``line`` of /api/ps is what of the model is loaded.
+
+        An error of the load's own has come through the queue, too.
+        """
         before = set(self._runners())
         fields = loaded_as(line)
         fields["options"]["num_thread"] = QUEUE_THREADS
-        with contextlib.suppress(ServiceError):
+        try:
             self._ollama.load(name, QUEUE_S, **fields)
+        except (TimedOut, Unreachable):
+            log.info("a load of %s has not got through Ollama's queue in %d s", name, QUEUE_S)
+        except ServiceError as e:
+            return "server busy" not in str(e)  # that queue is full
         return set(self._runners()) != before
 
     def restore(self, name: str, line: Json | None) -> None:

@@ -21,6 +21,7 @@ log = logging.getLogger("llm-service")
 CLEAR_S = 3.7
 RESET_S = 3.7
 SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
+SHARE_CLEAR_S = 0.2  # the same of a clear, which answers sooner
 ENDING_S = 0.8  # of a clear, to end runners and see them go: with less it is not begun
 LATE_CLEAR_S = 1.0  # for the clear of a reset that has waited for others
 COMES_S = 0.6  # for a new server to be seen, however late the old one has ended
@@ -124,7 +125,7 @@ class Session:
             return clearing
 
         key = (model and name_key(model), force)
-        limit_s = deadline - time.monotonic() + SHARE_S
+        limit_s = deadline - time.monotonic() + SHARE_CLEAR_S
         return self.clears.get(work, limit_s, key, came)
 
     def _reset(self, model: str | None, restart: bool, came: Arrival) -> Json:
@@ -132,20 +133,17 @@ class Session:
         deadline = came.at + RESET_S
         try:
             clearing = self._clear_for_reset(came)
-            cleared = clearing.report
-            steps = Steps(cleared["steps"])
+            steps = Steps(clearing.report["steps"])
             wanted = restart and self._restarted_at <= came.at
             self._restart_if_due(clearing, wanted, deadline, steps)
             self._watch.look(deadline + SHARE_S)
+            cleared = clearing.look_again(deadline)
+            if cleared["ending"]:
+                raise clear_failure({**cleared, "steps": steps})
+            due = self.model_due(model, cleared["unloaded_models"])
+            state, said = self._load(due, deadline)
         finally:
             self._reset_came = None
-        due = self.model_due(model, cleared["unloaded_models"])
-        state = "none"
-        said = f"no model to load ({self._default_model} is not downloaded)"
-        if due:
-            left_s = deadline - time.monotonic()
-            state = self.loader.order(due, min(FIRST_S, left_s))
-            said = f"{due} is {state}"
         steps.note("load", True, said)
         self.resets_done += 1
         return {
@@ -157,6 +155,14 @@ class Session:
             "memory": cleared["memory"],
             "managed": True,
         }
+
+    def _load(self, due: str | None, deadline: float) -> tuple[str, str]:
+        """Have a model loaded; return the state of that, and a sentence's part."""
+        if not due:
+            return "none", f"no model to load ({self._default_model} is not downloaded)"
+        left_s = deadline - time.monotonic()
+        state = self.loader.order(due, min(FIRST_S, left_s))
+        return state, f"{due} is {state}"
 
     def _clear_for_reset(self, came: Arrival) -> Clearing:
         """Clear all, with a second left for the restart unless others took that time."""
@@ -179,7 +185,7 @@ class Session:
         if server and state.starting(server):
             steps.note("start_ollama", True, "it is starting")
             return
-        healthy = self._answers(steps) and clearing.is_verified()
+        healthy = self._answers(steps) and is_let_go(clearing.look_again(deadline - COMES_S))
         if healthy and not wanted:
             return
         left_s = deadline - time.monotonic()
@@ -204,7 +210,14 @@ class Session:
         steps.note("ask_ollama", answers, "answers", "does not answer")
         return answers
 
-    def restart(self, steps: Steps, deadline: float, grace_s: float, why_s: float = 0) -> str:
+    def restart(
+        self,
+        steps: Steps,
+        deadline: float,
+        grace_s: float,
+        why_s: float = 0,
+        until_it_answers: bool = True,
+    ) -> str:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one.
 
         Returns what would heal where that has failed, else "". It is no failure that the new
@@ -215,9 +228,11 @@ class Session:
         ended = self._processes.end_server(grace_s, why_s)
         steps.note("end_ollama", ended, "ended", "it does not end")
         deadline = max(deadline, time.monotonic() + COMES_S)
-        answers = wait_until(self._is_answering_anew(old, deadline), deadline)
+        comes = wait_until(lambda: self._is_new(old), deadline)
+        answers = False
+        if comes and until_it_answers:
+            answers = wait_until(self._is_answering_anew(old, deadline), deadline)
         self._restarted_at = time.monotonic()
-        comes = answers or self._is_new(old)
         state = "answers" if answers else "it is starting"
         steps.note("start_ollama", comes, state, "none comes")
         if not ended:
@@ -253,7 +268,13 @@ class Session:
 
     def any_model(self) -> str | None:
         """Return the model that would be loaded, or just one that is downloaded."""
-        return self.model_due(None, []) or next(iter(self._store.models()), None)
+        due = self.model_due(None, [])
+        if due:
+            return due
+        for name, digests in self._store.models().items():
+            if digests:
+                return name
+        return None
 
     def load_due(self, server: psutil.Process) -> None:
         """Load what a reset would load, for a server that has just begun to answer.
@@ -268,6 +289,11 @@ class Session:
         if due and age_s(server) < newest_s:
             log.info("preloading %s", due)
             self.loader.order(due, 0)
+
+
+def is_let_go(cleared: Json) -> bool:
+    """Tell whether Ollama holds nothing of it; no restart ends what SIGKILL does not."""
+    return cleared["verified"] or cleared["ending"]
 
 
 def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:

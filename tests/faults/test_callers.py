@@ -166,6 +166,26 @@ def test_half_a_request_is_no_fault_though_others_came_just_after_it(make, loade
     assert service.ollama_pid() == server and stats(service)["healed"]["last"] is None
 
 
+def test_half_a_request_is_no_fault_where_the_model_does_not_load(make):
+    """Ollama's error of that load has come through its queue, too."""
+    service = make()
+    server = service.ollama_pid()
+    weights = max((service.models / "blobs").iterdir(), key=lambda blob: blob.stat().st_size)
+    weights.unlink()  # it is a link to what others use
+    weights.write_bytes(b"GGUF" + bytes(1 << 16))
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as half:
+        half.sendall(HALF)
+        for _ in range(3):
+            answer = service.ollama("POST", "/api/generate", json={"model": GEMMA, "prompt": "x"})
+            assert answer.status_code == 500
+        words = f"a load of {GEMMA} went through Ollama's queue"
+        wait_for(lambda: words in service.log(), VERDICT_S + 20, "a look into it")
+        for _ in range(10):
+            assert health(service)["status"] == "healthy"
+            time.sleep(1)
+    assert service.ollama_pid() == server and stats(service)["healed"]["last"] is None
+
+
 def contexts(service):
     models = service.ollama("GET", "/api/ps").json()["models"]
     return [model["context_length"] for model in models]

@@ -13,6 +13,7 @@ from helpers.answers import (
     ask,
     assert_works,
     clear,
+    error,
     heal,
     health,
     reset,
@@ -20,6 +21,7 @@ from helpers.answers import (
     wait_loaded,
 )
 from helpers.causes import hung_runner, late_ollama, ollama_dead, ollama_hung
+from helpers.frozen import unkillable
 from helpers.processes import is_gone
 from helpers.waiting import wait_for
 
@@ -248,3 +250,26 @@ def test_with_no_model_and_ollama_dead_or_hung_both_succeed(bare, others, fault)
     with fault(bare):
         list(others.map(lambda path: heal(bare, path), BOTH_TEN_TIMES))
     bare.wait_healthy(60)
+
+
+def verdict(service):
+    return service.get("/health").json()
+
+
+@pytest.mark.parametrize("self_heal", ["on", "off"])
+def test_no_restart_for_a_runner_that_sigkill_does_not_end(make_service, gguf, self_heal):
+    """No restart ends it; the first reset is early, and the later ones know that it stays."""
+    service = make_service(models={GEMMA: gguf}, LLM_MODEL=GEMMA, LLM_SELF_HEAL=self_heal)
+    runner = service.load(GEMMA)
+    server = service.ollama_pid()
+    with unkillable(runner):
+        said = error(service.post(RESET), 503, "runner_ending")
+        assert said["recommended_action"] == "wait"
+        wait_for(lambda: verdict(service).get("code") == "runner_survived", 30, "the verdict")
+        for path in (RESET, CLEAR):
+            said = error(service.post(path), 503, "runner_survived")
+            assert said["recommended_action"] == "reboot_host"
+        assert verdict(service)["recommended_action"] == "reboot_host"
+        assert service.ollama_pid() == server
+    wait_for(lambda: is_gone(runner), 10, "its end")
+    service.wait_healthy(60)

@@ -13,6 +13,7 @@ import threading
 import requests
 
 PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
+PTRACE_O_TRACEEXIT = 0x40
 WALL = 0x40000000
 _spawn = multiprocessing.get_context("spawn")
 
@@ -71,3 +72,29 @@ def frozen(process, reap=True, answering=True):
                 yield process
                 return
     raise AssertionError("its other threads never answered while it was held")
+
+
+def _trace_exits(pid, ready):
+    """Hold each thread at its exit."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        if libc.ptrace(PTRACE_SEIZE, int(thread), None, PTRACE_O_TRACEEXIT) == -1:
+            ready.put(os.strerror(ctypes.get_errno()))
+            return
+    ready.put(None)
+    threading.Event().wait()
+
+
+@contextlib.contextmanager
+def unkillable(process):
+    """A process that SIGKILL does not end, as one that waits for a driver."""
+    ready = _spawn.Queue()
+    tracer = _spawn.Process(target=_trace_exits, args=(process.pid, ready), daemon=True)
+    tracer.start()
+    try:
+        error = ready.get(timeout=30)
+        assert error is None, error
+        yield
+    finally:
+        tracer.kill()
+        tracer.join()

@@ -20,6 +20,7 @@ from llm_service.machine import Machine
 from llm_service.manifests import Manifest
 from llm_service.matching import Matching
 from llm_service.processes import Processes, Runner, end
+from llm_service.server_state import HUNG_LOOKS
 from llm_service.session import Session
 from llm_service.store import Store
 from llm_service.watch import Watch
@@ -278,6 +279,25 @@ def test_a_server_that_does_not_end_is_told_as_failed(place, monkeypatch):
     place.healing.after_look()
     assert place.healing.healed["failed"] == 1
     assert place.healing.server_action() == "reboot_host"
+
+
+def test_the_next_server_is_left_alone_by_a_healing_that_has_waited_for_a_reset(place, monkeypatch):
+    turn, ended = place.session.resets.turn, []
+
+    @contextlib.contextmanager
+    def after_a_reset(limit_s):
+        with turn(limit_s):
+            monkeypatch.setattr(place.found, "server", psutil.Process)  # it has begun another one
+            yield
+
+    monkeypatch.setattr(place.session.resets, "turn", after_a_reset)
+    monkeypatch.setattr(place.found, "end_server", lambda *_: ended.append(True) or True)
+    place.look(1)
+    place.answers = False
+    place.look(HUNG_LOOKS)
+    assert place.watch.server_state.hung(place.server)
+    place.healing.after_look()
+    assert not ended and place.healing.healed["ollama"] == 0
 
 
 # Callers who wait in vain
