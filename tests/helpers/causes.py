@@ -94,7 +94,7 @@ def late_ollama(folder, binary):
 
 def clear_under_way(service, others, **fields):
     """Begin a clear that waits for a hung m1, and load m2 meanwhile; return both."""
-    for _ in range(5):  # on a busy machine a load may take longer than a clear
+    for _ in range(15):  # on a busy machine a load may take longer than a clear
         clear(service)
         hung_runner(service, "m1:latest")
         clearing = begun(service, others, clear, **fields)
