@@ -300,9 +300,10 @@ class Clearing:
         A model that is listed without a runner holds nothing: its turn to be unloaded has not
         come. Nor does an Ollama that does not answer.
         """
-        self._ghosts = self._find_ghosts()
+        self._ghosts = []
         if not self._watch.server_state.answers():
-            return not self._ghosts
+            return True
+        self._ghosts = self._find_ghosts()
         with contextlib.suppress(ServiceError):
             self._loaded = self._ollama.ps(CLEAR_ASK_S)
         listed = set(map(version, self._loaded))

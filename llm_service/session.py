@@ -20,7 +20,7 @@ from ollama_client import Json, ServiceError, name_key
 log = logging.getLogger("llm-service")
 CLEAR_S = 3.7
 RESET_S = 3.7
-SHARE_S = 0.4  # a run may end that much late, and who shares it waits for that
+SHARE_S = 0.7  # a run may end that much late, and who shares it waits for that
 SHARE_CLEAR_S = 0.2  # the same of a clear, which answers sooner
 ENDING_S = 0.8  # of a clear, to end runners and see them go: with less it is not begun
 LATE_CLEAR_S = 1.0  # for the clear of a reset that has waited for others
@@ -136,7 +136,7 @@ class Session:
             steps = Steps(clearing.report["steps"])
             wanted = restart and self._restarted_at <= came.at
             self._restart_if_due(clearing, wanted, deadline, steps)
-            self._watch.look(deadline + SHARE_S)
+            self._watch.look(deadline + SHARE_CLEAR_S)
             cleared = clearing.look_again(deadline)
             if cleared["ending"]:
                 raise clear_failure({**cleared, "steps": steps})
