@@ -11,7 +11,7 @@ from llm_service.clearing import used_mb
 from llm_service.errors import ServiceError
 from llm_service.loading import QueueTrial
 from llm_service.matching import ListCleaner
-from llm_service.processes import Runner, alive, unreaped, wait_until
+from llm_service.processes import Runner, alive, is_ending, unreaped, wait_until
 from llm_service.reports import Steps
 from llm_service.runner_state import GHOST_S, RunnerState
 from llm_service.server_state import HUNG_LOOKS
@@ -245,10 +245,11 @@ class Healing:
             why = f"{fault}: {state.evidence or 'its server has gone'}"
             before_mb = used_mb(self._watch.known_runners())[1]
             held = self._watch.held.get(runner)
-            line = held.line if held else None
-            if line and fault != "orphan":
+            line = held.line if held and fault != "orphan" else None
+            if line:
                 self._beside("unload", lambda: self._watch.matching.unload(line, runner))
-            if not self._watch.end_runner(runner, fault):
+            ended = self._watch.end_runner(runner, fault)
+            if not ended and not (line and is_ending(runner.process)):
                 return self._tell_recovered(state)
             self._note_try(runner, model, fault)
             now = time.monotonic()

@@ -274,6 +274,12 @@ def alive(process: psutil.Process) -> bool:
     return life(process).alive
 
 
+def is_ending(process: psutil.Process) -> bool:
+    """Tell whether a process is dead, or is to end by a signal that it got."""
+    seen = life(process)
+    return seen.dying or not seen.alive
+
+
 def is_orphan(process: psutil.Process, server: psutil.Process | None) -> bool:
     """Tell whether a runner's server has died."""
     return server is None or life(process).parent != server.pid

@@ -300,6 +300,21 @@ def test_the_next_server_is_left_alone_by_a_healing_that_has_waited_for_a_reset(
     assert not ended and place.healing.healed["ollama"] == 0
 
 
+def test_a_runner_that_goes_by_its_unload_is_healed(place, monkeypatch):
+    """Ollama ends an idle one itself, also one that is stopped."""
+
+    def unload(name, *_):
+        end(place.process[name])
+        wait_for(lambda: not place.process[name].is_running(), 5, "its end")
+
+    monkeypatch.setattr(place.watch.ollama, "unload", unload)
+    place.look(14)
+    place.decoded[B] = 6  # it goes on
+    place.healing.after_look()
+    assert place.ended == [] and place.healing.healed["runners"] == 1
+    assert place.healing.healed["last"]["what"] == A
+
+
 # Callers who wait in vain
 
 
