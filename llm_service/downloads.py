@@ -304,6 +304,7 @@ class Download:
 
     def _reconnect_after(self, reason: ServiceError, failures: int) -> None:
         log.warning("pull %s: reconnecting: %s", self.model, reason)
+        self._answered = True  # or hung, and a hung one is started anew
         status = f"reconnecting ({failures} of {MAX_RECONNECTS})"
         self._note({"status": status, "reason": str(reason)})
         with self._changed:
@@ -322,8 +323,8 @@ class Download:
         """Tell whether an error may pass: of who has answered before, Ollama or the registry."""
         of_ollama = error.code.startswith("ollama_")
         known = self._answered if of_ollama else bool(self._progress.layers)
-        passing = known and isinstance(error, (TimedOut, Unreachable))
-        return passing or isinstance(error, Interrupted)
+        kinds = (Interrupted, TimedOut, Unreachable) if known else Interrupted
+        return isinstance(error, kinds)
 
     def _follow_connection(self) -> None:
         """Note the lines of one connection; return with Ollama's success."""

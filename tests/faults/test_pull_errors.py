@@ -800,3 +800,15 @@ def room(request):
     for service in ("plain", "hasty"):
         if service in request.fixturenames:
             shutil.rmtree(request.getfixturevalue(service).models / "manifests", ignore_errors=True)
+
+
+def test_a_pull_goes_on_after_a_hung_ollama_that_never_answered_it_has_died(make_service, registry):
+    service = make_service(LLM_SELF_HEAL="off", constants={"llm_service.downloads.STALL_S": 1})
+    name = registry.add_random("ns/died:latest", 0.2)
+    with ollama_hung(service) as server:
+        listener = Listener(service, name)
+        listener.until(lambda line: "reconnecting" in line.get("status", ""), "a reconnect")
+        server.kill()
+    last = listener.end()
+    assert last.get("status") == "success", last
+    assert is_whole(service, registry, name)
