@@ -29,7 +29,6 @@ class Callers:
         self.report: Json | None = None  # ``callers`` in /api/stats
         self.suspicion = ""  # the evidence, where nothing seems to work for who waits
         self.starved = ""  # the same, once it is confirmed
-        self._confirmed = False
         self._excused_until = 0.0  # who has sent nothing since is no evidence
         self._queue = ""  # who waits for long while others are served
         self._port = port
@@ -83,8 +82,7 @@ class Callers:
                 f"for {quiet_s:.0f} s no runner has worked, "
                 "and Ollama has used neither its store nor another machine"
             )
-        self._confirmed = self._confirmed and bool(self.suspicion)
-        self.starved = self.suspicion if self._confirmed else ""
+        self.starved = self.suspicion if self.starved else ""
         self._queue = ""
         long = [wait_s for wait_s in waits if wait_s >= self._stuck_s]
         if not self.starved and len(long) > max(0, tasks - streams):
@@ -104,7 +102,6 @@ class Callers:
 
     def confirm(self) -> None:
         """Take the suspicion for a fault, as long as it holds."""
-        self._confirmed = True
         self.starved = self.suspicion
 
     def excuse(self) -> None:

@@ -206,8 +206,12 @@ class Healing:
             why = f"starved: {callers.starved}"
             evidence = self._evidence(None)
             evidence["callers"] = callers.report
-            still = lambda: self._is_still_starved(server)  # noqa: E731
-            self._restart_server(SERVER, why, evidence, still)
+            self._restart_server(
+                SERVER,
+                why,
+                evidence,
+                lambda: self._is_still_starved(server),
+            )
 
     def _next_fault(self, tried: set[Runner]) -> RunnerState | None:
         """Return a runner that is due to be healed now and has not been tried in this turn."""

@@ -177,14 +177,20 @@ def idle(module_service):
 
 
 @pytest.fixture
-def trio(make_service, make_gguf_variant):
-    """Three models, of which the first is the default."""
-    return make_service(
+def make_trio(make_service, make_gguf_variant):
+    """Starts a service with three models, of which the first is the default."""
+    return functools.partial(
+        make_service,
         models={f"m{n}:latest": make_gguf_variant(n) for n in (1, 2, 3)},
         LLM_MODEL="m1",
         LLM_CONTEXT_LENGTH=1024,
         OLLAMA_MAX_LOADED_MODELS=3,
     )
+
+
+@pytest.fixture
+def trio(make_trio):
+    return make_trio()
 
 
 @pytest.fixture(scope="module")

@@ -35,14 +35,8 @@ def module_service(make_module_service, gguf):
 
 
 @pytest.fixture
-def trio(make_service, make_gguf_variant):
-    return make_service(
-        models={f"m{n}:latest": make_gguf_variant(n) for n in (1, 2, 3)},
-        LLM_MODEL="m1",
-        LLM_CONTEXT_LENGTH=1024,
-        OLLAMA_MAX_LOADED_MODELS=3,
-        constants=PATIENT,
-    )
+def trio(make_trio):
+    return make_trio(constants=PATIENT)
 
 
 def own_mb(process):

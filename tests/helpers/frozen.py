@@ -45,9 +45,10 @@ def _answers(process):
 
 
 @contextlib.contextmanager
-def _held(process, reap):
+def _traced(process, trace, *options):
+    """Have ``trace(pid, ready, *options)`` done beside, until the block ends."""
     ready = _spawn.Queue()
-    tracer = _spawn.Process(target=_trace, args=(process.pid, ready, reap), daemon=True)
+    tracer = _spawn.Process(target=trace, args=(process.pid, ready, *options), daemon=True)
     tracer.start()
     try:
         error = ready.get(timeout=60)
@@ -67,7 +68,7 @@ def frozen(process, reap=True, answering=True):
     it becomes a ghost when it is killed: dead, and its parent is not told.
     """
     for _ in range(10):
-        with _held(process, reap):
+        with _traced(process, _trace, reap):
             if not answering or _answers(process):
                 yield process
                 return
@@ -85,16 +86,6 @@ def _trace_exits(pid, ready):
     threading.Event().wait()
 
 
-@contextlib.contextmanager
 def unkillable(process):
     """A process that SIGKILL does not end, as one that waits for a driver."""
-    ready = _spawn.Queue()
-    tracer = _spawn.Process(target=_trace_exits, args=(process.pid, ready), daemon=True)
-    tracer.start()
-    try:
-        error = ready.get(timeout=30)
-        assert error is None, error
-        yield
-    finally:
-        tracer.kill()
-        tracer.join()
+    return _traced(process, _trace_exits)
