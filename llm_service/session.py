@@ -75,7 +75,7 @@ class Session:
         """Clear all, restart Ollama where it must be, load the model that is due."""
         came = self._arrival()
         key = (model and name_key(model), restart)
-        self._store.require(model)
+        self._store.require(model, soon=True)
         return self.resets.get(
             lambda: self._reset(model, restart, came),
             RESET_S + SHARE_S,
@@ -111,7 +111,7 @@ class Session:
         came: Arrival,
     ) -> Clearing:
         """Clear, or share a clear that serves who came then."""
-        self._store.require(model)
+        self._store.require(model, soon=True)
 
         def work() -> Clearing:
             if time.monotonic() > deadline - ENDING_S:
@@ -260,7 +260,7 @@ class Session:
 
     def model_due(self, model: str | None, unloaded: list[str]) -> str | None:
         """Return the first that is downloaded: the one named, the default, what was loaded."""
-        there = self._store.models()
+        there = self._store.models(soon=True)
         for name in (model, self._default_model, *unloaded):
             if name and name_key(name) in there:
                 return name
@@ -271,7 +271,7 @@ class Session:
         due = self.model_due(None, [])
         if due:
             return due
-        for name, digests in self._store.models().items():
+        for name, digests in self._store.models(soon=True).items():
             if digests:
                 return name
         return None

@@ -131,7 +131,10 @@ class Watch:
         return known
 
     def look(self, deadline: float | None = None) -> None:
-        """Look at everything once; before a deadline only if there is time for a hang."""
+        """Look at everything once; before a deadline only if there is time for a hang.
+
+        A look with a deadline is a caller's: it tells no hang, as many may come at once.
+        """
         wait_s = 60.0
         if deadline:
             left_s = deadline - time.monotonic()
@@ -142,7 +145,7 @@ class Watch:
             self.gpu_read_at = self.machine.read_at
             self.gpu = self.machine.gpu
             server = self.server = self.processes.server()
-            self._ask_server(server)
+            self._ask_server(server, counts=deadline is None)
             self._find_runners()
             self._look_at_runners(self.states(), server)
             self._look_at_callers(server)
@@ -195,7 +198,7 @@ class Watch:
 
     # Looking
 
-    def _ask_server(self, server: psutil.Process | None) -> None:
+    def _ask_server(self, server: psutil.Process | None, counts: bool) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
         try:
             self.loaded = self.server_state.ask_loaded(server, RUNNER_ASK_S)
@@ -205,7 +208,7 @@ class Watch:
             if self.server_state.answers():
                 self.server_state.note_answer(server)
             else:
-                self.server_state.note_silence(server)
+                self.server_state.note_silence(server, counts)
 
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""

@@ -7,6 +7,7 @@ has become of its runner. On a CPU it does not wait.
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -239,3 +240,28 @@ def test_a_reboot_is_advised_only_where_sigkill_has_not_helped_for_long(
     assert report["killed"] and report["left"] and not report["verified"]
     failure = clear_failure(report)
     assert (failure.code, failure.fields["recommended_action"]) == (code, action)
+
+
+def test_a_disk_that_hangs_holds_up_no_clear(gpu, monkeypatch):
+    """Its manifests are read by a thread that is not waited for; what was read last counts."""
+    gpu.slots["big:latest"] = BUSY
+    known = app.store.manifests.there()
+    monkeypatch.setattr(app.store.manifests, "_read", (None, known))
+    goes_on = threading.Event()
+    readings = []
+
+    def hang():
+        readings.append(threading.current_thread())
+        goes_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(app.store.manifests, "there", hang)
+    try:
+        report = app.session.clear("big:latest", True)
+        assert ended(gpu, report) == {"big:latest": "busy"}
+        assert all(reading.is_alive() for reading in readings)
+        assert len(readings) == 1
+    finally:
+        goes_on.set()
+        for reading in readings:
+            reading.join(30)
