@@ -79,7 +79,7 @@ class Health:
             "loaded": [model["name"] for model in loaded],
             "ollama_version": self._watch.server_state.known_version(),
             "gpu": reading["state"],
-            "recommended_action": gpu.ACTIONS[reading["state"]],
+            "recommended_action": self._machine.gpu_action(),
             "load": self._session.loader.load,
             "runners": self._watch.runners(),
             "looked_at": timestamp(self._watch.looked_at),

@@ -171,7 +171,8 @@ def test_it_is_up_only_where_the_server_that_is_there_has_answered(
 
 @pytest.mark.parametrize("looks", [1, 3])
 def test_a_gpu_is_lost_after_three_looks(monkeypatch, looks):
-    monkeypatch.setattr(app.machine, "_lost_looks", looks)
+    monkeypatch.setattr(app.machine, "gpu", {**app.machine.gpu, "state": "lost"})
+    monkeypatch.setattr(app.machine, "_same_looks", looks)
     assert (app.health_report._gpu_fault() is not None) is (looks == 3)
 
 
