@@ -221,7 +221,8 @@ class Session:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one.
 
         Returns what would heal where that has failed, else "". It is no failure that the new
-        one is starting yet.
+        one is starting yet, nor that the old one took its time. One that has not ended yet may
+        take more: /health tells when only a reboot helps.
         """
         old = self._processes.server()
         self._downloads.reconnect()  # while Ollama still keeps their parts
@@ -235,9 +236,9 @@ class Session:
         self._restarted_at = time.monotonic()
         state = "answers" if answers else "it is starting"
         steps.note("start_ollama", comes, state, "none comes")
-        if not ended:
-            return "reboot_host"
-        return "" if comes else "restart_service"
+        if comes:
+            return ""
+        return "restart_service" if ended else "wait"
 
     def _is_new(self, old: psutil.Process | None) -> bool:
         """Tell whether there is a server, and another one than that."""
