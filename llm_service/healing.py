@@ -68,7 +68,8 @@ class Healing:
 
     def action(self, state: RunnerState) -> str:
         """Return what heals this runner's fault, as /health recommends it."""
-        if state.survives or state.runner in self._unended:
+        outlives = state.survives or state.runner in self._unended
+        if outlives and alive(state.process):  # else a restart of the server lets it go
             return "reboot_host"
         if not self.self_heal:
             return "reset_session"

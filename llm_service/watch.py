@@ -15,6 +15,7 @@ from llm_service.matching import Held
 from llm_service.processes import (
     Processes,
     Runner,
+    alive,
     cpu_seconds,
     end,
     life,
@@ -101,12 +102,16 @@ class Watch:
         return list(self._states.values())
 
     def faults(self) -> list[RunnerState]:
-        """Return the runners with a fault. A ghost of the server before holds nobody up."""
+        """Return the runners with a fault that are there yet.
+
+        A ghost of the server before holds nobody up, nor does one that has gone since.
+        """
         server = self.processes.server()
         found = []
         for state in self.states():
-            lasts = state.survives or state.state != "ghost"
-            if state.faulty and (lasts or unreaped(state.process, server)):
+            lives = state.survives or state.state != "ghost"
+            holds = lives and alive(state.process)
+            if state.faulty and (holds or unreaped(state.process, server)):
                 found.append(state)
         return found
 
@@ -116,9 +121,9 @@ class Watch:
         return state is not None and state.state == "stuck"
 
     def survives(self, runner: Runner) -> bool:
-        """Tell whether SIGKILL had not ended a runner for long, at the last look."""
+        """Tell whether SIGKILL has not ended a runner for long."""
         state = self._states.get(runner)
-        return state is not None and state.survives
+        return state is not None and state.survives and alive(runner.process)
 
     def known_runners(self) -> list[Runner]:
         """Return the runners that live, and those seen earlier whose end is waited for."""

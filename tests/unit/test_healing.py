@@ -196,6 +196,30 @@ def test_one_that_sigkill_does_not_end_is_told_as_failed_and_only_a_reboot_helps
     assert state in place.watch.faults()
 
 
+def test_one_that_has_ended_at_last_needs_no_reboot(place, monkeypatch):
+    """Its server has not let it go yet, as it stands: that is a ghost."""
+    place.look(14)
+    place.server.suspend()
+    monkeypatch.setattr(place.healing, "_may_heal", lambda _: True)
+    state = place.watch.faults()[0]
+    state.survives = True
+    place.healing._unended.add(state.runner)
+    assert place.healing.action(state) == "reboot_host"
+    end(state.process)
+    wait_for(lambda: not alive(state.process), 30, "its end")
+    assert state in place.watch.faults()
+    assert place.healing.action(state) == "wait"
+    assert not place.watch.survives(state.runner)
+
+
+def test_a_runner_that_has_gone_since_the_last_look_is_no_fault(place):
+    place.look(14)
+    gone, other = place.watch.faults()
+    end(gone.process)
+    wait_for(lambda: not gone.process.is_running(), 30, "its end")
+    assert place.watch.faults() == [other]
+
+
 def test_a_model_that_becomes_a_ghost_after_its_end_was_healed_once(place):
     place.look(14)
     place.healing.after_look()

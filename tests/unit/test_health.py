@@ -218,6 +218,14 @@ def test_who_waits_for_long_is_a_warning_with_figures(callers):
     assert (warning["waiting"], warning["longest_wait_s"]) == (2, 130.0)
 
 
+@pytest.mark.parametrize(("loaded", "warned"), [("m:7b", True), ("M:latest", False)])
+def test_a_load_that_has_failed_is_no_news_once_the_model_is_loaded(monkeypatch, loaded, warned):
+    load = {"model": "m", "state": "failed", "error": "no memory"}
+    monkeypatch.setattr(app.session.loader, "load", load)
+    told = app.health_report.find_warnings(app.machine.gpu, [{"name": loaded}])
+    assert ("load_failed" in {each["code"] for each in told}) is warned
+
+
 @pytest.mark.parametrize(("age_s", "warned"), [(3590, False), (3610, True)])
 def test_an_answer_of_more_than_an_hour_is_a_warning(monkeypatch, age_s, warned):
     state = RunnerState(Runner(psutil.Process(), None, None), 0, 120)
