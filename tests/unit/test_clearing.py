@@ -4,6 +4,7 @@ There it waits up to 5 s for the memory of each model, and lists the next one me
 has become of its runner. On a CPU it does not wait.
 """
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import app
 from llm_service import clearing
 from llm_service.clearing import Clearing
+from llm_service.errors import TimedOut
 from llm_service.manifests import Manifest
 from llm_service.processes import Runner, alive, end
 from llm_service.reports import clear_failure
@@ -143,6 +145,34 @@ def test_a_busy_one_or_one_that_does_not_tell_is_spared_and_named(gpu, slots):
     assert gpu.runners["big:latest"].is_running()
     assert (report["killed"], report["verified"]) == ([], False)
     assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
+
+
+def test_one_that_was_asked_since_the_clear_began_is_spared(gpu, monkeypatch):
+    tasks = itertools.count()
+    gpu.refused = ["small:latest"]
+
+    def slots(*_):
+        return [{"is_processing": False, "id_task": next(tasks)}]
+
+    monkeypatch.setattr(app.ollama, "runner_slots", slots)
+    report = gpu.clear(force=False)
+    assert gpu.runners["big:latest"].is_running()
+    assert (report["killed"], report["left"]) == ([], sorted(DIGESTS))
+    assert ended(gpu, gpu.clear(force=True)) == dict.fromkeys(DIGESTS, "idle")
+
+
+def test_one_that_did_not_tell_at_first_what_it_was_at_is_spared(gpu, monkeypatch):
+    late = set(DIGESTS)
+
+    def slots(name, *_):
+        if name in late:
+            late.remove(name)
+            raise TimedOut("ollama_timeout", "late")
+        return IDLE
+
+    monkeypatch.setattr(app.ollama, "runner_slots", slots)
+    report = gpu.clear(force=False)
+    assert (report["killed"], report["left"]) == ([], ["big:latest"])
 
 
 def test_a_sparing_clear_ends_the_idle_one_and_spares_the_busy_one(gpu):
