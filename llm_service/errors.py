@@ -85,6 +85,7 @@ CHOWN = "give the model store to the service's user (chown -R), then try again"
 WRITABLE = "the model store is mounted read-only: change it where it is writable"
 SEE_KERNEL = "the disk, or the way to it, fails: see the kernel's log (dmesg)"
 SMALLER = "take a smaller model or context, or set LLM_GPU_LAYERS=auto"
+ASK_AGAIN = "its runner ended in the middle of the answer: ask again; the log tells more"
 NO_MLX = "its library for such models is not here: pull a GGUF version of the model"
 
 # Where an error arose, by how its text is made; then by its words: code and advice. The first
@@ -170,6 +171,13 @@ REGISTRY: list[Place] = [
     ("digest mismatch|size mismatch", [("", "digest_mismatch", DAMAGED_ON_ITS_WAY)]),
 ]
 HERE: list[Place] = [
+    (  # a runner in the middle of an answer
+        "while running the model|model runner has unexpectedly stopped",
+        [
+            ("(?i)out of memory|allocate", "out_of_memory", SMALLER),
+            ("", "answer_interrupted", ASK_AGAIN),
+        ],
+    ),
     (  # a model's files, as a load reads them
         "GGUF|llama_model_load|error loading model|llama-server process",
         [

@@ -55,6 +55,7 @@ class Loader:
             "model": model,
             "state": "loading",
             "error": None,
+            "code": None,
         }
         with self._changed:
             self._cancel()
@@ -98,16 +99,16 @@ class Loader:
                 error = self._try(load)
             except Exception as e:
                 log.exception("load %s: a bug", load["model"])
-                return self._end(load, "failed", repr(e))
+                return self._end(load, "failed", repr(e), "bug")
             if error is None or load["state"] != "loading":
                 break
             if pause_s is None or error.code in FINAL:
                 log.error("load %s: %s", load["model"], error)
-                return self._end(load, "failed", str(error))
+                return self._end(load, "failed", str(error), error.code)
             log.warning("load %s: %s; trying again in %g s", load["model"], error, pause_s)
             load["error"] = str(error)
             self._pause(load, pause_s)
-        return self._end(load, "loaded", None)
+        return self._end(load, "loaded")
 
     def _try(self, load: Json) -> ServiceError | None:
         """Wait for the server and load the model; return what went wrong."""
@@ -140,11 +141,17 @@ class Loader:
         with self._changed:
             self._changed.wait_for(lambda: load["state"] != "loading", seconds)
 
-    def _end(self, load: Json, state: str, error: str | None) -> None:
+    def _end(
+        self,
+        load: Json,
+        state: str,
+        error: str | None = None,
+        code: str | None = None,
+    ) -> None:
         """Note the outcome, unless another order has come meanwhile."""
         with self._changed:
             if load["state"] == "loading":
-                load.update(state=state, error=error)
+                load.update(state=state, error=error, code=code)
             self._changed.notify_all()
 
 

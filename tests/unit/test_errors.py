@@ -203,6 +203,7 @@ FILES = [
     ("stat /models/manifests/r/ns/m/latest: no such file or directory", "store_damaged", "in the"),
     ("write /models/GGUF x509/blobs/sha256-00-partial: no space left on device", "disk_full", ""),
 ]
+RUNNING = "an error was encountered while running the model"
 CONTENT = [
     (f'read GGUF metadata "{BLOBS}": EOF', "model_damaged", "verify"),
     (f'read GGUF metadata "{BLOBS}": error reading GGUF item 20: EOF', "model_damaged", "verify"),
@@ -219,6 +220,9 @@ CONTENT = [
     ("EOF", "model_damaged", "verify"),
     ("unexpected end of JSON input", "model_damaged", "verify"),
     ("llama-server process has terminated: signal: killed", "ollama_error", "log"),
+    (f"{RUNNING}: unexpected EOF", "answer_interrupted", "ask again"),
+    (f"{RUNNING}: CUDA error: out of memory", "out_of_memory", "smaller"),
+    ("model runner has unexpectedly stopped, this may be due to", "answer_interrupted", "again"),
     ('Post "http://127.0.0.1:4/completion": dial tcp 127.0.0.1:4: EOF', "ollama_error", "log"),
     (
         "this model requires MLX support, but the MLX runtime is not available",

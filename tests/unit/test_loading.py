@@ -54,7 +54,7 @@ def make(ollama, answers=lambda: True, retries_s=(0.01, 0.01)):
 def test_a_load_that_ends_at_once_is_loaded(ollama):
     loader = make(ollama)
     assert loader.order("m", 30) == "loaded"
-    assert loader.load == {"model": "m", "state": "loaded", "error": None}
+    assert loader.load == {"model": "m", "state": "loaded", "error": None, "code": None}
 
 
 def test_a_load_that_fails_is_tried_again(ollama):
