@@ -33,6 +33,7 @@ from llm_service.matching import Matching
 from llm_service.metrics import Metrics
 from llm_service.models import Models
 from llm_service.processes import Processes
+from llm_service.recommended import Recommended
 from llm_service.registry import Registries
 from llm_service.server_work import ServerWork
 from llm_service.session import Session
@@ -172,7 +173,9 @@ health_report = Health(
     long_answer_s=LONG_ANSWER_S,
 )
 verifying = Verifying(store)
-updates = Updates(store, Registries(os.environ, lambda: registry_agent()))
+registries = Registries(os.environ, lambda: registry_agent())
+updates = Updates(store, registries)
+recommended = Recommended(ollama, store, registries)
 stats_report = Stats(watch, session, healing)
 metrics_report = Metrics(
     stats_report,
@@ -635,8 +638,8 @@ def try_model():
 
 @app.get("/api/models/recommendations")
 def recommendations():
-    """List the models that Ollama recommends to begin with."""
-    return {"models": ollama.recommendations()}
+    """List models to begin with; with ``sizes`` their registries are asked how large they are."""
+    return recommended.models(arguments(model=False, sizes=False).sizes)
 
 
 @app.post("/api/cache/clear")

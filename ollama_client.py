@@ -76,11 +76,17 @@ def name_key(name: str) -> str:
 
 def plain_key(name: str) -> str | None:
     """Do the same without a word at the end that says where to run; None for no name."""
-    parts = _NAME.fullmatch(name.lower())
+    place = name_place(name.lower())
+    return place_key(*place) if place else None
+
+
+def name_place(name: str) -> tuple[str, str, str, str] | None:
+    """Return host, namespace, model and tag; None for no name."""
+    parts = _NAME.fullmatch(name)
     if not parts:
         return None
     host, namespace = parts["host"] or "registry.ollama.ai", parts["namespace"] or "library"
-    return place_key(host, namespace, parts["model"], parts["tag"] or "latest")
+    return host, namespace, parts["model"], parts["tag"] or "latest"
 
 
 def place_key(host: str, namespace: str, model: str, tag: str) -> str:

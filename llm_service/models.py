@@ -172,6 +172,7 @@ def model_entry(model: Json, loaded: Json) -> Json:
         "details": model.get("details") or {},
         "loaded": bool(loaded),
         "loaded_as": loaded.get("name"),
+        "loaded_digest": loaded.get("digest"),
         "size_vram": loaded.get("size_vram"),
         "expires_at": utc(loaded.get("expires_at")),
         "size_loaded": loaded.get("size"),

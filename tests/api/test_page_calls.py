@@ -127,6 +127,18 @@ def test_models_to_begin_with_are_ollamas_local_ones(service):
     for model in models:
         assert model["name"] and not model["name"].endswith("cloud")
         assert model["vram_bytes"] > 1e9
+    assert [model["name"] for model in models][:2] == ["llama3.2:1b", "llama3.1:8b"]
+    assert all(model["download_bytes"] is None for model in models)  # nobody was asked
+
+
+def test_how_large_they_are_is_asked_only_when_told_to_and_told_with_a_reason(service):
+    path = "/api/models/recommendations?sizes=true"
+    models = service.get(path, timeout=60).json()["models"]
+    asked = {model["name"] for model in service.get(path[:-11]).json()["models"]}
+    assert {model["name"] for model in models} == asked
+    for model in models:  # without a network there is a reason instead
+        assert bool(model["download_bytes"]) != bool(model["code"] and model["reason"])
+    error(service.get("/api/models/recommendations?sizes=perhaps"), 400, "bad_field")
 
 
 @pytest.mark.parametrize("path", ["/api/models", "/api/models/pull"])

@@ -31,6 +31,7 @@ FLOORS = {
     "llm_service.matching": 3,
     "llm_service.verifying": 3,
     "llm_service.updates": 3,
+    "llm_service.recommended": 4,
     "llm_service.runner_state": 2,
     "llm_service.unused": 1.5,
     "llm_service.reports": 2,
