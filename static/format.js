@@ -1,12 +1,17 @@
 // How figures read. Sizes are decimal everywhere: 1 GB is 1,000,000,000 bytes, as Ollama has it.
 
 const MIB = 2 ** 20;
+const UNITS = [
+  ["TB", 1e12],
+  ["GB", 1e9],
+];
 
 export function size(bytes) {
   if (bytes == null) return "?";
-  const [unit, one] = bytes >= 1e9 ? ["GB", 1e9] : ["MB", 1e6];
+  if (bytes > 0 && bytes < 5e4) return "under\u00a00.1\u00a0MB";
+  const [unit, one] = UNITS.find(([, least]) => bytes >= least) ?? ["MB", 1e6];
   const number = bytes / one;
-  const digits = unit === "GB" ? (number < 10 ? 1 : 0) : number < 10 && number > 0 ? 1 : 0;
+  const digits = number < 10 && bytes > 0 ? 1 : 0;
   return `${number.toFixed(digits)}\u00a0${unit}`;
 }
 
@@ -21,4 +26,10 @@ export function span(seconds) {
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+// A name as Ollama lists it.
+export function fullName(name) {
+  const lower = name.toLowerCase();
+  return lower.includes(":", lower.lastIndexOf("/") + 1) ? lower : `${lower}:latest`;
 }

@@ -22,7 +22,9 @@ export function showHead(fault, resetButton) {
   const told = failureOf("health") ? [] : (health?.warnings ?? []);
   const models = latest("models")?.models ?? [];
   const beside = models.filter((each) => each.loaded && each.size_vram < each.size_loaded);
-  rows($("warnings"), warningLines(told, beside), () => textRow(({ words }) => words, "warn"));
+  rows($("warnings"), warningLines(told, beside, health?.load), () =>
+    textRow(({ words }) => words, "warn"),
+  );
   const buttons = { token: tokenButton, reset_session: resetButton };
   rows($("advice"), action in buttons ? [{ key: action }] : [], () => buttons[action]());
 }

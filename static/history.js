@@ -2,13 +2,14 @@
 
 import { $, element, figureRow, rows, svg, textRow } from "./dom.js";
 import { clock, megabytes, percent } from "./format.js";
-import { latest, refresh } from "./known.js";
+import { age, latest, OLD_S, refresh } from "./known.js";
 
 const SPAN_S = 3600;
 const KEPT = 360;
 const GAP_S = 25; // no line is drawn over a gap of which nothing is known
 const ROW_S = 300; // of the table
 const ASK_S = 9;
+const CROWD = 6; // percent of an axis that a number takes on a phone
 
 const past = { series: [], samples: [], marks: [], next: null };
 let askedAt = -Infinity;
@@ -79,7 +80,8 @@ export function showHistory() {
     chartRow,
   );
   showAxis();
-  rows($("marks"), numbered(past.marks), () => textRow(markWords));
+  const marks = past.marks.length ? numbered(past.marks) : [{ key: "none" }];
+  rows($("marks"), marks, ({ key }) => textRow(key === "none" ? noMarkWords : markWords));
   if ($("values").open) showTable();
 }
 
@@ -91,6 +93,14 @@ function numbered(marks) {
     counts.set(which, (counts.get(which) ?? 0) + 1);
     return { ...mark, key: `${which} ${counts.get(which)}`, number: marks.length - index };
   });
+}
+
+// What was before the first sample is not known: the service has started since.
+function noMarkWords() {
+  const first = past.samples[0]?.[0] ?? newest();
+  const whole = newest() - first > SPAN_S - GAP_S;
+  const since = whole ? "in the last hour" : `since ${clock(1000 * first)}`;
+  return `Nothing was healed, cleared, reset or restarted ${since}.`;
 }
 
 function markWords(mark) {
@@ -173,23 +183,34 @@ function point(chart, event) {
 }
 
 function showAxis() {
-  const texts = numbered(past.marks).map((mark) =>
-    svg(
-      "text",
-      {
-        class: "mark",
-        x: `${place(Date.parse(mark.at) / 1000).toFixed(2)}%`,
-        y: 12,
-        "text-anchor": "middle",
-      },
-      mark.number,
-    ),
-  );
+  const [left, right] =
+    age("history") > OLD_S
+      ? [newest() - SPAN_S, newest()].map((at) => clock(1000 * at))
+      : ["1 h ago", "now"];
   const ends = [
-    svg("text", { y: 28 }, "1 h ago"),
-    svg("text", { x: "100%", y: 28, "text-anchor": "end" }, "now"),
+    svg("text", { y: 28 }, left),
+    svg("text", { x: "100%", y: 28, "text-anchor": "end" }, right),
   ];
-  $("axis").replaceChildren(...texts, ...ends);
+  $("axis").replaceChildren(...crowds(past.marks).map(markNumber), ...ends);
+}
+
+// Marks whose numbers would lie on each other share one text.
+function crowds(marks) {
+  const found = [];
+  for (const { at, number } of numbered(marks)) {
+    const x = place(Date.parse(at) / 1000);
+    const last = found.at(-1);
+    if (last && Math.abs(x - last.x) < CROWD) last.numbers.push(number);
+    else found.push({ x, numbers: [number] });
+  }
+  return found;
+}
+
+function markNumber({ x, numbers }) {
+  const [least, most] = [Math.min(...numbers), Math.max(...numbers)];
+  const words = least === most ? least : `${least}–${most}`;
+  const at = { x: `${x.toFixed(2)}%`, y: 12, "text-anchor": "middle" };
+  return svg("text", { class: "mark", ...at }, words);
 }
 
 // Each row is five minutes: the mean of what is known of them.

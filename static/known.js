@@ -41,13 +41,20 @@ export function age(name) {
   return (performance.now() - at) / 1000 + Math.max(0, looked || 0);
 }
 
+// What was never told is not shown: it would look like nothing.
+export function showKnown() {
+  for (const place of document.querySelectorAll("[data-source]")) {
+    show(place, entry(place.dataset.source).value !== null);
+  }
+}
+
 // Lets what is old fade, and says how old it is.
 export function showAges() {
-  for (const place of document.querySelectorAll("[data-source]")) {
+  for (const told of document.querySelectorAll(".age")) {
+    const place = told.closest("[data-source]");
     const name = place.dataset.source;
     const old = age(name) > OLD_S;
-    show(place, entry(name).value !== null); // what was never told says nothing
     place.classList.toggle("old", old);
-    write(place.querySelector(".age"), old ? `${span(age(name))} old` : "");
+    write(told, old ? `${span(age(name))} old` : "");
   }
 }

@@ -51,7 +51,7 @@ function gpuRow() {
       shown.filter(Boolean).map((each) => ({ ...each, of: title.textContent })),
       meterRow,
     );
-    write(facts, gpuFacts(gpu));
+    write(facts, [...gpuFacts(gpu), ...unknownOf(gpu)].join(" · "));
   };
   return row;
 }
@@ -67,7 +67,13 @@ function gpuFacts({
     own != null && `${Math.round(own)}\u00a0W`,
   ];
   if (board != null) facts.push(`${Math.round(board)}\u00a0W (${rail})`);
-  return facts.filter(Boolean).join(" · ");
+  return facts.filter(Boolean);
+}
+
+// A meter that is not there would look like an idle GPU. Of a shared memory the system tells.
+function unknownOf({ utilization_percent: load, memory_used_mb: used, memory_total_mb: total }) {
+  const memory = (used == null || total == null) && latest("stats").gpu !== "unified";
+  return [load == null && "load not known", memory && "memory not known"].filter(Boolean);
 }
 
 function meterRow({ key, label, of = "" }) {
@@ -85,7 +91,7 @@ function showMeters({ cpu_percent: cpu, memory, disk }) {
   const low = latest("health")?.warnings?.some(({ code }) => code === "disk_low");
   const { total_bytes: total, free_bytes: free } = disk ?? {};
   const shown = [
-    { key: "load", label: "CPU load", figure: percent(cpu), value: cpu, max: 100 },
+    cpu != null && { key: "load", label: "CPU load", figure: percent(cpu), value: cpu, max: 100 },
     {
       key: "memory",
       label: "System memory",
@@ -96,7 +102,7 @@ function showMeters({ cpu_percent: cpu, memory, disk }) {
     disk && {
       key: "disk",
       label: low ? "Disk, almost full" : "Disk",
-      figure: `${size(free)} free of ${size(total)}`,
+      figure: `${size(total - free)} of ${size(total)}, ${size(free)} free`,
       value: total - free,
       max: total,
       low,
@@ -115,7 +121,8 @@ function showDisk(disk) {
     taken != null && `models take ${size(taken)}`,
     parts && `unfinished downloads ${size(parts)}`,
   ];
-  facts.push(unused == null ? "what is unused cannot be told" : `unused ${size(unused)}`);
+  const words = `files that no model uses ${size(unused)}`;
+  facts.push(unused == null ? "which files no model uses cannot be told" : words);
   write($("disk"), facts.filter(Boolean).join(" · "));
   $("prune").ariaDisabled = String(!unused);
 }

@@ -4,28 +4,34 @@ import { CallError } from "./calls.js";
 import { $, element, show } from "./dom.js";
 import { errorDetail, errorWords } from "./words.js";
 
+const LATE = "It may still do what was asked.";
 const GOOD_MS = 20_000; // then what went well goes by itself
 
 let timer = null;
 let faulty = null; // the page's own fault
 
-// Shows a message, with more nodes below it.
+// Shows a message, with more nodes below it; returns what `dismiss` takes.
 export function say(words, level = "good", ...more) {
   clearTimeout(timer);
   const close = element("button", { type: "button", ariaLabel: "Dismiss the message" }, "Dismiss");
-  close.onclick = dismiss;
+  close.onclick = () => dismiss(text);
   const text = element(
     "div",
     { className: "about" },
     element("p", { className: level }, words),
     ...more,
   );
+  const focused = $("messages").contains(document.activeElement);
   $("messages").replaceChildren(text, close);
   $("messages").hidden = false;
-  if (level === "good") timer = setTimeout(dismiss, GOOD_MS);
+  if (focused) close.focus({ preventScroll: true });
+  if (level === "good") timer = setTimeout(() => dismiss(text), GOOD_MS);
+  return text;
 }
 
-function dismiss() {
+// Takes a message away, if it is the one that is shown.
+export function dismiss(text) {
+  if (!text.isConnected) return;
   if ($("messages").contains(document.activeElement)) $("h-models").focus({ preventScroll: true });
   $("messages").replaceChildren();
   show($("messages"), false);
@@ -34,8 +40,13 @@ function dismiss() {
 // Says why something failed, in the words of its code.
 export function sayError(what, error) {
   const detail = errorDetail(error);
-  const more = detail ? [element("p", { className: "figures" }, detail)] : [];
-  say(`${what}: ${errorWords(error)}`, "bad", ...more);
+  say(`${what}: ${errorWords(error)}`, "bad", ...(detail ? [fold(detail)] : []));
+}
+
+// What the service said itself, for who wants to know.
+export function fold(detail) {
+  const said = element("p", { className: "figures" }, detail);
+  return element("details", {}, element("summary", {}, "What was said"), said);
 }
 
 // A button that calls; `run` says what came of it.
@@ -60,6 +71,7 @@ export function action(text, what, run, className = "") {
 // An error of a call is told; any other is a fault of the page itself.
 export function noteError(what, error) {
   if (error.code === "stopped") say(`${what}: stopped.`, "work");
+  else if (error.code === "no_answer") say(`${what}: ${error.message} ${LATE}`, "bad");
   else if (error instanceof CallError) sayError(what, error);
   else noteFault(error);
 }

@@ -4,7 +4,7 @@ import { call, stream } from "./calls.js";
 import { $, ask, element, rows, show, write } from "./dom.js";
 import { clock, count, megabytes, size } from "./format.js";
 import { latest } from "./known.js";
-import { action, say, sayError } from "./messages.js";
+import { action, dismiss, say, sayError } from "./messages.js";
 import { showCheck, startPull } from "./pulls.js";
 import { tryModel } from "./try.js";
 import { errorWords } from "./words.js";
@@ -26,7 +26,10 @@ const LOAD_S = 15;
 const CLEAR_S = 10;
 const DELETE_S = 30;
 
-const updates = new Map(); // what the registries said of each model
+// What the registries said of each model, when, and of which version here.
+const updates = new Map();
+
+let ordered = null; // the load whose outcome is to be told
 
 const lower = (name) => name?.toLowerCase();
 
@@ -35,6 +38,7 @@ const rank = ({ runner, own }) => RANKS[runner?.state] ?? (runner || own ? 1 : 2
 const byRank = (a, b) => rank(a) - rank(b) || a.name.localeCompare(b.name, "en", { numeric: true });
 
 export function showModels() {
+  tellLoad();
   const models = latest("models")?.models;
   if (!models) return;
   const runners = latest("stats")?.runners ?? [];
@@ -105,21 +109,23 @@ function modelButtons(name) {
 
 function showButtons(model, { load, unload, update }) {
   const there = model.own || Boolean(model.runner);
-  if (load.contains(document.activeElement) && there) {
-    show(unload, true);
-    unload.focus({ preventScroll: true });
-  }
-  show(unload, there);
-  show(load, !there && !model.loaded);
-  const { state, download_bytes: bytes } = updates.get(lower(model.name)) ?? {};
-  write(update, state === "newer" ? `Update, fetches ${size(bytes)}` : "Update");
+  const [shown, hidden] = there ? [unload, load] : [load, unload];
+  show(shown, there || !model.loaded);
+  if (hidden === document.activeElement) shown.focus({ preventScroll: true });
+  show(hidden, false);
+  const { state, download_bytes: bytes } = toldOf(model);
+  const verb = state === "newer" ? `Update, fetches ${size(bytes)}` : "Update";
+  write(update, verb);
+  update.ariaLabel = `${verb} ${model.name}`;
 }
 
-function stateWords({ runner, own, loaded, loaded_as: as, name }, row) {
+function stateWords({ runner, own, loaded, loaded_as: as, name, ...model }, row) {
   const load = latest("health")?.load;
   const loading = load?.state === "loading" && lower(load.model) === lower(name);
   if (!runner && loading) return "loading";
-  if (!runner && own) return "loaded";
+  const replaced = own && model.loaded_digest && model.loaded_digest !== model.digest;
+  const version = replaced ? " (its version from before the update)" : "";
+  if (!runner && own) return `loaded${version}`;
   if (!runner) return loaded && as ? `in memory as ${as}, which has the same files` : "not loaded";
   // The moment is kept, so that it does not flicker by a second.
   const phase = `${runner.pid} ${runner.state}`;
@@ -130,7 +136,7 @@ function stateWords({ runner, own, loaded, loaded_as: as, name }, row) {
   const words = {
     busy: `busy, ${runner.tokens_per_second?.toFixed(1)} tokens/s`,
     unwatched: "busy; its progress cannot be seen",
-    idle: "loaded, idle",
+    idle: `loaded, idle${version}`,
     loading: "loading",
   };
   return words[runner.state] ?? `${runner.state} since ${row.since}`;
@@ -158,7 +164,8 @@ function figureWords(model) {
 function memoryFacts({ size_loaded: all, size_vram: vram, expires_at: expires }, own, runner) {
   const facts = [];
   if (own && vram) {
-    facts.push(`${size(vram)} on the GPU (${Math.floor((100 * vram) / all)}\u00a0%)`);
+    const where = latest("stats")?.gpus.length > 1 ? "the GPUs" : "the GPU";
+    facts.push(`${size(vram)} on ${where} (${Math.floor((100 * vram) / all)}\u00a0%)`);
   }
   if (runner?.memory_mb) facts.push(`${megabytes(runner.memory_mb)} of system memory`);
   else if (own && all > vram) facts.push(`${size(all - vram)} of system memory`);
@@ -169,10 +176,16 @@ function memoryFacts({ size_loaded: all, size_vram: vram, expires_at: expires },
   return [...facts, until.getFullYear() > 2100 ? "stays loaded" : ends];
 }
 
-function showUpdate({ name }, node) {
-  const told = updates.get(lower(name)) ?? {};
+// What was said of another version than the one that is here now is void.
+function toldOf({ name, digest }) {
+  const told = updates.get(lower(name));
+  return told && told.digest === digest ? told : {};
+}
+
+function showUpdate(model, node) {
+  const told = toldOf(model);
   const words = {
-    current: "is the registry's newest",
+    current: `is the registry's newest, asked at ${clock(told.at)}`,
     newer: `the registry has a newer one: ${size(told.download_bytes)} to fetch`,
     unknown: `whether there is a newer one is not known: ${reasonOf(told)}`,
   };
@@ -184,7 +197,22 @@ function showUpdate({ name }, node) {
 async function loadModel(model) {
   const answer = await call("POST", "api/models/load", { model }, LOAD_S);
   if (!answer.ok) return sayError(`${model} was not loaded`, answer);
-  say(answer.model_state === "loaded" ? `${model} is loaded.` : `${model} is being loaded.`);
+  if (answer.model_state === "loaded") return say(`${model} is loaded.`);
+  ordered = { model, seen: false };
+  say(`${model} is being loaded.`);
+}
+
+// Tells the outcome of the load that was ordered here, once it was seen under way.
+function tellLoad() {
+  const load = latest("health")?.load;
+  if (!ordered || lower(load?.model) !== lower(ordered.model)) return;
+  if (load.state === "loading") {
+    ordered.seen = true;
+  } else if (ordered.seen) {
+    ordered = null;
+    if (load.state === "loaded") say(`${load.model} is loaded.`);
+    if (load.state === "failed") sayError(`${load.model} was not loaded`, load);
+  }
 }
 
 async function unloadModel(model) {
@@ -266,12 +294,18 @@ const reasonOf = ({ code, reason }) => errorWords({ code, error: reason });
 
 // Asks about one model or all; returns what is told of the one.
 async function askRegistries(model, insecure = false) {
-  say("The registry is being asked …", "work");
+  const asking = say("The registry is being asked …", "work");
   const query = model ? `?${new URLSearchParams({ model, insecure })}` : "";
   const answer = await call("GET", `api/models/updates${query}`, null, UPDATES_S);
+  dismiss(asking); // a question may follow
   if (!answer.ok) return void sayError("The registry was not asked", answer);
+  const digests = new Map(latest("models").models.map((each) => [lower(each.name), each.digest]));
+  const at = Date.now();
   if (!model) updates.clear();
-  for (const each of answer.models) updates.set(lower(each.name), each);
+  for (const each of answer.models) {
+    const key = lower(each.name);
+    updates.set(key, { ...each, at, digest: digests.get(key) });
+  }
   return updates.get(lower(model));
 }
 
@@ -281,8 +315,10 @@ async function lookForUpdates() {
   const states = [...updates.values()];
   const newer = states.filter(({ state }) => state === "newer").length;
   const unknown = states.filter(({ state }) => state === "unknown").length;
+  if (!states.length) return;
   const doubt = unknown ? ` Of ${count(unknown, "model")} it is not known.` : "";
-  if (states.length) say(`${newer ? count(newer, "model") : "No model"} can be updated.${doubt}`);
+  const found = newer ? `${count(newer, "model")} can be updated.` : "No newer version was found.";
+  say(found + doubt, unknown ? "warn" : "good");
 }
 
 $("list-actions").append(action("Look for updates", null, lookForUpdates));

@@ -1,18 +1,20 @@
 // The page: polls the service, and shows what it says.
 
 import { tokenWanted } from "./calls.js";
-import { $, show } from "./dom.js";
+import { $ } from "./dom.js";
 import { showHead } from "./head.js";
 import { refreshHistory, showHistory } from "./history.js";
-import { latest, refresh, showAges } from "./known.js";
+import { latest, refresh, showAges, showKnown } from "./known.js";
 import { resetButton, showMachine } from "./machine.js";
 import { noteFault, takeFault } from "./messages.js";
 import { showModels } from "./models.js";
-import { showPulls, suggest } from "./pulls.js";
+import { showPulls } from "./pulls.js";
+import { showSuggestions, suggest } from "./suggest.js";
 import { showUse } from "./use.js";
 
 const BUSY_MS = 3000;
 const IDLE_MS = 5000;
+const SUGGEST_S = 2; // the page waits no longer for what is there to choose from
 
 let timer = null;
 let polling = false;
@@ -35,10 +37,12 @@ async function refreshAll() {
 function showAll() {
   showModels();
   showPulls();
+  showSuggestions();
   showMachine();
   showHistory();
   showUse();
   showAges();
+  showKnown();
 }
 
 // A fault of the page's own is told as such, and the next round tries again.
@@ -46,6 +50,7 @@ async function round() {
   let fault = null;
   try {
     await refreshAll();
+    if (latest("models")?.models.length === 0) await suggestOnce();
     showAll();
     fault = takeFault();
   } catch (error) {
@@ -53,18 +58,17 @@ async function round() {
     fault = takeFault();
   }
   showHead(fault, resetButton);
-  show($("main"), latest("stats") !== null || latest("models") !== null);
-  if (latest("models")?.models.length === 0 && !$("suggested").open) suggestOnce();
   rounds += 1;
   $("main").dataset.rounds = rounds;
 }
 
+// Before anything is shown, or it would move what lies below.
 let suggested = false;
-function suggestOnce() {
+async function suggestOnce() {
   if (suggested) return;
   suggested = true;
+  await suggest(SUGGEST_S);
   $("suggested").open = true;
-  suggest().catch(noteFault);
 }
 
 function isBusy() {

@@ -3,7 +3,7 @@
 import { call } from "./calls.js";
 import { $, ask, element, rows, show, write } from "./dom.js";
 import { size, span } from "./format.js";
-import { latest, refresh } from "./known.js";
+import { latest } from "./known.js";
 import { action, noteError, say, sayError } from "./messages.js";
 import { errorDetail, errorWords } from "./words.js";
 
@@ -48,9 +48,10 @@ export function showPulls() {
   const ended = newest.filter((pull) => pull.state !== "running" && !away.has(keyOf(pull)));
   tellEnds(newest);
   rows($("pulls"), [...checks.values(), ...under], (item) => item.make(item));
+  show($("under-way"), checks.size + under.length > 0);
   rows($("ended-pulls"), ended, endedRow);
   const failed = ended.filter(({ state }) => state === "error").length;
-  const words = `Ended downloads: ${ended.length}${failed ? `, ${failed} failed` : ""}`;
+  const words = `Ended downloads: ${ended.length}${failed ? `, of which ${failed} failed` : ""}`;
   write($("ended-count"), words);
   show($("ended"), ended.length > 0);
 }
@@ -83,7 +84,8 @@ function runningRow({ model }) {
   row.update = (pull) => {
     bar.value = pull.percent;
     const [done, total] = [size(pull.completed_bytes), size(pull.total_bytes)];
-    const facts = [pull.status, shownPercent(pull.percent), `${done} of ${total}`];
+    const facts = [pull.status];
+    if (pull.total_bytes) facts.push(shownPercent(pull.percent), `${done} of ${total}`);
     if (pull.bytes_per_second) facts.push(`${size(pull.bytes_per_second)}/s`);
     if (pull.eta_seconds != null) facts.push(`${span(pull.eta_seconds)} left`);
     write(figures, facts.filter(Boolean).join(" · "));
@@ -141,25 +143,29 @@ function endedRow({ model }) {
   row.update = (pull) => {
     const good = pull.state === "success";
     const level = { success: "figures", cancelled: "warn" }[pull.state] ?? "error";
-    write(words, good ? `downloaded, ${size(pull.total_bytes)}` : errorWords(pull), level);
+    write(words, good ? `downloaded, ${size(pull.total_bytes)}` : failedWords(pull), level);
     write(said, pull.state === "error" ? errorDetail(pull) : "");
     show(detail, said.textContent !== "");
-    const wanted = `${pull.state} ${pull.code}`;
+    const wanted = `${pull.state} ${pull.code} ${pull.kept_bytes > 0}`;
     if (wanted !== buttons) actions.replaceChildren(...endedButtons(pull));
     buttons = wanted;
   };
   return row;
 }
 
-const RESUMED = ["cancelled", "pull_interrupted", "shutting_down"];
+function failedWords(pull) {
+  const kept = pull.kept_bytes;
+  return kept ? `${errorWords(pull)} ${size(kept)} of it are kept.` : errorWords(pull);
+}
+
 const HOPELESS = ["bad_model_name", "registry_insecure", "parts_damaged"];
 
 function endedButtons(pull) {
-  const { model, state, code, insecure = false } = pull;
+  const { model, state, code, insecure = false, kept_bytes: kept } = pull;
   const what = `the download of ${model}`;
   const buttons = [];
   if (state !== "success") {
-    const verb = RESUMED.includes(code ?? state) ? "Resume" : "Retry";
+    const verb = kept ? "Resume" : "Retry";
     if (!HOPELESS.includes(code))
       buttons.push(action(verb, what, () => startPull(model, { insecure })));
     if (code === "registry_insecure" && insecure) {
@@ -167,7 +173,9 @@ function endedButtons(pull) {
     } else if (code === "registry_insecure") {
       buttons.push(action("Download without TLS", model, () => pullWithoutTls(model)));
     }
-    buttons.push(action("Remove parts", `of ${model}`, () => removeParts(model)));
+    if (kept || code === "parts_damaged") {
+      buttons.push(action("Remove parts", `of ${model}`, () => removeParts(model)));
+    }
   }
   buttons.push(action("Dismiss", what, () => dismiss(pull)));
   return buttons;
@@ -177,7 +185,7 @@ async function cancelPull(model) {
   const answer = await call("DELETE", "api/models/pull", { model }, CANCEL_S);
   if (!answer.ok) return sayError(`The download of ${model} was not cancelled`, answer);
   $("ended").open = true;
-  say(`The download of ${model} is cancelled. What is there is kept.`);
+  say(`The download of ${model} is cancelled. What is there of it is kept.`);
 }
 
 async function pullWithoutTls(model) {
@@ -186,8 +194,10 @@ async function pullWithoutTls(model) {
 }
 
 async function removeParts(model) {
+  const kept = latest("pulls").pulls.find((pull) => lower(pull.model) === lower(model))?.kept_bytes;
   const question = `Remove what is kept of the download of ${model}? The next one begins anew.`;
-  if (!(await ask(question, "Remove parts", true))) return;
+  const verb = kept ? `Remove parts, frees ${size(kept)}` : "Remove parts";
+  if (!(await ask(question, verb, true))) return;
   const answer = await call("DELETE", "api/models/pull", { model, purge: true }, CANCEL_S);
   if (!answer.ok) return sayError(`The parts of ${model} were not removed`, answer);
   say(`The parts of ${model} are removed: ${size(answer.freed_bytes)} came free.`);
@@ -211,59 +221,3 @@ $("pull-form").onsubmit = async (event) => {
   }
   document.dispatchEvent(new Event("poll"));
 };
-
-// Models to begin with: by Ollama's own list, which has a memory for each; and small ones.
-
-const SMALL = [
-  { name: "llama3.2:1b", description: "Small and quick, also on a CPU", size_bytes: 1.3e9 },
-  { name: "llama3.1:8b", description: "An all-rounder", size_bytes: 4.9e9 },
-];
-const ROOM = 1.2; // a loaded model takes so many times its files, with a context of 8,192
-
-let asked = false;
-
-// Asks for the list once: where there is no model, or where it is opened.
-export async function suggest() {
-  if (asked) return;
-  asked = true;
-  await refresh("recommended", "api/models/recommendations");
-  const theirs = latest("recommended")?.models ?? [];
-  const all = [...SMALL, ...theirs.filter(({ name }) => !SMALL.some((each) => each.name === name))];
-  const memory = memoryFor();
-  write($("rests-on"), memory.words);
-  rows(
-    $("suggestions"),
-    all.map((each) => ({ ...each, key: each.name, memory })),
-    suggestionRow,
-  );
-}
-
-// The largest GPU, or without one the system's memory: as measured.
-function memoryFor() {
-  const { gpus = [], memory } = latest("stats") ?? {};
-  const known = gpus.filter(({ memory_total_mb: total }) => total != null);
-  known.sort((a, b) => b.memory_total_mb - a.memory_total_mb);
-  const mb = known[0]?.memory_total_mb ?? memory?.total_mb;
-  const bytes = mb == null ? null : mb * 2 ** 20;
-  const place = known.length ? "the largest GPU" : "this machine (no GPU tells its memory)";
-  const words = `“Fits” compares what the model needs with the memory of ${place} as measured: ${size(bytes)}.`;
-  return { bytes, words };
-}
-
-function suggestionRow({ name, description, size_bytes: bytes, vram_bytes: vram, memory }) {
-  const needs = vram ?? bytes * ROOM;
-  const facts = [
-    description,
-    bytes && `${size(bytes)} to fetch`,
-    `needs about ${size(needs)} of memory`,
-  ];
-  if (memory.bytes) facts.push(needs <= memory.bytes ? "fits" : "does not fit");
-  const about = element("div", { className: "about" }, element("p", { className: "name" }, name));
-  about.append(element("p", { className: "figures" }, facts.filter(Boolean).join(" · ")));
-  const button = action("Download", name, () => startPull(name));
-  const row = element("li", {}, about, button);
-  row.update = () => {};
-  return row;
-}
-
-$("suggested").addEventListener("toggle", suggest);

@@ -2,11 +2,14 @@
 
 import { stream } from "./calls.js";
 import { $, show, write } from "./dom.js";
+import { span } from "./format.js";
 import { noteFault } from "./messages.js";
 import { errorWords } from "./words.js";
 
 let model = "";
 let controller = null; // of the answer under way
+
+const SILENT_S = 3; // then it is said that nothing comes
 
 export function tryModel(name) {
   model = name;
@@ -22,13 +25,23 @@ async function askModel(prompt) {
   $("try-ask").ariaDisabled = "true";
   $("try-answer").replaceChildren();
   write($("try-figures"), `${model} is asked …`, "figures");
-  const told = { pieces: 0, first: 0, last: {} };
+  const told = { pieces: 0, first: 0, latest: performance.now(), last: {} };
+  const timer = setInterval(() => write($("try-figures"), underWay(told)), 1000);
+  // A screen reader waits for the whole answer, and hears its figures at the end.
+  $("try-answer").ariaBusy = "true";
+  $("try-figures").ariaLive = "off";
+  const announce = () => {
+    clearInterval(timer);
+    $("try-figures").ariaLive = "polite";
+    $("try-answer").ariaBusy = "false";
+  };
   try {
-    const answer = await stream("api/models/try", { model, prompt }, controller, (line) =>
-      take(told, line),
-    );
+    const body = { model, prompt };
+    const answer = await stream("api/models/try", body, controller, (line) => take(told, line));
+    announce();
     finish(told, answer.ok ? told.last : answer);
   } catch (error) {
+    announce();
     if (error.code === "stopped") write($("try-figures"), `Stopped. ${speed(told)}`);
     else if (error.code) write($("try-figures"), errorWords(error), "bad");
     else noteFault(error);
@@ -44,15 +57,23 @@ function take(told, line) {
   const piece = line.response || line.thinking;
   if (!piece) return;
   told.pieces += 1;
-  told.first ||= performance.now();
+  told.latest = performance.now();
+  told.first ||= told.latest;
   $("try-answer").append(piece);
-  if (told.pieces % 5 === 1) write($("try-figures"), speed(told));
 }
 
 // While it comes, a piece is counted as a token.
-function speed({ pieces, first }) {
-  const seconds = (performance.now() - first) / 1000;
+function speed({ pieces, first, latest }) {
+  const seconds = (latest - first) / 1000;
   return pieces > 1 && seconds > 0 ? `${(pieces / seconds).toFixed(1)} tokens/s` : "";
+}
+
+// A speed alone would look as if it went on.
+function underWay(told) {
+  const silent = Math.floor((performance.now() - told.latest) / 1000);
+  const facts = [told.pieces ? speed(told) : `${model} is asked …`];
+  if (silent >= SILENT_S) facts.push(`nothing has come for ${span(silent)}`);
+  return facts.filter(Boolean).join(" · ");
 }
 
 function finish(

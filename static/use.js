@@ -4,16 +4,20 @@ import { $, element, rows, write } from "./dom.js";
 import { latest } from "./known.js";
 import { action, say } from "./messages.js";
 
+const HERE = /^(localhost|127\..*|\[::1\])$/;
+
 export function showUse() {
   const info = latest("info");
   if (!info) return;
-  const models = latest("models")?.models ?? [];
-  const model = (models.find(({ loaded }) => loaded) ?? models[0])?.name ?? info.default_model;
+  const models = latest("models")?.models;
+  const there = models?.find(({ loaded }) => loaded) ?? models?.[0];
+  const model = there?.name ?? info.default_model;
   const { port } = new URL(info.ollama_url);
   const host = location.hostname || "localhost";
   const address = `http://${host}:${port || 80}`;
   const body = JSON.stringify({ model, prompt: "Why is the sky blue?", stream: false });
   const expression = `{"model": ${JSON.stringify(model)}, "prompt": {{ JSON.stringify($json.text) }}, "stream": false}`;
+  write($("use-notes"), notes(host, models?.length === 0 && model).join(" "));
   rows(
     $("use"),
     [
@@ -23,6 +27,17 @@ export function showUse() {
     ],
     lineRow,
   );
+}
+
+function notes(host, missing) {
+  const found = [];
+  if (missing) found.push(`There is no model yet: these lines work once ${missing} is downloaded.`);
+  if (!HERE.test(host)) {
+    found.push(
+      "Whether Ollama lets other machines in is up to OLLAMA_HOST, in Docker OLLAMA_BIND.",
+    );
+  }
+  return found;
 }
 
 function lineRow({ title }) {

@@ -4,9 +4,10 @@
 import { size } from "./format.js";
 
 const ERRORS = {
+  answer_interrupted: "The model's process ended in the middle of the answer. Ask again.",
   bad_model_name:
     "This is no model's name. Names look like llama3.1:8b, user/model:tag or hf.co/org/repo:Q4_K_M.",
-  cancelled: "Cancelled. Resume goes on from where it stopped.",
+  cancelled: "Cancelled.",
   digest_mismatch: "The data was damaged on its way. Retry: what is whole is kept.",
   disk_failing: "The disk fails. See the kernel's log (dmesg).",
   disk_full: "The disk is full. Delete a model or prune, then go on.",
@@ -21,7 +22,7 @@ const ERRORS = {
   parts_damaged: "What was kept of this download is damaged. Remove its parts, then retry.",
   proxy_error:
     "The proxy between this machine and the registry refuses. Check HTTPS_PROXY and NO_PROXY.",
-  pull_interrupted: "The download broke off. Resume goes on from where it stopped.",
+  pull_interrupted: "The download broke off. The next one goes on from where it stopped.",
   registry_busy: "The registry limits requests. Try again in some minutes.",
   registry_certificate: "The registry's TLS certificate is not accepted. See below what was said.",
   registry_denied: "There is no such model, or it wants a login. Check the name.",
@@ -32,7 +33,7 @@ const ERRORS = {
   registry_refused: "The registry refuses this. Check the name and the tag.",
   registry_unreachable:
     "The registry does not answer. Check the machine's network and the registry's name.",
-  shutting_down: "The service was stopped. Resume goes on from where it stopped.",
+  shutting_down: "The service was stopped in the middle of it.",
   store_damaged: "Something is in the way in the folder of the models. See below what was said.",
   store_not_writable:
     "The folder of the models cannot be written. Give it to the user that the service runs as.",
@@ -73,17 +74,19 @@ const WARNINGS = {
   callers_waiting: () => null,
   long_answer: ({ model, seconds }) =>
     `An answer of ${model} has been under way for more than ${roughly(seconds)}.`,
+  load_failed: ({ message }, load) =>
+    load ? `${load.model} was not loaded: ${errorWords(load)}` : message,
   gpu_not_used: () =>
     `Ollama says that its models lie on the GPU, and the GPU's memory is not in use: they run on the CPU. ${GPU_ADVICE}`,
 };
 
 // Returns what is to be said of the warnings: one line for each. `beside` are the models that lie
-// partly or wholly beside the GPU.
-export function warningLines(warnings, beside) {
+// partly or wholly beside the GPU, `load` is the last one that was ordered.
+export function warningLines(warnings, beside, load) {
   const lines = [];
   for (const warning of warnings) {
     if (warning.code === "model_on_cpu" && beside.length) lines.push(...beside.map(besideLine));
-    else lines.push({ key: warning.code, words: (WARNINGS[warning.code] ?? said)(warning) });
+    else lines.push({ key: warning.code, words: (WARNINGS[warning.code] ?? said)(warning, load) });
   }
   const told = new Map(lines.map((line) => [line.key + line.words, line]));
   return [...told.values()].filter(({ words }) => words);

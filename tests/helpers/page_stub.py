@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from helpers.places import ROOT
 from llm_service.access import CSP
+from llm_service.recommended import NOT_ASKED, SMALL
 
 # Load in percent, memory in MB, temperature in °C, power in W.
 H100 = [
@@ -157,9 +158,10 @@ class PageStub:
     with `http_status` for its status; a list is a stream of lines.
 
     .url      of the page; .prefix  a path in front of all its addresses, such as "/llm"
-    .polled   how often each path was asked for
+    .polled   how often each path was asked for, those with a query by both
     .sent     what else was asked for: [(method, path, body)]
     .hung     an Event: while it is set, nothing but the page's own files is answered
+    .slow     {path: seconds before it is answered}
     .bytes    of all answers
     """
 
@@ -196,11 +198,12 @@ class PageStub:
             "context_length": 8192,
         }
         self.history = history([], [])
-        self.recommended = []
+        self.recommended = [{**NOT_ASKED, **each} for each in SMALL]
         self.updates = []
         self.models, self.pulls, self.sent, self.polled = [], [], [], collections.Counter()
         self.answers, self.prefix, self.bytes = {}, "", 0
         self.hung, self.slow_lines_s = threading.Event(), 0
+        self.slow = {}
         self.clock = time.time  # of `timestamp`
         stub = self
 
@@ -220,7 +223,9 @@ class PageStub:
     def answer(self, request):
         length = int(request.headers.get("Content-Length") or 0)
         body = request.rfile.read(length)
-        path = request.path.partition("?")[0].removeprefix(self.prefix)
+        path, asks, _ = request.path.removeprefix(self.prefix).partition("?")
+        if asks:
+            self.polled[request.path] += 1
         if not request.path.startswith(f"{self.prefix}/"):
             self._send(request, 404, b"<p>Not here.</p>", "text/html")
         elif path == "/" or path.startswith("/static/"):
@@ -230,6 +235,7 @@ class PageStub:
             self._answer_call(request, path, json.loads(body) if body else None)
 
     def _answer_call(self, request, path, body):
+        time.sleep(self.slow.get(path, 0))
         while self.hung.is_set():
             time.sleep(0.05)
         answer = self._json(request.command, path, body)

@@ -193,6 +193,18 @@ def test_it_works_under_a_path_prefix(stub, stub_page):
     assert stub_page.complaints() == []
 
 
+def test_lines_to_copy_say_that_their_model_is_not_there(stub, stub_page):
+    words = f"There is no model yet: these lines work once {LLAMA} is downloaded."
+    stub_page.poll()
+    assert stub_page.text("use-notes") == words
+    stub.models = [model("gemma3:270m")]
+    stub_page.poll()
+    assert stub_page.text("use-notes") == ""
+    elsewhere = stub.url.replace("127.0.0.1", "vm.localhost")  # as from another machine
+    stub_page.browser.get(f"{elsewhere}/")
+    stub_page.wait_text("use-notes", "up to OLLAMA_HOST, in Docker OLLAMA_BIND")
+
+
 # The token
 
 
@@ -215,6 +227,19 @@ def test_the_token_is_not_asked_for_again_after_escape(stub, stub_page):
     stub_page.element("token-input").send_keys("secret", Keys.ENTER)
     wait_for(lambda: stub_page.text("advice") == "", 30, "no more advice")
     assert "Without its token" not in stub_page.text("state")
+
+
+def test_the_page_has_a_main_part_whatever_is_known(stub, stub_page):
+    wanted = {"error": "Send the token.", "code": "token_wanted", "http_status": 401}
+    paths = ("/api/stats", "/api/models", "/api/models/pull", "/api/history", "/api/info")
+    stub.answers |= {("GET", path): wanted for path in paths}
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.element("token").get_attribute("open"), 30, "the question")
+    stub_page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    stub_page.wait_text("state", "Without its token (LLM_API_TOKEN)")
+    tree = stub_page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    assert "main" in {node["role"]["value"] for node in tree if not node["ignored"]}
+    assert stub_page.browser.find_element(By.ID, "h-models").is_displayed() is False
 
 
 # Models and their runners
@@ -261,6 +286,17 @@ def test_a_copy_of_a_loaded_model_is_not_shown_as_loaded(stub, stub_page):
     assert stub_page.buttons("models", "copy:latest") == ["Try"]
     assert "Unload" in stub_page.buttons("models", LLAMA)
     assert "GPU" not in stub_page.row_text("models", "copy:latest")
+
+
+def test_a_version_that_an_update_has_replaced_is_told_while_it_is_in_memory(stub, stub_page):
+    stub.models = [{**model(LLAMA, share=1), "loaded_digest": "digest of another"}]
+    stub.stats["runners"] = [runner(LLAMA, "idle")]
+    stub_page.poll()
+    words = "loaded, idle (its version from before the update)"
+    assert stub_page.state(LLAMA)[0] == words
+    stub.models[0]["loaded_digest"] = stub.models[0]["digest"]
+    stub_page.poll()
+    assert stub_page.state(LLAMA)[0] == "loaded, idle"
 
 
 def test_a_models_memory_is_shown_where_it_lies(stub, stub_page):
@@ -313,6 +349,38 @@ def test_load_asks_nothing_and_says_what_came_of_it(stub, stub_page):
     stub_page.press("models", LLAMA, "Load")
     stub_page.wait_text("messages", f"{LLAMA} is being loaded.")
     assert stub.sent == [("POST", "/api/models/load", {"model": LLAMA})]
+
+
+def test_the_outcome_of_a_load_is_told_in_the_words_of_its_code(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    loading = {"status": "accepted", "model": LLAMA, "model_state": "loading"}
+    stub.answers["POST", "/api/models/load"] = {**loading, "http_status": 202}
+    said = 'EOF: POST /api/models/pull with "verify": true checks its files.'
+    failed = {"state": "failed", "code": "model_damaged", "error": said}
+    for outcome, words in (
+        ({"state": "loaded", "code": None, "error": None}, f"{LLAMA} is loaded."),
+        (failed, f"{LLAMA} was not loaded: A file of this model is damaged."),
+    ):
+        stub.health["load"] = {"model": LLAMA, "state": "loading", "error": None, "code": None}
+        stub_page.poll()
+        stub_page.press("models", LLAMA, "Load")
+        stub_page.wait_text("messages", "is being loaded.")
+        stub_page.next_rounds()
+        stub.health["load"] = {"model": LLAMA, **outcome}
+        stub_page.wait_text("messages", words)
+    stub.health["warnings"] = [{"code": "load_failed", "message": f"{LLAMA} did not load: {said}"}]
+    stub_page.poll()
+    assert stub_page.text("warnings").startswith(f"{LLAMA} was not loaded: A file of this model")
+    assert "POST" not in stub_page.run("return document.body.innerText")  # it is in a fold
+
+
+def test_an_act_that_gets_no_answer_is_not_told_as_not_done(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    stub_page.poll()
+    stub.hung.set()
+    stub_page.press("models", LLAMA, "Load")
+    stub_page.wait_text("messages", "did not answer in time. It may still do what was asked.")
+    stub.hung.clear()
 
 
 def test_verbs_stand_on_the_buttons_of_a_question(stub, stub_page):
@@ -387,8 +455,9 @@ def test_an_update_says_what_it_fetches(stub, stub_page):
     stub_page.poll()
     stub_page.element("list-actions").find_element(By.TAG_NAME, "button").click()
     stub_page.wait_text("messages", "1 model can be updated. Of 1 model it is not known.")
+    assert stub_page.element("messages").find_elements(By.CLASS_NAME, "warn")
     stub_page.wait_row("models", LLAMA, "the registry has a newer one: 1.2 GB to fetch")
-    stub_page.wait_row("models", "b", "is the registry's newest")
+    stub_page.wait_row("models", "b", "is the registry's newest, asked at ")
     stub_page.wait_row("models", "c", reason)
     stub_page.press("models", LLAMA, "Update, fetches 1.2 GB")
     stub_page.answer("ask-yes")
@@ -398,6 +467,39 @@ def test_an_update_says_what_it_fetches(stub, stub_page):
     stub_page.press("models", "c", "Update")
     stub_page.wait_text("messages", f"c was not updated: {reason}")
     assert len(stub.sent) == 1
+
+
+def test_what_no_registry_told_is_no_newest_version(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    told = {"name": LLAMA, "state": "unknown", "code": "registry_unreachable", "reason": "No."}
+    stub.updates = [told]
+    stub_page.poll()
+    stub_page.element("list-actions").find_element(By.TAG_NAME, "button").click()
+    words = "No newer version was found. Of 1 model it is not known."
+    stub_page.wait_text("messages", words)
+    assert stub_page.element("messages").find_elements(By.CLASS_NAME, "warn")
+
+
+def test_what_was_told_of_a_version_is_void_once_another_one_is_here(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    stub.updates = [{"name": LLAMA, "state": "newer", "download_bytes": 1_200_000_000}]
+    stub_page.poll()
+    stub_page.element("list-actions").find_element(By.TAG_NAME, "button").click()
+    stub_page.wait_row("models", LLAMA, "the registry has a newer one")
+    stub.models = [{**model(LLAMA), "digest": "of what another tab has fetched"}]
+    stub_page.poll()
+    assert "newer" not in stub_page.row_text("models", LLAMA)
+    assert "Update, fetches" not in stub_page.row_text("models", LLAMA)
+
+
+def test_a_question_that_is_answered_by_no_leaves_no_message_of_what_it_was_for(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    stub.updates = [{"name": LLAMA, "state": "newer", "download_bytes": 1_200_000_000}]
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Update")
+    stub_page.answer("ask-no")
+    assert stub_page.text("messages") == ""
+    assert stub.sent == []
 
 
 def test_a_model_made_here_is_not_replaced_without_a_warning(stub, stub_page):
@@ -417,26 +519,28 @@ def test_a_model_made_here_is_not_replaced_without_a_warning(stub, stub_page):
 
 def test_ended_downloads_are_folded_and_each_has_what_can_be_done(stub, stub_page):
     stub.pulls = [
-        pull("a", "cancelled", code="cancelled", error="Cancelled by request."),
+        pull("a", "cancelled", code="cancelled", error="By request.", kept_bytes=2_000_000_000),
         pull("b", "error", code="registry_unreachable", error="dial tcp: no such host."),
         pull("c", "error", code="parts_damaged", error="remove x-partial-0: no such file."),
         pull("d", "success", percent=100),
     ]
     stub_page.poll()
-    assert stub_page.text("ended-count") == "Ended downloads: 4, 2 failed"
+    assert stub_page.text("ended-count") == "Ended downloads: 4, of which 2 failed"
     assert not stub_page.element("ended").get_attribute("open")
     stub_page.click("ended-count")
     buttons = {name: stub_page.buttons("ended-pulls", name) for name in "abcd"}
     assert buttons["a"] == ["Resume", "Remove parts", "Dismiss"]
-    assert buttons["b"] == ["Retry", "Remove parts", "Dismiss"]
+    assert buttons["b"] == ["Retry", "Dismiss"]
     assert buttons["c"] == ["Remove parts", "Dismiss"]
     assert buttons["d"] == ["Dismiss"]
+    assert "Cancelled. 2.0 GB of it are kept." in stub_page.row_text("ended-pulls", "a")
     assert "The registry does not answer. Check" in stub_page.row_text("ended-pulls", "b")
     assert "dial tcp" not in stub_page.row_text("ended-pulls", "b")  # it is in a fold
 
 
 def test_a_download_is_resumed_its_parts_removed_and_its_row_dismissed(stub, stub_page):
-    stub.pulls = [pull("a", "cancelled", code="cancelled"), pull("b", "cancelled")]
+    kept = {"code": "cancelled", "kept_bytes": 7_000_000}
+    stub.pulls = [pull("a", "cancelled", **kept), pull("b", "cancelled", **kept)]
     stub_page.poll()
     stub_page.click("ended-count")
     stub_page.press("ended-pulls", "a", "Resume")
@@ -445,8 +549,13 @@ def test_a_download_is_resumed_its_parts_removed_and_its_row_dismissed(stub, stu
     stub_page.wait_text("messages", "is under way")
     stub.answers["DELETE", "/api/models/pull"] = {"status": "success", "freed_bytes": 7_000_000}
     stub_page.press("ended-pulls", "b", "Remove parts")
+    wait_for(lambda: stub_page.text("ask-yes") == "Remove parts, frees 7.0 MB", 30, "the verb")
+    stub.pulls[1] |= {"kept_bytes": 0}
     stub_page.answer("ask-yes")
     stub_page.wait_text("messages", "The parts of b are removed: 7.0 MB came free.")
+    stub_page.next_rounds()
+    assert stub_page.buttons("ended-pulls", "b") == ["Retry", "Dismiss"]
+    assert "kept" not in stub_page.row_text("ended-pulls", "b")
     assert stub.sent[-1] == ("DELETE", "/api/models/pull", {"model": "b", "purge": True})
     stub_page.press("ended-pulls", "a", "Dismiss")
     stub_page.wait_no_row("ended-pulls", "a")
@@ -484,6 +593,76 @@ def test_a_percentage_is_never_rounded_up_to_the_end(stub, stub_page):
     stub.pulls = [pull("a", percent=99.97)]
     stub_page.poll()
     assert "99.9 %" in stub_page.row_text("pulls", "a")
+
+
+def test_a_download_of_which_nothing_is_known_shows_no_zeros(stub, stub_page):
+    stub.pulls = [pull("a", percent=0.0, completed_bytes=0, total_bytes=0, bytes_per_second=0)]
+    stub.pulls[0] |= {"status": "pulling manifest", "eta_seconds": None}
+    assert not stub_page.element("under-way").is_displayed()
+    stub_page.poll()
+    assert "0 MB" not in stub_page.row_text("pulls", "a")
+    assert stub_page.text("under-way") == "Under way"
+
+
+def test_what_the_service_said_of_a_failure_is_in_a_fold(stub, stub_page):
+    stub.pulls = [pull("a")]
+    stub_page.poll()
+    said = 'tls: first record: send "insecure": true'
+    stub.pulls = [pull("a", "error", code="registry_insecure", error=said, ended_at="now")]
+    stub_page.poll()
+    stub_page.wait_text("messages", "This registry has no TLS")
+    assert "insecure" not in stub_page.text("messages")
+    stub_page.element("messages").find_element(By.TAG_NAME, "summary").click()
+    stub_page.wait_text("messages", said)
+
+
+def test_models_to_begin_with_say_how_large_they_are_once_that_is_asked_for(stub, stub_page):
+    unknown = {"description": "d", "vram_bytes": 12_000_000_000, "size_bytes": None}
+    unknown |= {"download_bytes": None, "code": None, "reason": None}
+    stub.recommended += [{"name": name, **unknown} for name in ("a", "b")]
+    stub_page.open_anew()
+    stub_page.wait_row("suggestions", "llama3.1:8b", "about 4.9 GB to fetch")
+    stub_page.wait_row("suggestions", "a", "size not asked for")
+    asked = "/api/models/recommendations?sizes=true"
+    assert not stub.polled[asked]
+    stub.recommended[2] |= {"size_bytes": 9_600_000_000, "download_bytes": 9_600_000_000}
+    stub.recommended[3] |= {"code": "registry_unreachable", "reason": "no such host"}
+    stub_page.element("suggested").find_element(By.XPATH, "./button").click()
+    stub_page.wait_row("suggestions", "a", "9.6 GB to fetch")
+    stub_page.wait_row("suggestions", "b", "size not known")
+    words = "Of 1 model the size is not known: The registry does not answer."
+    stub_page.wait_text("messages", words)
+    assert stub.polled[asked] == 1
+
+
+def test_models_to_begin_with_tell_what_is_here_and_what_has_no_room(stub, stub_page):
+    stub_page.open_anew()
+    stub_page.wait_row("suggestions", "llama3.1:8b", "needs about 6.9 GB of memory · fits")
+    assert stub_page.buttons("suggestions", "llama3.1:8b") == ["Download"]
+    stub.models, stub.pulls = [model(LLAMA)], [pull("LLAMA3.2:1b")]
+    stub.stats["disk"]["free_bytes"] = 5_500_000_000
+    stub_page.poll()
+    rows = [stub_page.row_text("suggestions", name) for name in ("llama3.1:8b", "llama3.2:1b")]
+    assert rows[0].endswith("fits · is on the disk")
+    assert rows[1].endswith("fits · is being downloaded")
+    assert "fetch" not in "".join(rows)
+    assert stub_page.buttons("suggestions", "llama3.1:8b") == []
+    stub.models = []
+    stub_page.poll()
+    row = stub_page.row_text("suggestions", "llama3.1:8b")
+    assert "about 4.9 GB to fetch · too large for the disk, which has 5.5 GB free" in row
+
+
+def test_a_list_of_models_to_begin_with_that_does_not_come_is_asked_for_again(stub, stub_page):
+    failed = {"error": "Not there.", "code": "ollama_unreachable"}
+    stub.answers["GET", "/api/models/recommendations"] = failed
+    stub_page.open_anew()
+    stub_page.wait_text("rests-on", "The list of them is not known")
+    stub.answers.clear()
+    fold = stub_page.element("suggested").find_element(By.TAG_NAME, "summary")
+    fold.click()
+    fold.click()
+    stub_page.wait_row("suggestions", "llama3.1:8b", "fits")
 
 
 def test_models_to_begin_with_say_whether_they_fit_and_by_what(stub, stub_page):
@@ -540,8 +719,30 @@ def test_what_there_is_of_gpus_is_said_in_words(stub, stub_page, state, words):
     assert (words in stub_page.text("state")) != calm
 
 
-def test_a_disk_that_is_almost_full_is_not_green(stub, stub_page):
+def test_what_a_gpu_does_not_tell_is_no_idle_gpu(stub, stub_page):
+    stub.models = [model(LLAMA, share=1)]
+    stub.stats |= gpu_stats(*H100[10], gpus=2)
+    stub.stats["gpus"][1] |= {"utilization_percent": None, "memory_used_mb": None}
     stub_page.poll()
+    assert "load not known · memory not known" in stub_page.row_text("gpus", "GPU-1")
+    assert "not known" not in stub_page.row_text("gpus", "GPU-0")
+    assert "4.9 GB on the GPUs (100 %)" in stub_page.row_text("models", LLAMA)
+    stub.stats["gpu"] = "unified"  # where the system tells the memory
+    stub_page.poll()
+    assert "memory not known" not in stub_page.row_text("gpus", "GPU-1")
+    stub.stats["cpu_percent"] = None
+    stub_page.poll()
+    assert stub_page.row("meters", "load") is None
+
+
+def test_a_disk_that_is_almost_full_is_not_green(stub, stub_page):
+    stub.stats["disk"] |= {"total_bytes": 3_840_000_000_000, "unused_bytes": 4096}
+    stub_page.poll()
+    assert "3.8 TB of 3.8 TB, 76 GB free" in stub_page.row_text("meters", "disk")
+    assert "files that no model uses under 0.1 MB" in stub_page.text("disk")
+    stub.stats["disk"] |= {"total_bytes": 270_553_174_016}
+    stub_page.poll()
+    assert "194 GB of 271 GB, 76 GB free" in stub_page.row_text("meters", "disk")
     meter = stub_page.meter("meters", "disk")
     assert meter["value"] < meter["low"]
     warning = {"code": "disk_low", "message": "The disk is almost full: delete a model."}
@@ -617,6 +818,36 @@ def test_what_happened_stands_in_words_and_in_the_charts(stub, stub_page):
     assert places[:2] == [pytest.approx(75, abs=1), pytest.approx(50, abs=1)]
 
 
+def test_what_was_before_the_service_has_started_is_not_told_as_nothing(stub, stub_page):
+    stub.history = history(["cpu_percent"], [[1]] * 30)
+    stub_page.open_anew()
+    stub_page.wait_text("marks", "Nothing was healed, cleared, reset or restarted since ")
+    stub.history = history(["cpu_percent"], [[1]] * 360)
+    stub_page.open_anew()
+    stub_page.wait_text("marks", "Nothing was healed, cleared, reset or restarted in the last hour")
+
+
+def test_the_numbers_of_marks_do_not_lie_on_each_other(stub, stub_page):
+    stub.history = history(["cpu_percent"], [[1]] * 300)
+    marks = [(900, "cleared"), (1790, "restarted"), (1795, "cleared"), (1800, "reset")]
+    stub.history["marks"] = [{"at": iso(seconds), "kind": kind} for seconds, kind in marks]
+    stub_page.resize(390)
+    stub_page.open_anew()
+    stub_page.wait_text("marks", "4 · ")
+    numbers = "return [...document.querySelectorAll('#axis .mark')].map((each) => each.textContent)"
+    assert stub_page.run(numbers) == ["4", "1–3"]
+
+
+def test_an_hour_that_is_old_does_not_end_now(stub, stub_page):
+    stub.history = history(["cpu_percent"], [[1]] * 300)
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.charts() == ["cpu"], 30, "the chart")
+    ends = "return document.getElementById('axis').textContent"
+    assert stub_page.run(ends) == "1 h agonow"
+    stub.hung.set()
+    wait_for(lambda: re.fullmatch(r"(\d\d:\d\d:\d\d){2}", stub_page.run(ends)), 60, "the times")
+
+
 def test_a_healing_that_failed_is_not_told_as_one(stub, stub_page):
     stub.history = history(["cpu_percent"], [[1]] * 10)
     mark = {"at": iso(50), "kind": "healed", "what": "Ollama", "freed_mb": 0, "ok": False}
@@ -673,6 +904,7 @@ def test_cancel_keeps_the_focus_on_the_page_also_on_a_phone(stub, stub_page):
     stub.models = [model(f"m{n}") for n in range(12)]
     stub.pulls = [pull("a")]
     stub_page.resize(390, 800)
+    stub_page.run("document.getElementById('suggested').open = false")
     stub_page.poll()
     cancel = stub_page.row("pulls", "a").find_element(By.TAG_NAME, "button")
     cancel.send_keys(Keys.ENTER)
@@ -690,6 +922,9 @@ def test_the_focus_goes_from_load_to_unload_when_they_change_places(stub, stub_p
     stub.models = [model("a", share=1)]
     stub_page.poll()
     assert stub_page.focused() == "Unload a"
+    stub.models = [model("a")]
+    stub_page.poll()
+    assert stub_page.focused() == "Load a"
 
 
 def test_the_focus_stays_when_rows_change_places(stub, stub_page):
@@ -754,6 +989,41 @@ def test_whatever_is_there_has_a_role_and_a_name(stub, stub_page):
     assert {role for role, _ in named} >= {"status", "region", "heading", "list", "listitem"}
 
 
+def test_whoever_speaks_the_words_on_a_button_presses_it(stub, stub_page):
+    stub.models = [model("a", share=1), model("b")]
+    stub.pulls = [pull("c"), pull("d", "cancelled", code="cancelled", kept_bytes=1)]
+    stub.updates = [{"name": "b", "state": "newer", "download_bytes": 1_200_000_000}]
+    stub_page.poll()
+    stub_page.element("list-actions").find_element(By.TAG_NAME, "button").click()
+    stub_page.wait_text("messages", "can be updated")
+    stub_page.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    stub_page.poll()
+    names = stub_page.run("""return [...document.querySelectorAll("button, summary")]
+        .map((each) => [each.textContent, each.ariaLabel ?? each.textContent])""")
+    assert ["Update, fetches 1.2\u00a0GB", "Update, fetches 1.2\u00a0GB b"] in names
+    assert [name for name in names if not name[1].startswith(name[0])] == []
+
+
+# A try
+
+
+def test_a_try_says_when_nothing_comes_and_why_it_ended(stub, stub_page):
+    stub.models = [model(LLAMA)]
+    piece = {"model": LLAMA, "response": "One ", "done": False}
+    said = "an error was encountered while running the model: unexpected EOF"
+    lines = [piece, piece, {**piece, "response": ""}, {"error": said, "code": "answer_interrupted"}]
+    stub.answers["POST", "/api/models/try"], stub.slow_lines_s = lines, 3.5
+    stub_page.poll()
+    stub_page.press("models", LLAMA, "Try")
+    stub_page.element("try-prompt").send_keys("Count.")
+    stub_page.click("try-ask")
+    stub_page.wait_text("try-figures", "nothing has come for 3 s")
+    stub_page.wait_text("try-figures", "The model's process ended in the middle of the answer.")
+    assert stub_page.text("try-answer").strip() == "One One"
+    assert stub_page.element("try-answer").get_attribute("aria-busy") == "false"
+    stub_page.click("try-close")
+
+
 # Sizes, colours, movement
 
 
@@ -794,6 +1064,15 @@ def test_what_comes_shifts_nothing(stub, stub_page, width):
     stub.health["warnings"] = [{"code": "x", "message": "A warning, which takes a line."}]
     stub_page.resize(width)
     stub_page.open_anew()
+    assert stub_page.browser.execute_async_script(SHIFTS) < 0.05
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_what_there_is_to_begin_with_shifts_nothing(stub, stub_page, width):
+    stub.slow["/api/models/recommendations"] = 0.7
+    stub_page.resize(width)
+    stub_page.open_anew()
+    wait_for(lambda: stub_page.rows_of("suggestions"), 30, "the models to begin with")
     assert stub_page.browser.execute_async_script(SHIFTS) < 0.05
 
 
