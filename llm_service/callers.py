@@ -1,7 +1,6 @@
 """Who waits for an answer of Ollama's, and whether anything works for him."""
 
 import pathlib
-import time
 import typing
 
 from llm_service.sockets import Connection, connections, own_ends
@@ -64,7 +63,7 @@ class Callers:
         if not tasks and longest_s > CHECK_S and self._works():
             tasks += 1
         whole_waits = [each.wait_s for each in waiting if each.key in whole]
-        streams = sum(each.streams for each in callers)
+        streams = sum(each.streams for each in seen)  # also to this service, as a pull's progress
         return self.judge(now, waits, max(whole_waits, default=0), tasks, streams)
 
     def judge(
@@ -72,7 +71,7 @@ class Callers:
     ) -> None:
         """Judge by the waits in seconds; ``whole_s`` is the longest for a whole request.
 
-        Of the answers under way, ``streams`` are for callers who do not wait.
+        Of the answers under way, ``streams`` are for those who do not wait.
         """
         quiet_s = self._quiet_for(now, waits, tasks)
         self.suspicion = ""
@@ -104,12 +103,12 @@ class Callers:
         """Take the suspicion for a fault, as long as it holds."""
         self.starved = self.suspicion
 
-    def excuse(self) -> None:
-        """Take who waits by now for no evidence, until he sends something: a load passes.
+    def excuse(self, until: float) -> None:
+        """Take who waited then for no evidence, until he sends something: a load has passed.
 
         What he has sent is no whole request: others' files were read just after it.
         """
-        self._excused_until = time.monotonic()
+        self._excused_until = until
 
     def warnings(self) -> list[Json]:
         """Return the warning of /health where callers wait for long."""

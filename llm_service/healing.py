@@ -110,32 +110,36 @@ class Healing:
         self._tell_killed()
         callers = self._watch.callers
         if callers.suspicion and not callers.starved:
-            self._look_into_suspicion()
+            self._beside("queue", self._try_queue)
         if self.self_heal:
             self._heal()
             self._beside("clean", self._clean_list)
 
-    def _look_into_suspicion(self) -> None:
-        """Find out whether callers are starved; without self-healing nothing is tried for it."""
-        if self.self_heal:
-            self._beside("queue", self._try_queue)
-        else:
-            self._watch.callers.confirm()
-
     def _try_queue(self) -> None:
-        """Have a load go through Ollama's queue: where it passes, nobody is starved there."""
+        """Have a load go through Ollama's queue: where it passes, nobody is starved there.
+
+        Also without self-healing: a false alarm would make its owner do far more than that.
+        """
         callers = self._watch.callers
-        line = next(iter(self._watch.loaded), None)
-        if line:
-            name = line["name"]
-        else:
-            name = self._session.any_model()
-        if name is None or not self._trial.passes(name, line):
-            callers.confirm()
-            return
-        callers.excuse()
-        log.info("who waits is not starved: a load of %s went through Ollama's queue", name)
-        self._trial.restore(name, line)
+        began = time.monotonic()
+        for name, line in self._models_to_try():
+            passes = self._trial.passes(name, line)
+            if passes is None:
+                continue
+            if passes:
+                callers.excuse(began)
+                log.info("who waits is not starved: a load of %s went through Ollama's queue", name)
+                return self._trial.restore(name, line)
+            break
+        return callers.confirm()
+
+    def _models_to_try(self) -> typing.Iterator[tuple[str, Json | None]]:
+        """Yield names, each with its line of /api/ps: what is loaded, else one that is not."""
+        for line in self._watch.loaded:
+            yield line["name"], line
+        name = self._session.any_model()
+        if name:
+            yield name, None
 
     def _clean_list(self) -> None:
         held = list(self._watch.held.values())

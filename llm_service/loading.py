@@ -9,6 +9,7 @@ import time
 import typing
 
 from llm_service.errors import TimedOut, Unreachable
+from llm_service.processes import wait_until
 from llm_service.trying import Generation
 from ollama_client import Json, Ollama, ServiceError, name_key
 
@@ -166,21 +167,37 @@ class QueueTrial:
         self._ollama = ollama
         self._runners = runners
 
-    def passes(self, name: str, line: Json | None) -> bool:
-        """Tell whether it gets through; ``line`` of /api/ps is what of the model is loaded.
+    def passes(self, name: str, line: Json | None) -> bool | None:
+        """Tell whether it gets through; None where it has not come to that queue.
 
-        An error of the load's own has come through the queue, too.
+        ``line`` of /api/ps is what of the model is loaded.
         """
-        before = set(self._runners())
         fields = loaded_as(line)
         fields["options"]["num_thread"] = QUEUE_THREADS
+        passed = self._load(name, fields)
+        if passed is not None or not line:
+            return passed
+        # It is loaded so already, or one for MLX, to which options make no difference
+        before = set(self._runners())
+        self._ollama.unload(name)
+        until = time.monotonic() + QUEUE_S
+        if not wait_until(lambda: set(self._runners()) != before, until):
+            return False
+        return self._load(name, fields)
+
+    def _load(self, name: str, fields: Json) -> bool | None:
+        """Ask for a load. An error of its own has come through the queue, too."""
+        before = set(self._runners())
         try:
             self._ollama.load(name, QUEUE_S, **fields)
         except (TimedOut, Unreachable):
             log.info("a load of %s has not got through Ollama's queue in %d s", name, QUEUE_S)
+            return set(self._runners()) != before
         except ServiceError as e:
+            if e.code == "model_not_found":  # it was deleted while it was loaded
+                return None
             return "server busy" not in str(e)  # that queue is full
-        return set(self._runners()) != before
+        return set(self._runners()) != before or None
 
     def restore(self, name: str, line: Json | None) -> None:
         """Have the model as it was, for who comes next. Raises ServiceError."""

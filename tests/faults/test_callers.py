@@ -10,6 +10,7 @@ from helpers.answers import GEMMA, ask, reset, stats, wait_looks
 from helpers.deaf_ollama import stand_in
 from helpers.generation import ENDLESS, PROMPT
 from helpers.waiting import call, wait_for
+from llm_service.loading import QUEUE_THREADS
 
 STUCK_S = 20
 VERDICT_S = STUCK_S + 70  # each sign of work begins the count anew
@@ -129,13 +130,33 @@ def test_while_others_are_served_it_is_a_warning(make):
     assert stats(service)["healed"]["last"] is None
 
 
+def test_beside_a_pull_it_is_a_warning_and_a_fault_thereafter(make, registry):
+    service = make()
+    name = registry.add_random("ns/stalled:latest", 20)
+    registry.stall_after(5_000_000)
+    Starved(service).begin()
+    pull = {"model": name, "insecure": True, "detach": True}
+    assert service.post("/api/models/pull", json=pull).status_code == 202
+
+    def warned():
+        told = health(service)
+        assert told["status"] == "healthy", told
+        return [each["code"] for each in told["warnings"]] == ["callers_waiting"]
+
+    wait_for(warned, VERDICT_S, "the warning")
+    wait_looks(service, 3)
+    assert warned()
+    assert service.delete("/api/models/pull", json={"model": name}).ok
+    wait_for(lambda: stats(service)["healed"]["ollama"] == 1, VERDICT_S, "the healing")
+
+
 HALF = b"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
 
 
-@pytest.mark.parametrize("loaded", [True, False])
-def test_half_a_request_is_no_fault_though_others_came_just_after_it(make, loaded):
+@pytest.mark.parametrize("healing, loaded", [("on", True), ("on", False), ("off", True)])
+def test_half_a_request_is_no_fault_though_others_came_just_after_it(make, healing, loaded):
     """What Ollama reads for the others looks as if it was for that one."""
-    service = make()
+    service = make(LLM_SELF_HEAL=healing)
     server = service.ollama_pid()
     with socket.create_connection(("127.0.0.1", service.ollama_port)) as half:
         half.sendall(HALF)
@@ -163,6 +184,23 @@ def test_half_a_request_is_no_fault_though_others_came_just_after_it(make, loade
             time.sleep(1)
             assert health(service)["status"] == "healthy"
     assert service.log().count(words) == 1
+    assert service.ollama_pid() == server and stats(service)["healed"]["last"] is None
+
+
+def test_half_a_request_is_no_fault_where_the_model_is_loaded_as_it_is_tried(make):
+    """Then it answers past the queue: it has to be unloaded first."""
+    service = make()
+    server = service.ollama_pid()
+    with socket.create_connection(("127.0.0.1", service.ollama_port)) as half:
+        half.sendall(HALF)
+        service.load(GEMMA, num_thread=QUEUE_THREADS)
+
+        def seen():
+            told = health(service)
+            assert told["status"] == "healthy", told
+            return f"a load of {GEMMA} went through Ollama's queue" in service.log()
+
+        wait_for(seen, VERDICT_S + 20, "a look into it")
     assert service.ollama_pid() == server and stats(service)["healed"]["last"] is None
 
 

@@ -287,7 +287,7 @@ def test_who_is_excused_is_no_evidence_any_more_and_who_comes_later_is(
     look()
     call("{}")
     wait_for(lambda: look() or callers.suspicion, 60, "a suspicion")
-    callers.excuse()
+    callers.excuse(time.monotonic())
     for _ in range(30):
         look()
         assert not callers.suspicion
