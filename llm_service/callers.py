@@ -10,14 +10,17 @@ CHECK_S = 4  # of waiting, before it is asked what Ollama does itself
 LOOKS = 10  # for a verdict
 GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
 FILES_BYTES = 1000  # less than a manifest and what it names
+CONTINUE = "HTTP/1.1 100 Continue\r\n\r\n"  # no answer is as short
 
 
 class Request(typing.NamedTuple):
     """The last request of a connection."""
 
     received: int  # bytes of the connection
+    sent: int  # the same, as of the last look
     at: float  # when they were seen
     whole: bool  # Ollama has read files since, as it does once it knows the model's name
+    invited: bool = False  # what was sent since the request before is no answer
 
 
 class Callers:
@@ -42,7 +45,7 @@ class Callers:
 
     def look(self, now: float, pid: int, tasks: int) -> None:
         """Look at a server's connections; ``tasks`` are its runners' answers and loads."""
-        # Before the connections: what a request makes it read shows with the request or after it
+        # Before the connections: what it reads for a request shows with that or after it
         new_bytes = self._new_bytes(pid)
         try:
             seen = connections(self._port)
@@ -52,8 +55,14 @@ class Callers:
         own = own_ends(self._port)
         whole = self._note_requests(seen, now, new_bytes)
         callers = [each for each in seen if each.peer not in own]
-        waiting = [each for each in callers if each.wait_s]
-        waits = [each.wait_s for each in waiting]
+        waits = []
+        whole_s = 0.0
+        for each in callers:
+            wait_s = self._wait_s(each)
+            if wait_s:
+                waits.append(wait_s)
+            if each.key in whole:
+                whole_s = max(whole_s, wait_s)
         longest_s = max(waits, default=0)
         self.report = {
             "connections": len(callers),
@@ -62,9 +71,9 @@ class Callers:
         }
         if not tasks and longest_s > CHECK_S and self._works():
             tasks += 1
-        whole_waits = [each.wait_s for each in waiting if each.key in whole]
-        streams = sum(each.streams for each in seen)  # also to this service, as a pull's progress
-        return self.judge(now, waits, max(whole_waits, default=0), tasks, streams)
+        # Also to this service, such as a pull's progress
+        streams = sum(each.streams for each in seen)
+        return self.judge(now, waits, whole_s, tasks, streams)
 
     def judge(
         self, now: float, waits: list[float], whole_s: float, tasks: int, streams: int = 0
@@ -129,11 +138,12 @@ class Callers:
         for each in seen:
             last = self._requests.get(each.key)
             if last is None:
-                last = Request(0, now, False)
+                last = Request(0, 0, now, False)
             received += each.received - last.received
             if each.received > last.received:
-                last = Request(each.received, now, False)
-            noted[each.key] = last
+                invited = each.sent - last.sent == len(CONTINUE)
+                last = Request(each.received, 0, now, False, invited)
+            noted[each.key] = last._replace(sent=each.sent)
         self._requests = noted
         if new_bytes - received >= FILES_BYTES:
             for key, last in noted.items():
@@ -144,6 +154,14 @@ class Callers:
             if last.whole and last.at > self._excused_until:
                 whole.add(key)
         return whole
+
+    def _wait_s(self, connection: Connection) -> float:
+        """Return for how long a connection's last request has waited; 0 where it does not.
+
+        Who was told to go on, and has done so within the same tick, is not answered.
+        """
+        invited = self._requests[connection.key].invited
+        return connection.wait_s or (connection.tied_s if invited else 0)
 
     def _new_bytes(self, pid: int) -> int:
         """Return how many bytes the server has read since the last look, or since its start."""

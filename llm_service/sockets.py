@@ -24,7 +24,8 @@ MESSAGE = struct.Struct("=IH10x")
 # State, port, the peer's port, address, the peer's address, cookie, inode
 SOCKET = struct.Struct("=xBxx2s2s16s16s4x8s16xI")
 ATTRIBUTE = struct.Struct("=HH")
-TCP_INFO = struct.Struct("=44xI4xI72xQ20xI")  # ms since sent, received; bytes in, segments out
+# Ms since sent and received; bytes that came through, bytes received; segments out
+TCP_INFO = struct.Struct("=44xI4xI64xQQ20xI")
 
 JUST_NOW_MS = 3000
 LONG_AGO_MS = 4000
@@ -38,7 +39,9 @@ class Connection(typing.NamedTuple):
     key: bytes  # the kernel's, for no other
     peer: tuple[bytes, bytes]  # IPv6 address and port
     received: int  # bytes
+    sent: int  # bytes that came through
     wait_s: float  # since it last received, where nothing was sent since; else 0
+    tied_s: float  # the same, where something was sent within the same tick; else 0
     streams: bool  # something was sent just now, long after it last received
 
 
@@ -100,7 +103,7 @@ def ask_kernel(family: int, port: int, states: int) -> typing.Iterator[memoryvie
                 answer = answer[aligned(length) :]
 
 
-def traffic(message: memoryview) -> tuple[int, float, bool]:
+def traffic(message: memoryview) -> tuple[int, int, float, float, bool]:
     """Return what a Connection tells of a socket's traffic.
 
     What comes within the same tick of the kernel's clock as an answer counts as answered.
@@ -111,12 +114,14 @@ def traffic(message: memoryview) -> tuple[int, float, bool]:
         length, kind = ATTRIBUTE.unpack_from(attributes)
         if kind == INFO and length >= ATTRIBUTE.size + TCP_INFO.size:
             figures = TCP_INFO.unpack_from(attributes, ATTRIBUTE.size)
-            sent_ms, received_ms, received, segments = figures
+            sent_ms, received_ms, sent, received, segments = figures
             answered = segments and sent_ms <= received_ms
             waits = received and not answered
-            wait_s = max(received_ms, 1) / 1000 if waits else 0.0
+            since_s = max(received_ms, 1) / 1000
+            wait_s = since_s if waits else 0.0
+            tied_s = since_s if sent_ms == received_ms else 0.0
             streams = sent_ms < JUST_NOW_MS and received_ms > LONG_AGO_MS
-            return received, wait_s, bool(answered and streams)
+            return received, sent, wait_s, tied_s, bool(answered and streams)
         attributes = attributes[aligned(length) :]
     raise OSError("this kernel does not tell when a socket received and sent")
 

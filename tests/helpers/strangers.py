@@ -7,17 +7,23 @@ import sys
 CALLER = """
 import socket, sys
 caller = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-caller.sendall(sys.argv[2].encode())
+first, *others = sys.argv[2:]
+caller.sendall(first.encode())
+for text in others:
+    caller.recv(4096)
+    caller.sendall(text.encode())
 print(flush=True)
 sys.stdin.read()
 """
 
 # It reads as Ollama does: each request, and a file once it knows what is asked for. A request
-# may come in several pieces.
+# may come in several pieces, and in two where its head says so.
 SERVER = """
 import os, socket, sys, threading
 def serve(connection):
     while request := os.read(connection.fileno(), 1 << 16):
+        if request.endswith(b"100-continue"):
+            os.write(connection.fileno(), b"HTTP/1.1 100 Continue\\r\\n\\r\\n")
         if request.endswith(b"}"):
             with open(sys.argv[1], "rb") as file:
                 file.read()
@@ -41,9 +47,9 @@ def program(text, *arguments):
 
 
 @contextlib.contextmanager
-def caller(port, text=""):
-    """A process that has connected, and has sent a text."""
-    with program(CALLER, port, text):
+def caller(port, *texts):
+    """A process that has connected, and has sent a text, and each other once it got an answer."""
+    with program(CALLER, port, *(texts or [""])):
         yield
 
 

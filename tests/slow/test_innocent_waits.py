@@ -5,7 +5,9 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import socket
+import subprocess
 import time
 
 import pytest
@@ -16,14 +18,16 @@ from helpers.deaf_ollama import stand_in
 from helpers.embedding import add_embedding_model
 from helpers.frozen import frozen
 from helpers.generation import ENDLESS, PROMPT
+from helpers.ports import free_port
 from helpers.waiting import call, wait_for
 
-# By hand for as long as one likes, with the real limits: a verdict then takes 24 s. Else by
-# smaller ones: it takes 10 s.
+# By hand for as long as one likes, with the real limits: a verdict takes LLM_TEST_STUCK_S and 16 s
+# more. Else by smaller ones: it takes 10 s.
 BY_HAND = os.environ.get("LLM_TEST_WAIT_S")
 WAIT_S = float(BY_HAND or 16)
 SMALL = {"llm_service.callers.LOOKS": 3, "llm_service.callers.CHECK_S": 1}
-LIMITS = {"LLM_STUCK_SECONDS": 10 if BY_HAND else 4, "constants": None if BY_HAND else SMALL}
+STUCK_S = os.environ.get("LLM_TEST_STUCK_S", 20) if BY_HAND else 4
+LIMITS = {"LLM_STUCK_SECONDS": STUCK_S, "constants": None if BY_HAND else SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,17 @@ def test_a_model_that_loads_for_long(service):
         assert [each["state"] for each in stats(service)["runners"]] == ["loading"]
 
 
+def test_a_runner_that_tells_nothing_of_its_work(make_service, tmp_path):
+    """As MLX's does."""
+    mlx = make_service(PATH=stand_in(tmp_path), WORKING_RUNNER="1", **LIMITS)
+    wait_for(mlx.runners, 30, "the runner")
+    body = {"model": "mlx", "prompt": "Why?"}
+    with contextlib.closing(Request(mlx, "/api/generate", body)):
+        endure(mlx)
+        assert [each["state"] for each in stats(mlx)["runners"]] == ["unwatched"]
+    assert stats(mlx)["healed"]["last"] is None
+
+
 # What the server does
 
 
@@ -202,6 +217,46 @@ def test_connections_that_are_kept_and_those_that_say_nothing(service):
             silent = socket.create_connection(("127.0.0.1", service.ollama_port))
             stack.enter_context(silent)
         endure(service, waits=False)
+
+
+PROXY = """
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 1h
+    timeout server 1h
+frontend callers
+    bind 127.0.0.1:{port}
+    default_backend ollama
+backend ollama
+    http-reuse always
+    server ollama 127.0.0.1:{upstream} pool-purge-delay 1h
+"""
+
+
+@contextlib.contextmanager
+def haproxy(folder, upstream):
+    """A proxy that keeps its connections to the server: its port."""
+    if not shutil.which("haproxy"):
+        pytest.skip("no haproxy: tests/run.sh --system installs it")
+    port = free_port()
+    configuration = folder / "haproxy.cfg"
+    configuration.write_text(PROXY.format(port=port, upstream=upstream))
+    with subprocess.Popen(["haproxy", "-f", configuration]) as process:
+        try:
+            yield port
+        finally:
+            process.kill()
+
+
+def test_a_proxy_that_keeps_its_connections(service, tmp_path):
+    with haproxy(tmp_path, service.ollama_port) as port:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: call("GET", f"{url}/api/version").ok, 30, "the proxy")
+        assert call("POST", f"{url}/api/show", json={"model": GEMMA}).ok
+        endure(service, waits=False)
+        assert stats(service)["callers"]["connections"] > 0
+        assert not stats(service)["callers"]["waiting"]
 
 
 def test_a_caller_who_does_not_read_his_answer(service):

@@ -174,7 +174,7 @@ def look(server, callers):
 @pytest.fixture
 def call(server):
     with contextlib.ExitStack() as stack:
-        yield lambda text="": stack.enter_context(strangers.caller(server.port, text))
+        yield lambda *texts: stack.enter_context(strangers.caller(server.port, *texts))
 
 
 def test_strangers_are_counted_and_the_services_own_connections_are_not(
@@ -189,6 +189,16 @@ def test_strangers_are_counted_and_the_services_own_connections_are_not(
     assert callers.report["connections"] == 2
     assert callers.report["waiting"] == 1
     assert 0.1 <= callers.report["longest_wait_s"] < 30
+
+
+def test_who_was_told_to_go_on_waits_for_his_answer(callers, look, call):
+    """As curl asks before it sends much; the kernel's clock often tells no order of the two."""
+    for _ in range(20):
+        call("Expect: 100-continue", "{}")
+    wait_for(lambda: look() or callers.report["connections"] == 20, 30, "all are seen")
+    assert callers.report["waiting"] == 20
+    look()
+    assert callers.report["waiting"] == 20
 
 
 def test_nobody_is_there(callers, look):

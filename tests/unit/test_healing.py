@@ -14,7 +14,7 @@ from helpers.waiting import wait_for
 from llm_service import healing, runner_state
 from llm_service.callers import Callers
 from llm_service.downloads import Downloads
-from llm_service.errors import TimedOut
+from llm_service.errors import ServiceError, TimedOut
 from llm_service.healing import HEALINGS, ORPHAN_S, Healing
 from llm_service.machine import Machine
 from llm_service.manifests import Manifest
@@ -402,11 +402,45 @@ def test_who_waits_is_starved_where_no_load_goes_through_the_queue(place, suspec
     assert place.healing.healed["ollama"] == 1
 
 
-def test_without_self_healing_nothing_is_loaded_to_find_out(place, suspected):
+def test_without_self_healing_it_is_found_out_too_and_nothing_is_healed(place, suspected):
+    def load(_):
+        raise TimedOut("timeout", "no answer")
+
+    suspected.queue = [load]
     place.healing.self_heal = False
     place.healing.after_look()
-    assert suspected.starved == suspected.suspicion
+    assert suspected.starved == suspected.suspicion and not suspected.queue
+    assert place.healing.healed["last"] is None
     assert place.server.is_running()
+
+
+def test_a_load_that_is_answered_past_the_queue_tells_nothing(place, suspected, monkeypatch):
+    """So answers a model that is loaded as it is tried, and one for MLX: it is unloaded first."""
+    unloaded = []
+
+    def unload(name, *_):
+        unloaded.append(name)
+        end(place.process[A])
+        wait_for(lambda: len(place.found.runners()) == 1, 20, "its end")
+
+    def load(_):
+        assert unloaded
+        raise TimedOut("timeout", "no answer")
+
+    monkeypatch.setattr(place.watch.ollama, "unload", unload)
+    suspected.queue = [load, lambda _: None]  # the last comes first
+    place.healing.after_look()
+    assert suspected.starved and not suspected.queue
+
+
+def test_a_model_that_was_deleted_while_it_was_loaded_tells_nothing(place, suspected, monkeypatch):
+    def load(_):
+        raise ServiceError("model_not_found", "no such model")
+
+    suspected.queue = [load] * len(place.watch.loaded)
+    monkeypatch.setattr(place.healing._session, "any_model", lambda: None)
+    place.healing.after_look()
+    assert suspected.starved and not suspected.queue
 
 
 def test_a_disk_that_hangs_holds_up_no_kill(place, monkeypatch):
