@@ -174,10 +174,17 @@ class QueueTrial:
         """
         fields = loaded_as(line)
         fields["options"]["num_thread"] = QUEUE_THREADS
-        passed = self._load(name, fields)
-        if passed is not None or not line:
-            return passed
-        # It is loaded so already, or one for MLX, to which options make no difference
+        try:
+            passed = self._load(name, fields)
+            if passed is None and line:
+                passed = self._load_anew(name, fields)
+        except ServiceError as e:
+            log.info("%s is not tried: %s", name, e)  # it was deleted while it was loaded
+            return None
+        return passed
+
+    def _load_anew(self, name: str, fields: Json) -> bool | None:
+        """Unload it first: it is loaded as it is tried, or for MLX, which no option changes."""
         before = set(self._runners())
         self._ollama.unload(name)
         until = time.monotonic() + QUEUE_S
@@ -194,8 +201,8 @@ class QueueTrial:
             log.info("a load of %s has not got through Ollama's queue in %d s", name, QUEUE_S)
             return set(self._runners()) != before
         except ServiceError as e:
-            if e.code == "model_not_found":  # it was deleted while it was loaded
-                return None
+            if e.code == "model_not_found":
+                raise
             return "server busy" not in str(e)  # that queue is full
         return set(self._runners()) != before or None
 

@@ -29,6 +29,8 @@ SMALL = {"llm_service.callers.LOOKS": 3, "llm_service.callers.CHECK_S": 1}
 STUCK_S = os.environ.get("LLM_TEST_STUCK_S", 20) if BY_HAND else 4
 LIMITS = {"LLM_STUCK_SECONDS": STUCK_S, "constants": None if BY_HAND else SMALL}
 
+pytestmark = pytest.mark.timeout(180 + WAIT_S)
+
 
 @pytest.fixture(scope="module")
 def service(make_module_service, gguf):
