@@ -8,6 +8,7 @@ import typing
 import psutil
 
 import gpu
+from llm_service.answers import slot_counters
 from llm_service.matching import Held, version
 from llm_service.processes import (
     Runner,
@@ -69,10 +70,13 @@ class Clearing:
         self._choose()
         self._agreed: list[Json] = []  # lines that Ollama has agreed to unload
         self._killed: dict[Runner, str] = {}  # and why
+        self._work: dict[Runner, list] = {}  # what each was at last before it was asked to go
         self._ghosts: list[Runner] = []  # dead ones whose end Ollama waits for
 
     def run(self) -> None:
         """Do it; the report tells how it went."""
+        if not self._force:
+            in_parallel(self._note_work, living(self._mine))
         self._agreed = self._unload()
         if self._asked:
             names = ", ".join(line["name"] for line in self._asked)
@@ -225,13 +229,32 @@ class Clearing:
             return "hung"
         return "busy" if self._is_busy(runner) else "idle"
 
-    def _is_busy(self, runner: Runner) -> bool:
-        """Tell whether something is under way in a runner, also where that cannot be told."""
+    def _slots(self, runner: Runner) -> list[Json] | None:
+        """Return a runner's slots; None where it does not tell."""
         try:
-            slots = self._ollama.runner_slots(runner.port, CLEAR_RUNNER_S)
+            return self._ollama.runner_slots(runner.port, CLEAR_RUNNER_S)
         except ServiceError:
+            return None
+
+    def _note_work(self, runner: Runner) -> None:
+        """Note what a runner was at last, by which it shows that it has been asked since."""
+        slots = self._slots(runner)
+        if slots:
+            self._work[runner] = work_of(slots)
+
+    def _is_busy(self, runner: Runner) -> bool:
+        """Tell whether something is under way in a runner, also where that cannot be told.
+
+        Without ``force`` so is one that has been asked since the clear began: while it is looked
+        at, the next request of its callers may be on its way.
+        """
+        slots = self._slots(runner)
+        if slots is None or is_working(slots):
             return True
-        return slots is None or is_working(slots)
+        if self._force:
+            return False
+        known = self._work.get(runner)
+        return work_of(slots) != known
 
     # Reporting
 
@@ -347,6 +370,11 @@ class Clearing:
             "after_mb": after_mb,
             "freed_mb": freed_mb,
         }
+
+
+def work_of(slots: list[Json]) -> list[tuple]:
+    """Return what a runner is at, or was at last, by its slots."""
+    return list(map(slot_counters, slots))
 
 
 def by_key(names: typing.Iterable[str | None]) -> dict[str, str]:

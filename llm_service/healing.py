@@ -68,7 +68,8 @@ class Healing:
 
     def action(self, state: RunnerState) -> str:
         """Return what heals this runner's fault, as /health recommends it."""
-        if state.survives or state.runner in self._unended:
+        outlives = state.survives or state.runner in self._unended
+        if outlives and alive(state.process):  # else a restart of the server lets it go
             return "reboot_host"
         if not self.self_heal:
             return "reset_session"
@@ -203,6 +204,8 @@ class Healing:
         """Restart a server that hangs or starves its callers."""
         server = self._processes.server()
         callers = self._watch.callers
+        if server and self._processes.ending(server):
+            return  # another signal would help no more than the first
         if self._watch.server_state.hung(server):
             why = f"hung: no answer to /api/version in {HUNG_LOOKS} looks"
             self._restart_server(SERVER, why, {}, lambda: self._is_still_hung(server))
@@ -314,9 +317,9 @@ class Healing:
 
     def _is_still_hung(self, judged: psutil.Process | None) -> bool:
         """Ask the server that was judged once more: another one has not had its time."""
-        if judged is None or self._processes.server() != judged:
+        if self._watch.server_state.answers(ASK_S) or judged is None:
             return False
-        return not self._watch.server_state.answers(ASK_S)
+        return self._processes.server() == judged and not self._processes.ending(judged)
 
     def _is_still_starved(self, judged: psutil.Process | None) -> bool:
         """Look at its callers once more."""
@@ -344,7 +347,8 @@ class Healing:
             # Who waits to clear shall not wait for its answer
             failure = self._session.restart(Steps(), deadline, 0, WHY_S, False)
             freed_mb = max(0, before_mb - used_mb(runners)[1])
-            self._server_failure = failure or None
+            no_new_one = failure == "restart_service"  # else /health tells how the end goes on
+            self._server_failure = failure if no_new_one else None
             self._note_healing("ollama", name, why, freed_mb, not failure, evidence)
             self._watch.look()
 

@@ -15,7 +15,7 @@ from llm_service.processes import MB, life
 from llm_service.session import Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.watch import Watch, bytes_of
-from ollama_client import Json, ServiceError, timestamp
+from ollama_client import Json, ServiceError, name_key, timestamp
 
 HEALTH_S = 3
 ASK_S = 0.6  # two such questions and a list stay within HEALTH_S
@@ -79,7 +79,7 @@ class Health:
             "loaded": [model["name"] for model in loaded],
             "ollama_version": self._watch.server_state.known_version(),
             "gpu": reading["state"],
-            "recommended_action": gpu.ACTIONS[reading["state"]],
+            "recommended_action": self._machine.gpu_action(),
             "load": self._session.loader.load,
             "runners": self._watch.runners(),
             "looked_at": timestamp(self._watch.looked_at),
@@ -124,10 +124,11 @@ class Health:
         if not faults:
             return None
         action, state = min(faults, key=lambda each: SEVERITY.index(each[0]))
-        word = "survived" if state.survives else state.state
+        survives = self._watch.survives(state.runner)
+        word = "survived" if survives else state.state
         words = f"The runner of {state.model or state.process.pid} is "
         words += f"{'a ' if word == 'ghost' else ''}{word}: {state.evidence}."
-        if state.survives:
+        if survives:
             words = f"Process {state.process.pid} does not end, not even by SIGKILL."
         error = unhealthy(f"runner_{word}", words, action)
         error.fields["runners"] = self._watch.runners()
@@ -195,7 +196,8 @@ class Health:
             words = f"{path} cannot be written: chown -R it to the user of the service."
             warnings.append(("store_not_writable", words))
         load = self._session.loader.load
-        if load and load["state"] == "failed":
+        listed = {name_key(model["name"]) for model in loaded}  # by another caller's load, later
+        if load and load["state"] == "failed" and name_key(load["model"]) not in listed:
             words = f"{load['model']} did not load: {load['error']}"
             warnings.append(("load_failed", words))
         if slow:

@@ -21,7 +21,7 @@ log = logging.getLogger("llm-service")
 LOOK_S = 2
 DISK_LOOK_S = 60
 SLOW_S = 1.0  # a look at the store that is under way for longer
-LOST_LOOKS = 3  # in a row, until the GPU counts as lost
+SAME_LOOKS = 3  # in a row, until a state of the GPU counts: one bad answer is none
 
 
 class Machine:
@@ -39,7 +39,7 @@ class Machine:
         self.store_read_only = False
         self.models: dict[str, list[str]] = {}  # as Store.models gives them
         self.read_at = 0.0  # when the GPUs were read last, monotonic
-        self._lost_looks = 0
+        self._same_looks = 0
         self._disk_key: object = None
         self._began: float | None = None  # the look at the store that is under way, monotonic
 
@@ -50,8 +50,14 @@ class Machine:
             threading.Thread(target=_repeat, args=(look,), daemon=True).start()
 
     def gpu_is_lost(self) -> bool:
-        """Tell whether the GPU has been lost for some looks: one bad answer is no loss."""
-        return self._lost_looks >= LOST_LOOKS
+        """Tell whether the GPU has been lost for some looks."""
+        return self.gpu["state"] == "lost" and self._same_looks >= SAME_LOOKS
+
+    def gpu_action(self) -> str:
+        """Return what heals the GPU's state; "wait" until that has been so for some looks."""
+        action = gpu.ACTIONS[self.gpu["state"]]
+        counts = action == "none" or self._same_looks >= SAME_LOOKS
+        return action if counts else "wait"
 
     def store_is_slow(self) -> bool:
         """Tell whether the models' disk keeps a look waiting."""
@@ -65,9 +71,11 @@ class Machine:
     def measure(self) -> None:
         """Take the figures of the GPUs, the memory and the CPU."""
         began = time.monotonic()
-        self.gpu = gpu.sample()
+        reading = gpu.sample()
+        same = reading["state"] == self.gpu["state"]
+        self._same_looks = self._same_looks + 1 if same else 1  # before others see the state
+        self.gpu = reading
         self.read_at = began  # later than that: who takes it before is on the safe side
-        self._lost_looks = self._lost_looks + 1 if self.gpu["state"] == "lost" else 0
         self.memory = psutil.virtual_memory()
         self.cpu_percent = psutil.cpu_percent()  # since the look before
 

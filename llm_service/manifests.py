@@ -22,6 +22,7 @@ from llm_service.files import Ages, below, stamp
 from ollama_client import DIGEST, MANIFEST_PLACE, Json, name_key, place_key, plain_key
 
 MANIFEST_LIMIT_BYTES = 1 << 24
+SOON_S = 0.5
 LENT = "llm-service/unload"  # a model of which each tag is a name lent for a moment
 _WEIGHTS = "application/vnd.ollama.image.model"
 _BLOB_DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")  # [manifest.ValidateDigest]
@@ -69,6 +70,7 @@ class Manifests:
         self._lending = threading.Lock()
         self._signature: tuple[tuple, ...] = ()
         self._read: tuple[tuple | None, dict[str, list[Manifest]]] = (None, {})
+        self._late: threading.Thread | None = None  # a reading that the disk keeps waiting
 
     def there(self) -> dict[str, list[Manifest]]:
         """Map keys to the files where Ollama looks; several differ in upper and lower case."""
@@ -78,6 +80,26 @@ class Manifests:
             manifests = self._read_manifests()
             self._read = signature, manifests
         return manifests
+
+    def soon(self, limit_s: float = SOON_S) -> dict[str, list[Manifest]]:
+        """Return what is there, or what was there last where the disk takes longer to tell.
+
+        For what a hanging disk must not hold up, and may be a moment old.
+        """
+        found: list[dict[str, list[Manifest]]] = []
+
+        def read() -> None:
+            found.append(self.there())
+
+        late = self._late
+        if late is None or not late.is_alive():
+            reading = threading.Thread(target=read, daemon=True)
+            reading.start()
+            reading.join(limit_s)
+            self._late = reading
+        if found:
+            return found[0]
+        return self._read[1]
 
     @contextlib.contextmanager
     def lent_name(self, weights: typing.Iterable[str]) -> typing.Iterator[str]:

@@ -154,7 +154,7 @@ class Matching:
 
     def _there(self) -> typing.Iterator[tuple[str, Manifest]]:
         """Yield the models on the disk that Ollama can load: the key of each and its manifest."""
-        for key, found in self._manifests.there().items():
+        for key, found in self._manifests.soon().items():
             for manifest in found:
                 if manifest.layers:
                     yield key, manifest

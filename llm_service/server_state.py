@@ -75,12 +75,15 @@ class ServerState:
         self._silent = server, 0
         self._change("answering")
 
-    def note_silence(self, server: psutil.Process | None) -> None:
-        """Note that this server has not answered a look, or that there is none."""
+    def note_silence(self, server: psutil.Process | None, counts: bool = True) -> None:
+        """Note that this server has not answered a look, or that there is none.
+
+        ``counts`` is whether it is one of the looks in a row that tell a hang.
+        """
         now = self._clock()
         known, looks = self._silent
         goes_on = server == known and now - self._looked_at <= GAP_S
-        self._silent = server, looks + 1 if goes_on else 1
+        self._silent = server, (looks if goes_on else 0) + counts
         self._looked_at = now
         if server is None:
             if self._processes.ever_started():
@@ -114,7 +117,7 @@ class ServerState:
         A stopped one is asked, which tells that it hangs.
         """
         asked, cpu_s, loaded = self._listed
-        if asked and not self._silent[1] and life(asked).runs:
+        if asked and self.state == "answering" and life(asked).runs:
             if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
                 return loaded
         return self.ask_loaded(self._processes.server(), timeout_s)

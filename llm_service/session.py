@@ -75,7 +75,7 @@ class Session:
         """Clear all, restart Ollama where it must be, load the model that is due."""
         came = self._arrival()
         key = (model and name_key(model), restart)
-        self._store.require(model)
+        self._store.require(model, soon=True)
         return self.resets.get(
             lambda: self._reset(model, restart, came),
             RESET_S + SHARE_S,
@@ -111,7 +111,7 @@ class Session:
         came: Arrival,
     ) -> Clearing:
         """Clear, or share a clear that serves who came then."""
-        self._store.require(model)
+        self._store.require(model, soon=True)
 
         def work() -> Clearing:
             if time.monotonic() > deadline - ENDING_S:
@@ -221,7 +221,8 @@ class Session:
         """End the server, heed SIGTERM or not, and wait for the launcher's new one.
 
         Returns what would heal where that has failed, else "". It is no failure that the new
-        one is starting yet.
+        one is starting yet, nor that the old one took its time. One that has not ended yet may
+        take more: /health tells when only a reboot helps.
         """
         old = self._processes.server()
         self._downloads.reconnect()  # while Ollama still keeps their parts
@@ -235,9 +236,9 @@ class Session:
         self._restarted_at = time.monotonic()
         state = "answers" if answers else "it is starting"
         steps.note("start_ollama", comes, state, "none comes")
-        if not ended:
-            return "reboot_host"
-        return "" if comes else "restart_service"
+        if comes:
+            return ""
+        return "restart_service" if ended else "wait"
 
     def _is_new(self, old: psutil.Process | None) -> bool:
         """Tell whether there is a server, and another one than that."""
@@ -260,7 +261,7 @@ class Session:
 
     def model_due(self, model: str | None, unloaded: list[str]) -> str | None:
         """Return the first that is downloaded: the one named, the default, what was loaded."""
-        there = self._store.models()
+        there = self._store.models(soon=True)
         for name in (model, self._default_model, *unloaded):
             if name and name_key(name) in there:
                 return name
@@ -271,7 +272,7 @@ class Session:
         due = self.model_due(None, [])
         if due:
             return due
-        for name, digests in self._store.models().items():
+        for name, digests in self._store.models(soon=True).items():
             if digests:
                 return name
         return None

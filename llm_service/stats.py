@@ -30,7 +30,7 @@ class Stats:
             "timestamp": timestamp(time.time()),
             "gpu": reading["state"],
             "gpus": reading["gpus"],
-            "recommended_action": gpu.ACTIONS[reading["state"]],
+            "recommended_action": self._machine.gpu_action(),
             "memory": self._memory(),
             "disk": self._machine.disk,
             "runners": self._watch.runners(),

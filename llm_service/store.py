@@ -41,10 +41,16 @@ class Store:
 
     # Models
 
-    def models(self) -> dict[str, list[str]]:
-        """Map each model's ``plain_key`` to its digests (hex), those of the weights first."""
+    def models(self, soon: bool = False) -> dict[str, list[str]]:
+        """Map each model's ``plain_key`` to its digests (hex), those of the weights first.
+
+        ``soon`` rather gives the last reading than wait for a disk that hangs.
+        """
         found: dict[str, list[str]] = {}
-        for key, manifests in self.manifests.there().items():
+        read = self.manifests.there
+        if soon:
+            read = self.manifests.soon
+        for key, manifests in read().items():
             for manifest in manifests:
                 if manifest.layers is not None:
                     digests = found.setdefault(key, [])
@@ -55,11 +61,14 @@ class Store:
         """Return what changes whenever a model does; None where that is not certain."""
         return self.manifests.signature()
 
-    def require(self, model: str | None) -> None:
-        """Raise ServiceError ``model_not_found`` for a model that is not downloaded."""
-        if model and name_key(model) not in self.models():
+    def require(self, model: str | None, soon: bool = False) -> None:
+        """Raise ServiceError ``model_not_found`` for a model that is not downloaded.
+
+        ``soon`` as in ``models``.
+        """
+        if model and name_key(model) not in self.models(soon):
             words = f"There is no model {model}"
-            if plain_key(model) in self.manifests.there():
+            if plain_key(model) in self.manifests.soon():
                 words += f", which Ollama takes for {name_key(model)}"
             raise ServiceError(
                 "model_not_found",

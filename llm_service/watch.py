@@ -15,6 +15,7 @@ from llm_service.matching import Held
 from llm_service.processes import (
     Processes,
     Runner,
+    alive,
     cpu_seconds,
     end,
     life,
@@ -101,12 +102,16 @@ class Watch:
         return list(self._states.values())
 
     def faults(self) -> list[RunnerState]:
-        """Return the runners with a fault. A ghost of the server before holds nobody up."""
+        """Return the runners with a fault that are there yet.
+
+        A ghost of the server before holds nobody up, nor does one that has gone since.
+        """
         server = self.processes.server()
         found = []
         for state in self.states():
-            lasts = state.survives or state.state != "ghost"
-            if state.faulty and (lasts or unreaped(state.process, server)):
+            lives = state.survives or state.state != "ghost"
+            holds = lives and alive(state.process)
+            if state.faulty and (holds or unreaped(state.process, server)):
                 found.append(state)
         return found
 
@@ -116,9 +121,9 @@ class Watch:
         return state is not None and state.state == "stuck"
 
     def survives(self, runner: Runner) -> bool:
-        """Tell whether SIGKILL had not ended a runner for long, at the last look."""
+        """Tell whether SIGKILL has not ended a runner for long."""
         state = self._states.get(runner)
-        return state is not None and state.survives
+        return state is not None and state.survives and alive(runner.process)
 
     def known_runners(self) -> list[Runner]:
         """Return the runners that live, and those seen earlier whose end is waited for."""
@@ -131,7 +136,10 @@ class Watch:
         return known
 
     def look(self, deadline: float | None = None) -> None:
-        """Look at everything once; before a deadline only if there is time for a hang."""
+        """Look at everything once; before a deadline only if there is time for a hang.
+
+        A look with a deadline is a caller's: it tells no hang, as many may come at once.
+        """
         wait_s = 60.0
         if deadline:
             left_s = deadline - time.monotonic()
@@ -142,7 +150,7 @@ class Watch:
             self.gpu_read_at = self.machine.read_at
             self.gpu = self.machine.gpu
             server = self.server = self.processes.server()
-            self._ask_server(server)
+            self._ask_server(server, counts=deadline is None)
             self._find_runners()
             self._look_at_runners(self.states(), server)
             self._look_at_callers(server)
@@ -195,7 +203,7 @@ class Watch:
 
     # Looking
 
-    def _ask_server(self, server: psutil.Process | None) -> None:
+    def _ask_server(self, server: psutil.Process | None, counts: bool) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
         try:
             self.loaded = self.server_state.ask_loaded(server, RUNNER_ASK_S)
@@ -205,7 +213,7 @@ class Watch:
             if self.server_state.answers():
                 self.server_state.note_answer(server)
             else:
-                self.server_state.note_silence(server)
+                self.server_state.note_silence(server, counts)
 
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""

@@ -1,5 +1,6 @@
 """Clear, reset and recover where Ollama unloads as on a GPU: one model every five seconds."""
 
+import threading
 import time
 
 import pytest
@@ -93,6 +94,29 @@ def test_a_sparing_clear_leaves_the_busy_one(on_gpu):
     assert is_gone(idle)
     busy.goes_on()
     busy.close()
+
+
+def test_a_sparing_clear_spares_one_that_is_asked_again_and_again(on_gpu):
+    on_gpu.load(M1)
+    answers = []
+    stop = threading.Event()
+
+    def caller():
+        body = {"model": M2, "prompt": "1 2", "stream": False, "options": {"num_predict": 1}}
+        while not stop.wait(0.5):  # in which it is idle
+            answers.append(on_gpu.ollama("POST", "/api/generate", json=body).status_code)
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    try:
+        wait_for(lambda: len(answers) > 1, 60, "answers of m2")
+        on_gpu.ollama("POST", "/api/generate", json={"model": M1, "keep_alive": 0})
+        report = clear(on_gpu, force=False)
+    finally:
+        stop.set()
+        thread.join()
+    assert (report["killed"], report["left"]) == ([], [M2])
+    assert set(answers) == {200}
 
 
 def test_a_delete_of_an_idle_one_does_not_call_it_busy(on_gpu, make_gguf_variant):

@@ -46,6 +46,9 @@ def test_the_gpu_shows(on_gpu):
 def test_each_state_shows_and_passes(on_gpu, state, action, answers):
     on_gpu.nvml.say(**answers)
     wait_for(lambda: stats(on_gpu)["gpu"] == state, 30, "the watch has looked")
+    if action != "none":
+        assert health(on_gpu)["recommended_action"] == "wait"  # one bad answer is no state
+    wait_for(lambda: stats(on_gpu)["recommended_action"] == action, 30, "it has lasted")
     for _ in range(3):
         told = stats(on_gpu)
         assert (told["gpu"], told["recommended_action"]) == (state, action)
@@ -61,7 +64,8 @@ def test_each_state_shows_and_passes(on_gpu, state, action, answers):
 def test_a_lost_gpu_is_unhealthy_and_the_service_must_be_restarted(on_gpu):
     on_gpu.nvml.say(count=UNKNOWN)
     wait_for(lambda: stats(on_gpu)["gpu"] == "lost", 30, "the machine was looked at")
-    assert health(on_gpu)["status"] == "healthy"  # one bad answer is no loss
+    said = health(on_gpu)  # one bad answer is no loss
+    assert (said["status"], said["recommended_action"]) == ("healthy", "wait")
     wait_for(lambda: on_gpu.get("/health").status_code == 503, 60, "a loss for some looks")
     told = health(on_gpu, 503)
     assert (told["status"], told["code"]) == ("unhealthy", "gpu_lost")

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from helpers.answers import (
@@ -24,6 +25,7 @@ from helpers.causes import hung_runner, late_ollama, ollama_dead, ollama_hung
 from helpers.frozen import unkillable
 from helpers.processes import is_gone
 from helpers.waiting import wait_for
+from llm_service.processes import is_ending
 
 BOTH_TEN_TIMES = [CLEAR, RESET] * 10
 
@@ -124,6 +126,18 @@ def test_ollama_and_a_runner_hung_in_mid_answer_are_reset_in_time(idle):
     assert is_gone(waiting.runner)
     wait_loaded(idle, GEMMA)
     ask(idle)
+
+
+def test_an_ollama_that_takes_its_time_to_die_is_no_failure(idle, others):
+    """By the end of the reset the next one is there, though SIGKILL took longer than usual."""
+    server = psutil.Process(idle.ollama_pid())
+    with unkillable(server):
+        resetting = others.submit(reset, idle, restart=True)
+        wait_for(lambda: is_ending(server), 30, "the signal")
+        time.sleep(1.9)  # SIGTERM gets 1 s, SIGKILL 0.5 s
+    assert resetting.result()["model"] == GEMMA
+    assert is_gone(server)
+    wait_loaded(idle, GEMMA)
 
 
 def test_clear_frees_the_memory_of_a_hung_ollama(idle):

@@ -4,9 +4,11 @@ There it waits up to 5 s for the memory of each model, and lists the next one me
 has become of its runner. On a CPU it does not wait.
 """
 
+import itertools
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -15,6 +17,7 @@ import pytest
 import app
 from llm_service import clearing
 from llm_service.clearing import Clearing
+from llm_service.errors import TimedOut
 from llm_service.manifests import Manifest
 from llm_service.processes import Runner, alive, end
 from llm_service.reports import clear_failure
@@ -144,6 +147,34 @@ def test_a_busy_one_or_one_that_does_not_tell_is_spared_and_named(gpu, slots):
     assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
 
 
+def test_one_that_was_asked_since_the_clear_began_is_spared(gpu, monkeypatch):
+    tasks = itertools.count()
+    gpu.refused = ["small:latest"]
+
+    def slots(*_):
+        return [{"is_processing": False, "id_task": next(tasks)}]
+
+    monkeypatch.setattr(app.ollama, "runner_slots", slots)
+    report = gpu.clear(force=False)
+    assert gpu.runners["big:latest"].is_running()
+    assert (report["killed"], report["left"]) == ([], sorted(DIGESTS))
+    assert ended(gpu, gpu.clear(force=True)) == dict.fromkeys(DIGESTS, "idle")
+
+
+def test_one_that_did_not_tell_at_first_what_it_was_at_is_spared(gpu, monkeypatch):
+    late = set(DIGESTS)
+
+    def slots(name, *_):
+        if name in late:
+            late.remove(name)
+            raise TimedOut("ollama_timeout", "late")
+        return IDLE
+
+    monkeypatch.setattr(app.ollama, "runner_slots", slots)
+    report = gpu.clear(force=False)
+    assert (report["killed"], report["left"]) == ([], ["big:latest"])
+
+
 def test_a_sparing_clear_ends_the_idle_one_and_spares_the_busy_one(gpu):
     gpu.slots["small:latest"] = BUSY
     report = gpu.clear(force=False)
@@ -239,3 +270,28 @@ def test_a_reboot_is_advised_only_where_sigkill_has_not_helped_for_long(
     assert report["killed"] and report["left"] and not report["verified"]
     failure = clear_failure(report)
     assert (failure.code, failure.fields["recommended_action"]) == (code, action)
+
+
+def test_a_disk_that_hangs_holds_up_no_clear(gpu, monkeypatch):
+    """Its manifests are read by a thread that is not waited for; what was read last counts."""
+    gpu.slots["big:latest"] = BUSY
+    known = app.store.manifests.there()
+    monkeypatch.setattr(app.store.manifests, "_read", (None, known))
+    goes_on = threading.Event()
+    readings = []
+
+    def hang():
+        readings.append(threading.current_thread())
+        goes_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(app.store.manifests, "there", hang)
+    try:
+        report = app.session.clear("big:latest", True)
+        assert ended(gpu, report) == {"big:latest": "busy"}
+        assert all(reading.is_alive() for reading in readings)
+        assert len(readings) == 1
+    finally:
+        goes_on.set()
+        for reading in readings:
+            reading.join(30)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from llm_service.healing import HEALINGS, ORPHAN_S, Healing
 from llm_service.machine import Machine
 from llm_service.manifests import Manifest
 from llm_service.matching import Matching
-from llm_service.processes import Processes, Runner, end
+from llm_service.processes import Processes, Runner, alive, end
 from llm_service.server_state import HUNG_LOOKS
 from llm_service.session import Session
 from llm_service.store import Store
@@ -195,6 +196,30 @@ def test_one_that_sigkill_does_not_end_is_told_as_failed_and_only_a_reboot_helps
     assert state in place.watch.faults()
 
 
+def test_one_that_has_ended_at_last_needs_no_reboot(place, monkeypatch):
+    """Its server has not let it go yet, as it stands: that is a ghost."""
+    place.look(14)
+    place.server.suspend()
+    monkeypatch.setattr(place.healing, "_may_heal", lambda _: True)
+    state = place.watch.faults()[0]
+    state.survives = True
+    place.healing._unended.add(state.runner)
+    assert place.healing.action(state) == "reboot_host"
+    end(state.process)
+    wait_for(lambda: not alive(state.process), 30, "its end")
+    assert state in place.watch.faults()
+    assert place.healing.action(state) == "wait"
+    assert not place.watch.survives(state.runner)
+
+
+def test_a_runner_that_has_gone_since_the_last_look_is_no_fault(place):
+    place.look(14)
+    gone, other = place.watch.faults()
+    end(gone.process)
+    wait_for(lambda: not gone.process.is_running(), 30, "its end")
+    assert place.watch.faults() == [other]
+
+
 def test_a_model_that_becomes_a_ghost_after_its_end_was_healed_once(place):
     place.look(14)
     place.healing.after_look()
@@ -269,16 +294,38 @@ def test_a_restart_that_brings_no_new_server_is_told_as_failed(place, monkeypatc
     assert place.healing.server_action() == "restart_service"
 
 
-def test_a_server_that_does_not_end_is_told_as_failed(place, monkeypatch):
+def test_a_server_that_does_not_end_is_told_as_failed_once(place, monkeypatch):
+    """How its end goes on is told by /health; no second SIGKILL does more than the first."""
+    sent = []
     monkeypatch.setattr("llm_service.healing.RESET_S", 0.5)
     monkeypatch.setattr("llm_service.server_state.HUNG_LOOKS", 3)
-    monkeypatch.setattr(place.found, "end_server", lambda *_: False)
+    monkeypatch.setattr(place.found, "_send", lambda _, sig: sent.append(sig))
     place.look()
     place.answers = False
     place.look(4)
-    place.healing.after_look()
+    for _ in range(2):
+        place.healing.after_look()
     assert place.healing.healed["failed"] == 1
-    assert place.healing.server_action() == "reboot_host"
+    assert place.found.ending(place.server)
+    assert sent.count(signal.SIGKILL) == 1
+
+
+def test_a_server_that_dies_while_it_is_asked_once_more_is_not_healed(place, monkeypatch):
+    ended = []
+    monkeypatch.setattr("llm_service.server_state.HUNG_LOOKS", 3)
+    monkeypatch.setattr(place.found, "end_server", lambda *_: ended.append(True) or True)
+
+    def answers(*_):
+        end(place.server)
+        wait_for(lambda: not alive(place.server), 30, "its end")
+        return False
+
+    place.look()
+    place.answers = False
+    place.look(4)
+    monkeypatch.setattr(place.watch.server_state, "answers", answers)
+    place.healing.after_look()
+    assert not ended and place.healing.healed["last"] is None
 
 
 def test_the_next_server_is_left_alone_by_a_healing_that_has_waited_for_a_reset(place, monkeypatch):
@@ -350,7 +397,8 @@ def test_one_whose_callers_are_answered_right_before_is_left_alone(place, starve
 
 
 @pytest.mark.usefixtures("starved")
-def test_after_three_such_healings_it_is_left_alone(place):
+def test_after_three_such_healings_it_is_left_alone(place, monkeypatch):
+    monkeypatch.setattr(place.found, "ending", lambda _: False)  # as another one is there
     for _ in range(HEALINGS + 1):
         place.healing.after_look()
     assert place.healing.healed["ollama"] == HEALINGS

@@ -171,7 +171,8 @@ def test_it_is_up_only_where_the_server_that_is_there_has_answered(
 
 @pytest.mark.parametrize("looks", [1, 3])
 def test_a_gpu_is_lost_after_three_looks(monkeypatch, looks):
-    monkeypatch.setattr(app.machine, "_lost_looks", looks)
+    monkeypatch.setattr(app.machine, "gpu", {**app.machine.gpu, "state": "lost"})
+    monkeypatch.setattr(app.machine, "_same_looks", looks)
     assert (app.health_report._gpu_fault() is not None) is (looks == 3)
 
 
@@ -215,6 +216,14 @@ def test_who_waits_for_long_is_a_warning_with_figures(callers):
     (warning,) = [each for each in warnings() if each["code"] == "callers_waiting"]
     assert warning["message"].startswith("2 callers of Ollama have waited for up to 130 s")
     assert (warning["waiting"], warning["longest_wait_s"]) == (2, 130.0)
+
+
+@pytest.mark.parametrize(("loaded", "warned"), [("m:7b", True), ("M:latest", False)])
+def test_a_load_that_has_failed_is_no_news_once_the_model_is_loaded(monkeypatch, loaded, warned):
+    load = {"model": "m", "state": "failed", "error": "no memory"}
+    monkeypatch.setattr(app.session.loader, "load", load)
+    told = app.health_report.find_warnings(app.machine.gpu, [{"name": loaded}])
+    assert ("load_failed" in {each["code"] for each in told}) is warned
 
 
 @pytest.mark.parametrize(("age_s", "warned"), [(3590, False), (3610, True)])

@@ -80,3 +80,15 @@ def test_a_gpu_that_stays_lost_is_lost(place, monkeypatch):
     for _ in range(3):
         place.measure()
     assert place.gpu_is_lost()
+
+
+@pytest.mark.parametrize(
+    ("state", "action"), [("lost", "restart_service"), ("driver_mismatch", "reboot_host")]
+)
+def test_one_bad_answer_of_a_gpu_restarts_and_reboots_nothing(place, monkeypatch, state, action):
+    advised = []
+    for said in (state, "ok", state, state, state):
+        monkeypatch.setattr("gpu.sample", lambda said=said: {"state": said, "gpus": []})
+        place.measure()
+        advised.append(place.gpu_action())
+    assert advised == ["wait", "none", "wait", "wait", action]

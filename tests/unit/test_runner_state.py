@@ -470,6 +470,16 @@ def test_a_server_that_answered_is_hung_after_fifteen_looks(server, watched):
     assert not watched.silence(server, 14)
 
 
+def test_the_looks_of_callers_do_not_hasten_the_verdict(server, watched):
+    """Twenty clears at once look twenty times, while a slow server takes one second."""
+    watched.state.note_answer(server)
+    assert not watched.silence(server, 14)
+    for _ in range(20):
+        watched.state.note_silence(server, counts=False)
+    assert not watched.state.hung(server)
+    assert watched.silence(server, 1)
+
+
 def test_a_server_that_has_not_answered_yet_is_hung_once_its_time_is_over(server, watched):
     watched.age = 299
     assert watched.state.starting(server)

@@ -13,7 +13,7 @@ from helpers.waiting import wait_for
 from llm_service import verifying
 from llm_service.errors import ServiceError
 from llm_service.store import Store
-from llm_service.verifying import Verifying
+from llm_service.verifying import STEP_BYTES, Verifying
 
 
 @pytest.fixture
@@ -353,14 +353,34 @@ def cached_bytes(path):
     return sum(byte & 1 for byte in pages.raw) * mmap.PAGESIZE
 
 
-def test_the_page_cache_is_not_filled(add, verify):
-    blob = add("one:latest", 80_000_000)
+@pytest.fixture(params=[80_000_000, 70_000_000], ids=["80 MB", "70 MB"])
+def blob(request, add):
+    """A file of which nothing is in the page cache; the second ends in a short step."""
+    blob = add("one:latest", request.param)
     with blob.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if cached_bytes(blob):
-            pytest.skip("this file system keeps its pages: a tmpfs")
-        file.read()
-    assert cached_bytes(blob) > 40_000_000  # the kernel may have taken some pages back already
+    if cached_bytes(blob):
+        pytest.skip("this file system keeps its pages: a tmpfs")
+    return blob
+
+
+def test_the_page_cache_is_not_filled(blob, verify):
     assert bad(verify()) == {}
     assert cached_bytes(blob) < 1_000_000  # the kernel may be at work on some pages just then
+
+
+def test_what_was_in_the_page_cache_stays(blob, verify):
+    """A model that is in use would have to be read again."""
+    blob.read_bytes()
+    there = cached_bytes(blob)
+    assert there > 40_000_000  # the kernel may have taken some pages back already
+    assert bad(verify()) == {}
+    assert cached_bytes(blob) > there / 2  # as above
+
+
+def test_what_was_there_in_part_stays_in_part(blob, verify):
+    with blob.open("rb") as file:
+        file.read(STEP_BYTES)
+    assert bad(verify()) == {}
+    assert STEP_BYTES / 2 < cached_bytes(blob) < STEP_BYTES + 4_000_000  # and what is read ahead
