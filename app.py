@@ -329,10 +329,11 @@ def check_site():
         )
     origin = request.headers.get("Origin")
     site = request.headers.get("Sec-Fetch-Site")
-    if origin is not None and not origin_allowed(origin):
+    own_file = request.path.startswith("/static/")  # browsers ask for modules with an Origin
+    if origin is not None and not own_file and not origin_allowed(origin):
         advice = "add it to LLM_ALLOWED_ORIGINS"
-        if site == "same-origin":
-            advice = f"the proxy must pass the browser's Host on as it is; or {advice}"
+        if site in (None, "same-origin"):
+            advice = f"a proxy must pass the browser's Host on as it is; or {advice}"
         message = f"Calls from this origin are refused: {advice}."
         raise ServiceError("origin_not_allowed", message)
     if origin is None and site == "cross-site":

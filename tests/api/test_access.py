@@ -243,6 +243,15 @@ def test_a_browsers_word_counts_for_equal_names_alone(service, host, origin):
     assert "Host" in told and "LLM_ALLOWED_ORIGINS" in told
 
 
+def test_the_pages_files_are_given_to_whatever_origin_a_proxy_makes_of_it(service):
+    headers = {"Host": "127.0.0.1", "Origin": "https://gpu1.lan", **SAME}
+    answer = service.get("/static/page.js", headers=headers)
+    assert answer.status_code == 200
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    for path in ("/", "/api/info"):
+        error(service.get(path, headers=headers), 403, "origin_not_allowed")
+
+
 @pytest.mark.parametrize("site", [None, "same-site", "cross-site", "none", "Same-Origin, none"])
 def test_another_scheme_wants_the_browsers_word(service, site):
     headers = {"Host": "gpu1.lan", "Origin": "https://gpu1.lan"}

@@ -11,6 +11,7 @@ frozen          a process whose main thread stands while the others go on
 generation      a long answer under way
 gpu_ollama      a real Ollama that takes the machine for one with a GPU
 held            a thread held by ptrace, as one whose work never returns
+line_server     an upstream that sends lines when a test says so
 listener        a client of a streamed pull
 models          a real small model, and model stores written without Ollama
 names           model names that Ollama takes, and such that it does not take
@@ -21,6 +22,7 @@ page_stub       a stand-in for the service that plays answers back to the page
 places          folders, and the mark by which a run's processes are found
 ports           free ports
 processes       finding and ending what a test has started
+proxies         eight proxies, each with its configuration
 ptrace          a decode loop that stands
 raw             requests written byte by byte
 registry        a model registry with faults
