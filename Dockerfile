@@ -1,9 +1,7 @@
-# With its registry, as podman asks no other by itself
+# With its registry, as podman asks no other by itself; docker-compose.yml names it, too
 ARG OLLAMA_IMAGE=docker.io/ollama/ollama:0.34.4
-# What compose passes on, which is empty where nothing else is asked for
-ARG IMAGE=
 
-FROM ${IMAGE:-$OLLAMA_IMAGE} AS base
+FROM $OLLAMA_IMAGE AS base
 # A new volume takes over the mode of .ollama: whoever is given by --user can then write to it
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends curl procps python3 \

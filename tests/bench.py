@@ -10,6 +10,7 @@ from a loop in this process, which takes a core of its own.
 """
 
 import contextlib
+import datetime
 import functools
 import importlib
 import json
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+from pathlib import Path
 
 if "LLM_TEST_OLLAMA" not in os.environ:  # by hand: with the packages and the Ollama of the tests
     here = os.path.dirname(os.path.abspath(__file__))
@@ -38,13 +40,18 @@ import psutil
 import requests
 
 from helpers.browser import start_browser
+from helpers.generation import ENDLESS, PROMPT
+from helpers.line_server import LineServer
+from helpers.listener import PULL, pull_of
 from helpers.models import blob_path, model_variant, real_model
 from helpers.ollama_server import OllamaServer
 from helpers.places import ROOT
 from helpers.processes import servers
+from helpers.proxies import KINDS, NAME, PATH, Proxy, stream_of
 from helpers.registry import Registry
 from helpers.service import Service
 from helpers.strangers import program
+from helpers.waiting import wait_for
 
 OLLAMA = os.environ["LLM_TEST_OLLAMA"]
 make = functools.partial(Service, binary=OLLAMA)
@@ -299,6 +306,159 @@ def bench_callers():
         with program(CALLERS, service.ollama_port):
             said = f"{idle:.2f} % CPU when idle, {cpu_percent(api_pids(service), 20):.2f} % beside"
             row("a look at 0 and 200 callers", f"{none_ms:.2f} and {look_ms():.2f} ms CPU", said)
+
+
+# As start.sh passed on what Ollama prints in version 1.1, to compare with.
+LINE_BY_LINE = r"""
+said=''
+while IFS= read -r line; do
+    printf '%s\n' "$line" >&2
+    [[ $said == @(Error|panic|fatal error):\ * ]] || said=$line
+    [[ $line != time=*\ level=[DIW]* ]] || said=''
+done
+"""
+SHORT_PATH = "/api/generate"
+SHORT = {"model": "gemma", "prompt": "1 2", "raw": True, "stream": False}
+SHORT["options"] = {"num_predict": 1, "temperature": 0, "num_ctx": 1024}
+
+
+def bench_log():
+    """What it costs to pass on what Ollama prints, and what callers of 11434 notice of it."""
+    bare = functools.partial(OllamaServer, binary=OLLAMA)
+    with servers(make) as start, servers(bare) as start_bare:
+        service, alone = start(models={"gemma": real_model()}), start_bare()
+        alone.add_model("gemma", real_model())
+        rates = {url: [] for url in (alone.url, service.ollama_url)}
+        with requests.Session() as session:
+            for _ in range(61):
+                for url in rates:
+                    rates[url].append(request_rate(session, url + SHORT_PATH))
+        lines = [f"{line}\n".encode() for line in alone.log().splitlines()[-24:]]
+    own, passed = (values[1:] for values in rates.values())  # the first ones load the model
+    said = f"{shares(passed, own):.3f} × of a bare `ollama serve` that logs to a file"
+    row("short requests through 11434", f"{statistics.median(passed):.0f}/s", said)
+
+    program = [sys.executable, "-IS", f"{ROOT}/llm_service/messages.py"]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"bash": ["bash", "-c", LINE_BY_LINE], "ours": [*program, f"{folder}/state"]}
+        used = {name: [] for name in commands}
+        for _ in range(9):
+            for name, command in commands.items():
+                used[name].append(line_cpu_us(command, lines, f"{folder}/log"))
+    said = f"{shares(used['ours'], used['bash']):.3f} × of {statistics.median(used['bash']):.0f} µs"
+    row("a line that Ollama prints", f"{statistics.median(used['ours']):.1f} µs of CPU", said)
+
+
+def request_rate(session, url):
+    """Return the requests a second of one caller, over half a second."""
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() < began + 0.5:
+        session.post(url, json=SHORT).raise_for_status()
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
+def line_cpu_us(command, lines, file):
+    """Return the CPU time a line of a program that passes on those of 84 requests a second."""
+    with open(file, "wb") as log:
+        pipe = subprocess.PIPE
+        reader = subprocess.Popen(command, stdin=pipe, stdout=log, stderr=log, bufsize=0)
+    with reader:
+        time.sleep(0.5)
+        before = cpu_s([reader.pid])
+        for _ in range(150):
+            for line in lines:
+                reader.stdin.write(line)
+            time.sleep(1 / 84)
+        count = 150 * len(lines)
+        wait_for(lambda: Path(file).read_bytes().count(b"\n") == count, 30, "all lines")
+        used = cpu_s([reader.pid]) - before
+        reader.stdin.close()
+    return used / count * 1e6
+
+
+def bench_proxies():
+    """What proxies add to streamed tokens and lines, and how late they tell of a leaver."""
+    with contextlib.ExitStack() as stack:
+        start = stack.enter_context(servers(make))
+        registry = stack.enter_context(Registry())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        service = start(models={"gemma": real_model()}, LLM_ALLOWED_HOSTS=NAME)
+        service.load("gemma", num_ctx=1024)
+        for kind in (None, *KINDS):
+            if kind and not shutil.which(kind, path=PATH):
+                row(kind, "not there", "")
+                continue
+            through = functools.partial(stream, kind, folder)
+            row(f"a line, {kind or 'no proxy'}", *late_lines(through))
+            row("a token", *late_tokens(through, service))
+            row("a pull whose listener has left", pull_ends(through, service, registry), "")
+
+
+@contextlib.contextmanager
+def stream(kind, folder, port, method, path, body=None):
+    """Give a streamed answer that comes through a proxy; None is none."""
+    with contextlib.ExitStack() as stack:
+        if kind:
+            # Ollama on a loopback address answers to no name.
+            proxy = Proxy(kind, folder, port, rewrites_host=path == SHORT_PATH)
+            stack.callback(proxy.close)
+            yield stack.enter_context(proxy.stream(method, path, body))
+        else:
+            yield stack.enter_context(stream_of(port, method, path, body, {}))
+
+
+def told(late, left_s):
+    """Return two cells."""
+    *most, last = sorted(seconds * 1e3 for seconds in late)
+    of_200 = f"; 95 % below {most[len(most) * 95 // 100]:.1f}, the latest {last:.0f} ms"
+    said = f"{statistics.median(late) * 1e3:.1f} ms late"
+    return said + of_200, f"a leaver is noticed after {left_s:.2f} s"
+
+
+def late_lines(through):
+    """Tell how late 200 lines come that are sent 20 ms apart, each with its time."""
+    late, upstream = [], LineServer()
+
+    def send():
+        while not upstream.left.wait(0.02):
+            upstream.send(f"{time.monotonic()}\n".encode())
+
+    upstream.send(b"a proxy may hold the head back until then\n")
+    with contextlib.closing(upstream):
+        with through(upstream.port, "GET", "/lines") as answer:
+            answer.readline()
+            threading.Thread(target=send, daemon=True).start()
+            while len(late) < 200:
+                sent = float(answer.readline())
+                late.append(time.monotonic() - sent)
+            began = time.monotonic()
+        upstream.left.wait(60)
+    return told(late, time.monotonic() - began)
+
+
+def late_tokens(through, service):
+    """Tell how late 200 tokens come, by when Ollama says that it has made them."""
+    late, asked = [], service.log().count(SHORT_PATH)
+    body = {**SHORT, "prompt": PROMPT, "stream": True, "options": {**ENDLESS, "num_ctx": 1024}}
+    with through(service.ollama_port, "POST", SHORT_PATH, body) as answer:
+        while len(late) < 200:
+            made = json.loads(answer.readline())["created_at"]
+            late.append(time.time() - datetime.datetime.fromisoformat(made).timestamp())
+        began = time.monotonic()
+    wait_for(lambda: service.log().count(SHORT_PATH) > asked, 60, "Ollama's line on the request")
+    return told(late, time.monotonic() - began)
+
+
+def pull_ends(through, service, registry):
+    """Return after how many seconds a download ends whose listener has left the proxy."""
+    registry.rate = 8e6
+    name = registry.add_random(f"ns/{registry.bytes_sent()}:latest", 200)
+    with through(service.port, "POST", PULL, {"model": name, "insecure": True}) as answer:
+        wait_for(lambda: b'"completed_bytes": 0' not in answer.readline(), 60, "a byte")
+        began = time.monotonic()
+    wait_for(lambda: pull_of(service, name)["state"] != "running", 60, "the end of the pull")
+    return f"ends after {time.monotonic() - began:.1f} s"
 
 
 def bench_start():

@@ -15,6 +15,7 @@ class LineServer:
         self.left = threading.Event()
         self._lines = queue.Queue()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.handle_error = lambda *_: None  # a proxy ends its connections as it likes
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 

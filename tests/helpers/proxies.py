@@ -8,6 +8,7 @@ A path below /llm/ is passed on without that prefix.
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from helpers.waiting import call, wait_for
 
 NAME = "llm.example"
 NO_TLS = ("varnishd",)
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 
 NGINX = """
 daemon off; master_process off; pid {folder}/pid; error_log stderr; user root;
@@ -236,7 +237,7 @@ class Proxy:
                 stdout=log,
                 stderr=log,
             )
-        wait_for(self._listens, 20, f"{kind} listens")
+        wait_for(self._passes_on, 60, f"{kind} passes a call on")
 
     def call(self, method, path, **headers):
         """Send a request by name, with {} where it has a body."""
@@ -244,18 +245,12 @@ class Proxy:
         options = {"headers": {"Host": self.host, **headers}, "verify": str(self._authority)}
         return call(method, url, **options, **({"json": {}} if method == "POST" else {}))
 
-    @contextlib.contextmanager
     def stream(self, method, path, body=None):
         """Give the answer to a request by name; at the end the caller has left."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.connect()
+        context = None
         if self.url.startswith("https"):
             context = ssl.create_default_context(cafile=self._authority)
-            connection.sock = context.wrap_socket(connection.sock, server_hostname=NAME)
-        with connection.sock as client:
-            connection.request(method, path, body and json.dumps(body), {"Host": self.host})
-            yield connection.getresponse()
-            client.shutdown(socket.SHUT_RDWR)  # the answer has the socket, too
+        return stream_of(self.port, method, path, body, {"Host": self.host}, context)
 
     def log(self):
         return self._logfile.read_text(errors="replace")
@@ -268,10 +263,22 @@ class Proxy:
             self.process.kill()
             self.process.wait()
 
-    def _listens(self):
+    def _passes_on(self):
         assert self.process.poll() is None, self.log()
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+        return self.call("GET", "/").ok
+
+
+@contextlib.contextmanager
+def stream_of(port, method, path, body, headers, tls=None):
+    """Give the answer to a request; at the end the caller has left."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.connect()
+    if tls:
+        connection.sock = tls.wrap_socket(connection.sock, server_hostname=NAME)
+    with connection.sock as client:
+        connection.request(method, path, body and json.dumps(body), headers)
+        yield connection.getresponse()
+        client.shutdown(socket.SHUT_RDWR)  # the answer has the socket, too
 
 
 def _write_certificates(folder):

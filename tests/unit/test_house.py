@@ -1,6 +1,7 @@
 """The modules import only what lies below them; none of the folder reads the environment."""
 
 import ast
+import re
 
 import pytest
 
@@ -103,3 +104,11 @@ def test_a_module_of_the_folder_is_told_its_settings_and_makes_no_object_of_the_
         and isinstance(node.value.func, ast.Name)
     ]
     assert not classes.intersection(made)
+
+
+def test_compose_builds_on_the_image_that_the_dockerfile_names():
+    image = re.search("^ARG OLLAMA_IMAGE=(.*)", ROOT.joinpath("Dockerfile").read_text(), re.M)[1]
+    assert (
+        f"OLLAMA_IMAGE=${{OLLAMA_IMAGE:-{image}}} "
+        in ROOT.joinpath("docker-compose.yml").read_text()
+    )
