@@ -178,7 +178,8 @@ class ServiceLogger(Logger):
 
     def access(self, resp, req, environ, request_time):
         told = self.atoms(resp, req, environ, request_time)
-        if (told["m"], told["s"]) == ("GET", "200") and told["U"] in self.QUIET_PATHS:
+        is_well = told["m"] == "GET" and told["s"] in ("200", "304")
+        if is_well and told["U"] in self.QUIET_PATHS:
             return
         told["uri"] = ascii(environ["RAW_URI"])[1:-1]
         log.info("%(h)s %(m)s %(uri)s %(s)s %(B)d bytes %(M)d ms", told)

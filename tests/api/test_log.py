@@ -43,7 +43,10 @@ POLLED = ["/health", "/api/stats", "/api/models", "/api/models/pull", "/api/hist
 def test_what_the_page_polls_leaves_no_line_unless_it_fails(service):
     start = len(service.log())
     for path in POLLED:
-        assert service.get(path).status_code == 200
+        answer = service.get(path)
+        assert answer.status_code == 200
+        if tag := answer.headers.get("ETag"):
+            assert service.get(path, headers={"If-None-Match": tag}).status_code == 304
         assert service.get(path, headers={"Host": "evil.example"}).status_code == 403
     service.post("/api/models/pull", data="{")
     service.get("/api/info?last")

@@ -61,6 +61,16 @@ def test_what_is_there_shows_without_a_complaint_of_the_browser(page):
     assert page.complaints() == []
 
 
+def test_an_idle_tab_leaves_no_line_in_the_log(page):
+    page.next_rounds()
+    start = len(page.service.log())
+    page.next_rounds(4)
+    page.service.get("/api/info?last")  # its line comes behind those of the page
+    wait_for(lambda: "/api/info?last" in page.service.log()[start:], 30, "the last line")
+    lines = page.service.log()[start:].splitlines()
+    assert len([line for line in lines if " INFO 127.0.0.1 " in line]) == 1, lines
+
+
 # The last hour
 
 
