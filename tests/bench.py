@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the service costs beside Ollama itself, side by side in one run.
 
-    tests/bench.py                  all sections, in eight minutes
+    tests/bench.py                  all sections, in twelve minutes
     tests/bench.py rates growth     these sections
 
 It prints the README's table, and asserts nothing. What is compared is measured in turn, in
