@@ -165,7 +165,7 @@ function figureAt(shown, words) {
   const figures = shown.map(([name, index]) => {
     const value = sample?.[index] == null ? "not known" : words(sample[index]);
     const gpu = /^gpu(\d+)_/.exec(name);
-    return gpu && shown.length > 1 ? `${gpu[1]}: ${value}` : value;
+    return gpu && shown.length > 1 ? `${gpu[1]}:\u00a0${value}` : value;
   });
   return (pointed === null ? "" : `${clock(1000 * sample[0])} `) + figures.join(", ");
 }
@@ -218,8 +218,11 @@ function showTable() {
   const shown = CHARTS.flatMap((chart) =>
     columns(chart).map(([name, index]) => ({ ...chart, name, index })),
   );
-  const title = ({ label, name }) =>
-    label + (/^gpu(\d+)_/.test(name) ? ` ${/\d+/.exec(name)[0]}` : "");
+  const gpus = new Set(past.series.map((name) => /^gpu\d+/.exec(name)?.[0]).filter(Boolean));
+  const title = ({ label, name }) => {
+    const gpu = gpus.size > 1 && /^gpu(\d+)_/.exec(name); // "GPU load 0" would look like a value
+    return gpu ? label.replace("GPU", `GPU ${gpu[1]}`) : label;
+  };
   const head = element("tr", {}, element("th", { scope: "col" }, "From"));
   head.append(...shown.map((each) => element("th", { scope: "col" }, title(each))));
   const spans = new Map();

@@ -102,7 +102,7 @@ function showMeters({ cpu_percent: cpu, memory, disk }) {
     disk && {
       key: "disk",
       label: low ? "Disk, almost full" : "Disk",
-      figure: `${size(total - free)} of ${size(total)}, ${size(free)} free`,
+      figure: `${size(total - free)} of ${size(total)}, ${size(free)}\u00a0free`,
       value: total - free,
       max: total,
       low,

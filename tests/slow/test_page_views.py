@@ -881,6 +881,26 @@ def test_values_show_under_the_pointer_and_in_a_table(stub, stub_page):
     assert re.fullmatch(r"\d\d:\d\d \d+ %", rows[2])
 
 
+def test_of_several_gpus_each_value_stays_with_its_number(stub, stub_page):
+    for gpus, head, figure in (
+        (1, "From GPU load GPU memory", "38\u00a0%"),
+        (
+            2,
+            "From GPU 0 load GPU 1 load GPU 0 memory GPU 1 memory",
+            "0:\u00a038\u00a0%, 1:\u00a038\u00a0%",
+        ),
+    ):
+        series = [f"gpu{n}_{what}" for n in range(gpus) for what in ("percent", "memory_mb")]
+        stub.stats |= gpu_stats(*H100[10], gpus=gpus)
+        stub.history = history(series, [[38, 18269] * gpus] * 5)
+        stub_page.open_anew()
+        wait_for(lambda: stub_page.charts() == ["load", "vram"], 30, "the charts")
+        shown = "return document.querySelector('#charts [data-key=load] b').textContent"
+        assert stub_page.run(shown) == figure
+        stub_page.element("values").find_element(By.TAG_NAME, "summary").click()
+        stub_page.wait_text("values", head)
+
+
 # Messages, focus, scroll
 
 
