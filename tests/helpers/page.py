@@ -27,7 +27,10 @@ WORDS_OF_METERS = ("value", "low", "high")
 
 
 def wait_for(predicate, timeout, what):
-    """Do as helpers.waiting does, on a page that changes meanwhile."""
+    """Do as helpers.waiting does, on a page that changes meanwhile.
+
+    A look at it takes 10 ms of CPU time, and it changes at its rounds of some seconds.
+    """
 
     def steady():
         try:
@@ -35,7 +38,7 @@ def wait_for(predicate, timeout, what):
         except NOT_YET:
             return False
 
-    return helpers.waiting.wait_for(steady, timeout, what)
+    return helpers.waiting.wait_for(steady, timeout, what, pause_s=0.1)
 
 
 def can_be_used(button):

@@ -5,6 +5,8 @@ import time
 import psutil
 import requests
 
+LONGEST_PAUSE_S = 0.2
+
 
 def call(method, url, **options):
     """Send a request without proxies, on a connection of its own; options as in requests."""
@@ -13,17 +15,20 @@ def call(method, url, **options):
         return session.request(method, url, **{"timeout": 60, **options})
 
 
-def wait_for(predicate, timeout, what):
+def wait_for(predicate, timeout, what, pause_s=0.02):
     """Poll until the predicate is true; return its value.
 
-    A refused connection and a process that has gone count as "not yet".
+    A refused connection and a process that has gone count as "not yet". Who has waited long is
+    in no hurry: polling all the time would take half of what the tests compute.
     """
-    until = time.monotonic() + timeout
+    began = time.monotonic()
+    until = began + timeout
     while True:
         try:
             if value := predicate():
                 return value
         except (requests.RequestException, psutil.NoSuchProcess, ProcessLookupError) as error:
             value = error
-        assert time.monotonic() < until, f"{what}: not within {timeout} s (last seen: {value!r})"
-        time.sleep(0.02)
+        now = time.monotonic()
+        assert now < until, f"{what}: not within {timeout} s (last seen: {value!r})"
+        time.sleep(min(LONGEST_PAUSE_S, pause_s + (now - began) / 10))
