@@ -67,9 +67,11 @@ if [[ ${LINT:-} != off ]]; then
     lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }
 fi
 
+dist=loadfile # the tests of one file share services
+[[ ${1:-} != unit ]] || dist=worksteal
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
 esac
 workers=5 # on two cores: most tests wait
 [[ ${1:-} != *.py* ]] || workers=0
-exec "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
+exec "$python" -m pytest -n "$workers" --dist "$dist" --no-loadscope-reorder "$@"

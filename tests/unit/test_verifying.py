@@ -353,10 +353,10 @@ def cached_bytes(path):
     return sum(byte & 1 for byte in pages.raw) * mmap.PAGESIZE
 
 
-@pytest.fixture(params=[80_000_000, 70_000_000], ids=["80 MB", "70 MB"])
-def blob(request, add):
-    """A file of which nothing is in the page cache; the second ends in a short step."""
-    blob = add("one:latest", request.param)
+@pytest.fixture
+def blob(add):
+    """A file of three steps, the last a short one, of which nothing is in the page cache."""
+    blob = add("one:latest", 2 * STEP_BYTES + 3_000_000)
     with blob.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
