@@ -230,9 +230,21 @@ class Watch:
             states[runner] = state
             if runner.process in self._cpu:
                 cpu[runner.process] = self._cpu[runner.process]
+        self._keep_totals(set(states))
         self._states = states
         self._cpu = cpu
-        self.totals.keep(set(states))
+
+    def _keep_totals(self, runners: set[Runner]) -> None:
+        """Count what those have decoded that have gone in the middle of an answer.
+
+        A runner's own total has that at the end of the answer only.
+        """
+        for state in self.states():
+            if state.runner not in runners:
+                model = state.model or "unknown"
+                told: dict[str, float] = {"tokens": state.tokens}
+                self.totals.note(state.runner, model, told)
+        self.totals.keep(runners)
 
     def _look_at_runners(
         self, states: typing.Collection[RunnerState], server: psutil.Process | None

@@ -4,6 +4,7 @@ Timings here are the contract's limits, and short ones set on purpose.
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -238,6 +239,30 @@ def test_a_stopped_server_is_restarted(well):
 
 
 # Killed
+
+
+def tokens_of(service, name):
+    """Return what the runners of a model have decoded, as /metrics tells it."""
+    found = re.findall(
+        rf'^llm_runner_tokens_total{{model="{name}"}} (\S+)', service.get("/metrics").text, re.M
+    )
+    return float(found[0]) if found else 0
+
+
+def test_what_a_runner_decoded_before_it_was_killed_is_counted(well):
+    """Its own totals rise at the end of an answer only."""
+    before = tokens_of(well, M1)
+    generation = well.generate(M1)
+    (runner,) = well.runners()
+
+    def tokens():
+        return stats(well)["runners"][0]["tokens"]
+
+    wait_for(lambda: tokens() > 10, 60, "some tokens")
+    seen = tokens()
+    runner.kill()
+    generation.wait(60)
+    wait_for(lambda: tokens_of(well, M1) >= before + seen, 30, "they are counted")
 
 
 def test_a_killed_server_comes_back_and_is_not_counted(well):

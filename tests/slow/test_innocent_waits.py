@@ -40,6 +40,7 @@ def service(make_module_service, gguf):
         **LIMITS,
         LLM_CONTEXT_LENGTH=4096,
         OLLAMA_REMOTES="127.0.0.1",
+        OLLAMA_LOAD_TIMEOUT="1h",
     )
 
 
