@@ -16,10 +16,10 @@ CONTINUE = "HTTP/1.1 100 Continue\r\n\r\n"  # no answer is as short
 class Request(typing.NamedTuple):
     """The last request of a connection."""
 
-    received: int  # bytes of the connection
-    sent: int  # the same, as of the last look
-    at: float  # when they were seen
-    whole: bool  # Ollama has read files since, as it does once it knows the model's name
+    received: int = 0  # bytes of the connection
+    sent: int = 0  # the same, as of the last look
+    at: float = 0.0  # when they were seen
+    whole: bool = False  # Ollama has read files since, as it does for a model
     invited: bool = False  # what was sent since the request before is no answer
 
 
@@ -113,7 +113,7 @@ class Callers:
         self.starved = self.suspicion
 
     def excuse(self, until: float) -> None:
-        """Take who waited then for no evidence, until he sends something: a load has passed.
+        """Take who waited then for no evidence until he sends something: a load has passed.
 
         What he has sent is no whole request: others' files were read just after it.
         """
@@ -132,18 +132,13 @@ class Callers:
         return [warning]
 
     def _note_requests(self, seen: list[Connection], now: float, new_bytes: int) -> set[bytes]:
-        """Return the connections whose last request is whole, as far as that can be told."""
+        """Return the connections whose last request is whole, as far as can be told."""
         noted = {}
         received = 0
         for each in seen:
-            last = self._requests.get(each.key)
-            if last is None:
-                last = Request(0, 0, now, False)
+            last = self._requests.get(each.key) or Request()
             received += each.received - last.received
-            if each.received > last.received:
-                invited = each.sent - last.sent == len(CONTINUE)
-                last = Request(each.received, 0, now, False, invited)
-            noted[each.key] = last._replace(sent=each.sent)
+            noted[each.key] = note_request(last, each, now)
         self._requests = noted
         if new_bytes - received >= FILES_BYTES:
             for key, last in noted.items():
@@ -169,6 +164,16 @@ class Callers:
         self._pid = pid
         self._read_bytes = bytes_read(pid)
         return self._read_bytes - before
+
+
+def note_request(last: Request, seen: Connection, now: float) -> Request:
+    """Return a connection's last request, as a look has seen it."""
+    if seen.received > last.received:
+        invited = seen.sent - last.sent == len(CONTINUE)
+        return Request(seen.received, seen.sent, now, invited=invited)
+    if seen.sent != last.sent:
+        return last._replace(sent=seen.sent)
+    return last
 
 
 def bytes_read(pid: int) -> int:
