@@ -7,7 +7,7 @@ import typing
 
 import psutil
 
-from llm_service.clearing import used_mb
+from llm_service.clearing import living, used_mb
 from llm_service.errors import ServiceError
 from llm_service.loading import QueueTrial
 from llm_service.matching import ListCleaner
@@ -24,6 +24,7 @@ ASK_S = 0.6  # for each question of a healing
 HEALINGS = 3  # of one model in HEALINGS_S, then it is left alone
 HEALINGS_S = 1800
 KILL_WAIT_S = 0.9
+GONE_S = 0.9  # for the runners of a server that has gone to give their memory back
 GO_ON_S = 1.5  # between the end of a runner and the fresh look at the next
 ORPHAN_S = 5  # the launcher ends them by itself, in about a second
 WHY_S = 0.5  # for a hung server to print what each goroutine waits for
@@ -346,6 +347,8 @@ class Healing:
             deadline = time.monotonic() + RESET_S
             # Who waits to clear shall not wait for its answer
             failure = self._session.restart(Steps(), deadline, 0, WHY_S, False)
+            until = time.monotonic() + GONE_S
+            wait_until(lambda: not living(runners), until)
             freed_mb = max(0, before_mb - used_mb(runners)[1])
             no_new_one = failure == "restart_service"  # else /health tells how the end goes on
             self._server_failure = failure if no_new_one else None

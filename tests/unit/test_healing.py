@@ -389,6 +389,27 @@ def test_a_server_whose_callers_wait_in_vain_is_restarted(place, starved):
     assert last["evidence"]["callers"] == starved.report
 
 
+@pytest.mark.usefixtures("starved")
+def test_what_a_restart_frees_is_measured_once_the_runners_are_gone(place, monkeypatch):
+    """A new server may be there before the last one's runners have given their memory back."""
+
+    def restart(*_):
+        end(place.server)
+        for number, runner in enumerate(place.process.values(), 1):
+            threading.Timer(number / 5, end, [runner]).start()
+        return ""
+
+    def used_mb(runners):
+        return "nvml", 100 * sum(alive(runner.process) for runner in runners)
+
+    monkeypatch.setattr(place.session, "restart", restart)
+    monkeypatch.setattr(healing, "used_mb", used_mb)
+    monkeypatch.setattr(healing, "GONE_S", 30)
+    place.look()
+    place.healing.after_look()
+    assert place.healing.healed["last"]["freed_mb"] == 200
+
+
 def test_one_whose_callers_are_answered_right_before_is_left_alone(place, starved):
     starved.look = lambda *_: setattr(starved, "starved", "")
     place.healing.after_look()
