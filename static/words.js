@@ -84,8 +84,10 @@ const WARNINGS = {
 // partly or wholly beside the GPU, `load` is the last one that was ordered.
 export function warningLines(warnings, beside, load) {
   const lines = [];
+  const unused = warnings.some(({ code }) => code === "gpu_not_used");
   for (const warning of warnings) {
-    if (warning.code === "model_on_cpu" && beside.length) lines.push(...beside.map(besideLine));
+    if (warning.code === "model_on_cpu" && beside.length)
+      lines.push(...beside.map((model) => besideLine(model, unused)));
     else lines.push({ key: warning.code, words: (WARNINGS[warning.code] ?? said)(warning, load) });
   }
   const told = new Map(lines.map((line) => [line.key + line.words, line]));
@@ -96,11 +98,13 @@ const roughly = (seconds) =>
   seconds < 3600 ? `${Math.floor(seconds / 60)} min` : `${Math.floor(seconds / 3600)} h`;
 const said = ({ message }) => message;
 
-function besideLine({ name, size_vram: vram, size_loaded: all }) {
+// `unused`: what Ollama says of the GPU is false.
+function besideLine({ name, size_vram: vram, size_loaded: all }, unused) {
   const where = `${size(all - vram)} of ${size(all)} of ${name} lie in system memory, which is slow.`;
-  const advice = vram
-    ? PARTLY_ADVICE
-    : `Ollama sees no GPU, whatever LLM_GPU_LAYERS says. ${GPU_ADVICE}`;
+  const advice =
+    vram && !unused
+      ? PARTLY_ADVICE
+      : `Ollama sees no GPU, whatever LLM_GPU_LAYERS says. ${GPU_ADVICE}`;
   return { key: `beside ${name}`, words: `${where} ${advice}` };
 }
 

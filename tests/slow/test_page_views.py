@@ -169,6 +169,20 @@ def test_warnings_are_told_in_the_pages_unit_and_calmly(stub, stub_page):
     assert "warn" in stub_page.element("state").get_attribute("class")
 
 
+def test_who_has_no_gpu_for_its_models_is_not_told_to_put_more_layers_there(stub, stub_page):
+    stub.models = [model(LLAMA, share=0.5)]  # as Ollama claims
+    on_cpu = {"code": "model_on_cpu", "message": "Half of it lies there."}
+    unused = {"code": "gpu_not_used", "message": "Of that 0 MB are in use."}
+    stub.health["warnings"] = [on_cpu, unused]
+    stub_page.poll()
+    beside, not_used = stub_page.text("warnings").split("\n")
+    assert "Ollama sees no GPU" in beside and "LLM_GPU_LAYERS=all" not in beside
+    assert not_used.startswith("Ollama says that its models lie on the GPU")
+    stub.health["warnings"] = [on_cpu]
+    stub_page.poll()
+    assert "LLM_GPU_LAYERS=all" in stub_page.text("warnings")
+
+
 def test_lines_to_copy_name_ollamas_address_and_a_model_that_is_there(stub, stub_page):
     stub.models = [model("gemma3:270m"), model(LLAMA, share=1)]
     stub_page.poll()
