@@ -228,6 +228,8 @@ class Healing:
             healed_of = self._healed_of.get(state.runner)
             if state.runner in tried or state.survives:
                 continue
+            if state.state == "stuck" and self._killed:
+                continue  # it may stand for the one that is about to end
             if healed_of == state.state:
                 continue
             # One that becomes a ghost after its end is one healing of the model

@@ -195,11 +195,7 @@ class Health:
             path = self._watch.store.path
             words = f"{path} cannot be written: chown -R it to the user of the service."
             warnings.append(("store_not_writable", words))
-        load = self._session.loader.load
-        listed = {name_key(model["name"]) for model in loaded}  # by another caller's load, later
-        if load and load["state"] == "failed" and name_key(load["model"]) not in listed:
-            words = f"{load['model']} did not load: {load['error']}"
-            warnings.append(("load_failed", words))
+        warnings += failed_load(self._session.loader.load, loaded)
         if slow:
             words = "Ollama or the models' disk is slow: what is listed is as of the last look."
             warnings.append(("ollama_slow", words))
@@ -265,6 +261,15 @@ class Health:
         missing_mb = size_mb - vram_mb
         missing = f"{missing_mb} of {size_mb} MB of {model['name']} lie in system memory"
         return f"{missing}, which is slow. {advice}"
+
+
+def failed_load(load: Json | None, loaded: list[Json]) -> list[tuple[str, str]]:
+    """Return the warning of a load that has failed, unless another caller's has not since."""
+    if not load or load["state"] != "failed":
+        return []
+    listed = {name_key(line["name"]) for line in loaded}
+    words = f"{load['model']} did not load: {load['error']}"
+    return [] if name_key(load["model"]) in listed else [("load_failed", words)]
 
 
 def long_answer(model: str, answer: Answer, now: float) -> Json:

@@ -83,6 +83,15 @@ class RunnerState:
             return max(1, len(self.answers))
         return int(self.active)
 
+    @property
+    def stands(self) -> bool:
+        """Tell whether for some looks something was under way, and no counter has moved."""
+        return len(self._still) >= STUCK_LOOKS
+
+    def count_anew(self, now: float) -> None:
+        """Begin every count anew: what held it up has ended, and it gets its whole time."""
+        self._begin_count(now)
+
     def note(self, look: Look) -> None:
         """Note a look and come to the state that follows."""
         self.active = look.active

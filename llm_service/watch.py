@@ -218,6 +218,8 @@ class Watch:
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
         now = time.monotonic()
+        # One kernel may hold the GPU of all. What stood for that one has had no time of its own.
+        held_up = any(state.stands and not alive(state.process) for state in self.states())
         known = self.known_runners()
         self.held = self.matching.match(known, self.loaded, fresh=False)
         states = {}
@@ -227,6 +229,8 @@ class Watch:
             if state is None:
                 state = RunnerState(runner, now, self._stuck_s)
             state.model = held.name or state.model
+            if held_up:
+                state.count_anew(now)
             states[runner] = state
             if runner.process in self._cpu:
                 cpu[runner.process] = self._cpu[runner.process]

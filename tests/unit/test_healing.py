@@ -149,11 +149,52 @@ def test_it_is_left_alone_too_where_it_goes_on_a_moment_after_the_end(place):
     assert len(place.ended) == 1
 
 
-def test_two_that_stand_each_for_itself_are_both_ended_in_one_turn(place):
-    place.look(14)
+def test_it_is_left_alone_too_where_its_next_step_takes_long(place):
+    """A batch of a long prompt takes seconds, also on a GPU: it gets its whole time anew."""
+    assert place.look(14) == {A: "stuck", B: "stuck"}
+    for _ in range(3):
+        place.healing.after_look()
+        place.look()
+    assert len(place.ended) == 1
+    (other,) = {A, B} - set(place.ended)
+    assert place.look(4)[other] == "busy"
+
+
+def test_one_that_stood_is_left_alone_where_a_clear_has_ended_the_other(place):
+    assert place.look(14) == {A: "stuck", B: "stuck"}
+    place.session.clear(A, True)
     place.healing.after_look()
+    assert place.ended == [] and not alive(place.process[A])
+    assert place.look(4) == {B: "busy"}
+
+
+def test_one_that_stands_is_left_alone_while_the_other_is_about_to_end(place, monkeypatch):
+    monkeypatch.setattr(healing, "KILL_WAIT_S", 0.2)
+    place.kills = False  # it takes its time
+    place.look(14)
+    for _ in range(3):
+        place.healing.after_look()
+        place.look()
+    assert len(place.ended) == 1
+
+
+def test_two_that_stand_each_for_itself_are_both_ended_one_after_the_other(place):
+    for healed in (1, 2):
+        place.look(14)
+        place.healing.after_look()
+        assert place.healing.healed["runners"] == healed
     assert sorted(place.ended) == [A, B]
-    assert place.healing.healed["runners"] == 2
+
+
+def test_one_that_stands_is_stuck_though_others_come_and_go(place):
+    """Only by the end of one that stood itself may it go on."""
+    place.decoded[B] = 1
+    for _ in range(14):
+        place.decoded[B] += 1
+        place.look()
+    end(place.process[B])
+    wait_for(lambda: not place.process[B].is_running(), 30, "its end")
+    assert place.look() == {A: "stuck"}
 
 
 def test_one_that_has_gone_on_since_the_last_look_is_not_ended(place, caplog):
@@ -221,8 +262,9 @@ def test_a_runner_that_has_gone_since_the_last_look_is_no_fault(place):
 
 
 def test_a_model_that_becomes_a_ghost_after_its_end_was_healed_once(place):
-    place.look(14)
-    place.healing.after_look()
+    for _ in range(2):
+        place.look(14)
+        place.healing.after_look()
     assert [len(place.healing._healings[name]) for name in (A, B)] == [1, 1]
     state = runner_state.RunnerState(Runner(place.process[A], None, None), 0, STUCK_S)
     place.healing._healed_of[state.runner] = "stuck"
@@ -518,7 +560,13 @@ def test_a_disk_that_hangs_holds_up_no_kill(place, monkeypatch):
     monkeypatch.setattr(healing, "ASK_S", 0.6)
     place.look(14)
     monkeypatch.setattr(place.watch.store.manifests, "there", lambda: go_on.wait(120) and {})
-    began = threading.Thread(target=place.healing.after_look, daemon=True)
+
+    def heal_both():
+        place.healing.after_look()
+        place.look(14)
+        place.healing.after_look()
+
+    began = threading.Thread(target=heal_both, daemon=True)
     began.start()
     try:
         wait_for(lambda: sorted(place.ended) == [A, B], 60, "both are ended")
@@ -533,6 +581,8 @@ def test_an_error_of_what_comes_before_it_keeps_no_runner_from_being_healed(plac
 
     place.look(14)
     monkeypatch.setattr(place.healing._cleaner, "clean", broken)
-    with contextlib.suppress(TypeError):
-        place.healing.after_look()
+    for _ in range(2):
+        with contextlib.suppress(TypeError):
+            place.healing.after_look()
+        place.look(14)
     assert sorted(place.ended) == [A, B]
