@@ -221,7 +221,10 @@ class Processes:
             os.write(self._ended_fd, f"{pid}\n".encode())
 
     def _records(self) -> list[tuple[int, int, int]]:
-        """Return the lines of the file: each start of a server makes another file."""
+        """Return the lines of the file: each start of a server makes another file.
+
+        Where that has gone, as in a folder that somebody has cleaned, what was read last holds.
+        """
         try:
             about = os.stat(self.state_file)
             key = about.st_ino, about.st_mtime_ns, about.st_size
@@ -232,7 +235,9 @@ class Processes:
                     records.append((pid, started, restarts))
                 self._read = key, records
             return self._read[1]
-        except (OSError, ValueError):
+        except OSError:
+            return self._read[1]
+        except ValueError:
             return []
 
 

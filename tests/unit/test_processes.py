@@ -73,6 +73,13 @@ def assert_nothing_is_ours(processes):
     assert processes.runners() == []
 
 
+def test_a_state_file_that_somebody_has_removed_makes_no_process_a_stranger(server):
+    before = server.processes.server(), server.processes.runners()
+    server.state.unlink()
+    assert before[0] and (server.processes.server(), server.processes.runners()) == before
+    assert server.processes.restarts() == 3
+
+
 @pytest.mark.parametrize(
     "text", ["", "\n", "garbage\n", "1 2\n", "1 2 3 4\n", "x y z\n", "1 2 3\nhalf", "\0\0\0"]
 )
