@@ -105,6 +105,10 @@ class Matching:
         known.update(map(version, loaded))
         return {each for each in known if each[0] == key or each[1] in ids}
 
+    def has_seen(self, runners: typing.Iterable[Runner]) -> bool:
+        """Tell whether all of these were there when it matched last."""
+        return all(runner in self._first_seen for runner in runners)
+
     def unload(self, line: Json, runner: Runner | None = None) -> bool:
         """Ask Ollama to let go of what it lists in this line; return whether it says yes."""
         try:
@@ -287,7 +291,9 @@ class ListCleaner:
         before = self._found
         self._found = self._without_process(loaded, runners)
         for each in self._found.keys() & before.keys():
-            self._matching.unload(self._found[each])
+            # Who has asked for it since has it loaded anew
+            if self._matching.has_seen(self._processes.runners()):
+                self._matching.unload(self._found[each])
 
     def _without_process(
         self,

@@ -24,10 +24,12 @@ class House:
     .asked      what Ollama was asked to unload: the name, and the weights that it has then
     .parent     the server, which is this test
     .unknown    the children of the server that are not known as runners
+    .living     the runners that there are by now
     """
 
     def __init__(self, models):
         self.models, self.now, self.asked, self.unknown = models, 1000.0, [], []
+        self.living = []
         self.parent = psutil.Process()
         self.store = Store(models)
         self.matching = Matching(self, self.store.manifests, self, lambda: self.now)
@@ -83,6 +85,9 @@ class House:
 
     def server(self):
         return self.parent
+
+    def runners(self):
+        return self.living
 
     def unknown_children(self):
         return self.unknown
@@ -336,6 +341,15 @@ def test_a_line_without_a_process_for_two_looks_is_cleaned(house, cleaner):
     runner = house.runner(ONE)
     assert clean(house, cleaner, [runner], *lines) == []
     assert clean(house, cleaner, [runner], *lines) == ["b:latest"]
+
+
+def test_one_that_was_loaded_anew_since_the_look_is_not_cleaned(house, cleaner):
+    """Ollama would unload it as soon as it has loaded."""
+    line = house.model("a:latest", ONE)
+    assert clean(house, cleaner, [], line) == []
+    house.living = [house.runner(ONE)]
+    assert clean(house, cleaner, [], line) == []
+    assert clean(house, cleaner, house.living, line) == []
 
 
 def test_none_is_cleaned_while_the_server_has_a_child_that_is_not_known(house, cleaner):
