@@ -258,6 +258,8 @@ class Health:
             return ""
         hidden = not vram_mb or (used_mb is not None and vram_mb > used_mb)
         advice = NO_GPU_ADVICE if hidden else PARTLY_ADVICE
+        if not hidden and self._gpu_layers in ("all", "-1"):
+            advice = ALL_LAYERS_ADVICE
         missing_mb = size_mb - vram_mb
         missing = f"{missing_mb} of {size_mb} MB of {model['name']} lie in system memory"
         return f"{missing}, which is slow. {advice}"
@@ -316,6 +318,7 @@ GPU_ADVICE = (
     "Check CUDA_VISIBLE_DEVICES, the container's runtime (LLM_RUNTIME=nvidia) and the driver."
 )
 NO_GPU_ADVICE = f"Ollama sees no GPU, whatever LLM_GPU_LAYERS says. {GPU_ADVICE}"
+ALL_LAYERS_ADVICE = "All layers are wanted there already: choose a smaller model or context."
 PARTLY_ADVICE = (
     "Set LLM_GPU_LAYERS=all where it fits the GPU, else choose a smaller model or context; in "
     "Docker check LLM_RUNTIME=nvidia."

@@ -465,6 +465,10 @@ def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
     gpu["memory_used_mb"] = 151
     ((code, words),) = app.health_report.gpu_warnings(reading, [model])
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" in words
+    for all_layers in ("all", "-1"):
+        monkeypatch.setattr(app.health_report, "_gpu_layers", all_layers)
+        ((code, words),) = app.health_report.gpu_warnings(reading, [model])
+        assert code == "model_on_cpu" and "smaller model" in words and "LAYERS=" not in words
 
 
 @pytest.mark.parametrize(("loaded_at", "codes"), [(None, []), (7.1, []), (6.9, ["gpu_not_used"])])
