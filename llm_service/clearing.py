@@ -35,6 +35,7 @@ NAME_PAUSE_S = 0.1
 KILL_WAIT_S = 0.9
 VERIFY_WAIT_S = 0.6
 KILL_RESERVE_S = 1.2  # of a clear's time, to end runners and to measure
+REPORT_RESERVE_S = 1.0  # the same, to verify and to measure
 NOTHING_KNOWN = Held(None, None, frozenset())
 
 
@@ -197,7 +198,9 @@ class Clearing:
         in_parallel(self._end_if_due, living(self._mine))
         if not self._killed:
             return
-        ended = wait_until(lambda: not living(self._killed), self._until(KILL_WAIT_S))
+        # A large one takes seconds: as long as there is time, as a failure restarts all
+        until = max(self._until(KILL_WAIT_S), self._deadline - REPORT_RESERVE_S)
+        ended = wait_until(lambda: not living(self._killed), until)
         count = len(self._killed)
         self.steps.note("end_runners", ended, f"{count} ended", f"{count} told to end")
         self._unload()  # Ollama lists a busy one that was killed until it is asked

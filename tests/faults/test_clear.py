@@ -16,12 +16,21 @@ from helpers.answers import (
     stats,
     wait_loaded,
 )
-from helpers.causes import Waiting, begun, clear_under_way, hung_runner, ollama_dead
+from helpers.causes import (
+    Waiting,
+    begun,
+    clear_under_way,
+    hung_runner,
+    ollama_dead,
+    ollama_hung,
+)
+from helpers.frozen import unkillable
 from helpers.generation import Generation
 from helpers.models import manifest_path
 from helpers.processes import is_gone, suspend
 from helpers.raw import dial
 from helpers.waiting import wait_for
+from llm_service.processes import is_ending
 
 # On two busy cores a busy runner that answers late would be hung.
 PATIENT = {"llm_service.clearing.CLEAR_RUNNER_S": 0.5}
@@ -159,6 +168,18 @@ def test_a_caller_who_leaves_does_not_stop_it(idle):
         time.sleep(0.2)  # it shall be under way
     # Sooner than the watch would end it: a runner is silent after ten seconds.
     wait_for(lambda: is_gone(waiting.runner), 8, "the runner is ended all the same")
+
+
+def test_a_runner_that_takes_its_time_to_die_is_no_failure(idle, others):
+    """As one of 40 GB does. Within the time of a clear it has gone."""
+    runner = idle.load(GEMMA)
+    with ollama_hung(idle):
+        with unkillable(runner):
+            clearing = others.submit(clear, idle)
+            wait_for(lambda: is_ending(runner), 30, "the signal")
+            time.sleep(1.8)
+        assert clearing.result()["verified"] is True
+    assert is_gone(runner)
 
 
 @pytest.mark.parametrize("path", [CLEAR, RESET])
