@@ -112,6 +112,10 @@ class Callers:
         """Take the suspicion for a fault, as long as it holds."""
         self.starved = self.suspicion
 
+    def starved_since(self, moment: float) -> bool:
+        """Tell whether they have waited in vain since before that moment (monotonic)."""
+        return bool(self.starved) and self._quiet_since < moment
+
     def excuse(self, until: float) -> None:
         """Take who waited then for no evidence until he sends something: a load has passed.
 

@@ -37,6 +37,18 @@ class Arrival(typing.NamedTuple):
     runners: list[Runner]
 
 
+class Done(typing.NamedTuple):
+    """A reset that was done: its clear, the answer, and what it has begun to load."""
+
+    clearing: Clearing
+    answer: Json
+    loads: set[str]  # digests
+
+    def serves(self, runners: list[Runner]) -> bool:
+        """Tell whether it has cleared these, but for what it loads itself."""
+        return self.clearing.serves([each for each in runners if each.digest not in self.loads])
+
+
 class Session:
     """Clear and reset, one run at a time; who comes meanwhile shares what fits."""
 
@@ -53,6 +65,7 @@ class Session:
         self.resets = SharedRun(reset_suits)
         self._reset_came: Arrival | None = None  # whose reset is under way
         self._restarted_at = 0.0
+        self._reset_at = 0.0  # when the last one ended
 
     def clear(self, model: str | None = None, force: bool = True) -> Json:
         """Unload all models or one; with ``force`` end the runners left. Returns the report."""
@@ -76,12 +89,13 @@ class Session:
         came = self._arrival()
         key = (model and name_key(model), restart)
         self._store.require(model, soon=True)
-        return self.resets.get(
+        done = self.resets.get(
             lambda: self._reset(model, restart, came),
             RESET_S + SHARE_S,
             key,
             came,
         )
+        return done.answer
 
     def recover(self) -> Json:
         """Clear what is idle; answer as the service that this one replaces does."""
@@ -128,7 +142,7 @@ class Session:
         limit_s = deadline - time.monotonic() + SHARE_CLEAR_S
         return self.clears.get(work, limit_s, key, came)
 
-    def _reset(self, model: str | None, restart: bool, came: Arrival) -> Json:
+    def _reset(self, model: str | None, restart: bool, came: Arrival) -> Done:
         self._reset_came = came
         deadline = came.at + RESET_S
         try:
@@ -146,7 +160,8 @@ class Session:
             self._reset_came = None
         steps.note("load", True, said)
         self.resets_done += 1
-        return {
+        self._reset_at = time.monotonic()
+        answer = {
             "status": "success",
             "message": f"Session reset, {said}.",
             "steps": steps,
@@ -155,6 +170,8 @@ class Session:
             "memory": cleared["memory"],
             "managed": True,
         }
+        loads = self._store.models(soon=True).get(name_key(due or ""), ())
+        return Done(clearing, answer, set(loads))
 
     def _load(self, due: str | None, deadline: float) -> tuple[str, str]:
         """Have a model loaded; return the state of that, and a sentence's part."""
@@ -179,13 +196,13 @@ class Session:
         deadline: float,
         steps: Steps,
     ) -> None:
-        """Restart a server that hangs, has a ghost, or shall be restarted."""
+        """Restart a server that is not well, or shall be restarted."""
         server = self._processes.server()
         state = self._watch.server_state
         if server and state.starting(server):
             steps.note("start_ollama", True, "it is starting")
             return
-        healthy = self._answers(steps) and is_let_go(clearing.look_again(deadline - COMES_S))
+        healthy = self._is_well(clearing, deadline, steps)
         if healthy and not wanted:
             return
         left_s = deadline - time.monotonic()
@@ -202,6 +219,16 @@ class Session:
                 recommended_action=failure,
                 steps=steps,
             )
+
+    def _is_well(self, clearing: Clearing, deadline: float, steps: Steps) -> bool:
+        """Tell whether the server neither hangs nor has a ghost, and serves who waits.
+
+        Where the reset before this one has not helped them, a restart may.
+        """
+        if not self._answers(steps):
+            return False
+        cleared = clearing.look_again(deadline - COMES_S)
+        return is_let_go(cleared) and not self._watch.callers.starved_since(self._reset_at)
 
     def _answers(self, steps: Steps) -> bool:
         """Ask whether the server answers, a second time where it does not."""
@@ -310,7 +337,14 @@ def clear_suits(outcome: Outcome, key: object, came: Arrival) -> bool:
 
 
 def reset_suits(outcome: Outcome, key: typing.Any, came: Arrival) -> bool:
-    """A reset serves who came before its end and asked for the same, or for no restart."""
+    """A reset serves who came before its end, asked for the same or less, and met no other runner.
+
+    Its failure is theirs, too, unless it has only come too late.
+    """
     model, _restart = key
     wishes = key, (model, True)
-    return outcome.ended >= came.at and outcome.key in wishes
+    if outcome.ended < came.at or outcome.key not in wishes:
+        return False
+    if outcome.value is None:
+        return getattr(outcome.error, "code", None) != "timeout"
+    return outcome.value.serves(came.runners)

@@ -12,23 +12,23 @@ from ollama_client import ServiceError
 class Outcome:
     """What a piece of work came to, and when it began and ended (monotonic).
 
-    ``value`` is None where the work failed.
+    ``value`` is None where the work failed, by ``error``.
     """
 
     def __init__(self, key: object, work: typing.Callable[[], typing.Any]):
         self.key, self.began = key, time.monotonic()
         self.value: typing.Any = None
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         try:
             self.value = work()
         except Exception as e:
-            self._error = e
+            self.error = e
         self.ended = time.monotonic()
 
     def result(self) -> typing.Any:
         """Return the work's result, or raise its error."""
-        if self._error:
-            raise self._error
+        if self.error:
+            raise self.error
         return self.value
 
 

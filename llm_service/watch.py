@@ -219,7 +219,10 @@ class Watch:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
         now = time.monotonic()
         # One kernel may hold the GPU of all. What stood for that one has had no time of its own.
-        held_up = any(state.stands and not alive(state.process) for state in self.states())
+        held_up = False
+        for before in self.states():
+            if before.stands and not alive(before.process):
+                held_up = True
         known = self.known_runners()
         self.held = self.matching.match(known, self.loaded, fresh=False)
         states = {}

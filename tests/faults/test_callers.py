@@ -245,6 +245,22 @@ def test_requests_that_are_never_answered(deaf):
     assert "callers have waited" in stats(deaf)["healed"]["last"]["why"]
 
 
+def test_where_a_reset_does_not_help_the_next_one_restarts_ollama(make_service, tmp_path):
+    """Else who does as /health says would reset for ever, and end each time what works."""
+    service = make_service(PATH=stand_in(tmp_path), LLM_STUCK_SECONDS=STUCK_S, LLM_SELF_HEAL="off")
+    caller = Caller(service, model="m", prompt="Why?")
+
+    def obey():
+        told = health(service)
+        if told["recommended_action"] == "reset_session":
+            reset(service)
+        return caller.status == 0
+
+    wait_for(obey, VERDICT_S + 20, "he is told")
+    service.wait_healthy(60)
+    assert stats(service)["resets"] == 2
+
+
 def test_answers_to_others_are_none_to_who_waits(deaf):
     """Every check of every peer asks for these."""
     Caller(deaf, model="m", prompt="Why?")

@@ -113,6 +113,14 @@ def test_a_runner_started_during_another_callers_clear_is_gone_too(trio, others,
     assert clearing.result()["verified"] is True
 
 
+def test_a_runner_started_during_another_callers_reset_is_gone_too(trio, others):
+    resetting, new = clear_under_way(trio, others, reset)
+    assert reset(trio)["model"] == "m1"
+    assert is_gone(new)
+    resetting.result()
+    wait_loaded(trio, "m1:latest")
+
+
 def test_a_delete_during_another_callers_clear_unloads_first(trio, others):
     clearing, new = clear_under_way(trio, others)
     assert trio.delete("/api/models/delete?model=m2&force=true").status_code == 200

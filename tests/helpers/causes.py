@@ -92,12 +92,12 @@ def late_ollama(folder, binary):
     return program, listens
 
 
-def clear_under_way(service, others, **fields):
-    """Begin a clear that waits for a hung m1, and load m2 meanwhile; return both."""
+def clear_under_way(service, others, heal=clear, **fields):
+    """Begin a clear or reset that waits for a hung m1, and load m2 meanwhile; return both."""
     for _ in range(15):  # on a busy machine a load may take longer than a clear
         clear(service)
         hung_runner(service, "m1:latest")
-        clearing = begun(service, others, clear, **fields)
+        clearing = begun(service, others, heal, **fields)
         time.sleep(0.2)  # what is loaded has been listed by then
         new = service.load("m2")
         if not clearing.done():

@@ -21,6 +21,7 @@ from llm_service.errors import TimedOut
 from llm_service.manifests import Manifest
 from llm_service.processes import Runner, alive, end
 from llm_service.reports import clear_failure
+from llm_service.session import reset_suits
 from ollama_client import ServiceError
 
 # Starts two runners, and reaps them.
@@ -235,6 +236,38 @@ def test_a_clear_during_a_reset_ends_what_was_started_after_the_resets_clearing(
     assert not alive(late)
 
 
+def test_who_comes_during_a_reset_shares_it_though_its_own_load_has_begun(gpu, late, monkeypatch):
+    came = []
+
+    def order(*_):
+        gpu.runners["big:latest"] = late
+        came.append(app.session._arrival())
+        return "loading"
+
+    monkeypatch.setattr(app.session.loader, "order", order)
+    monkeypatch.setattr(app.watch, "look", lambda *_: None)
+    app.session.reset("big")
+    outcome = app.session.resets._last
+    assert reset_suits(outcome, outcome.key, came[0])
+    stranger = Runner(psutil.Process(), "2" * 64, None)
+    assert not reset_suits(outcome, outcome.key, came[0]._replace(runners=[stranger]))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_reset_that_came_too_late_is_no_failure_of_who_came_later(monkeypatch):
+    """A healing held all up for long; there is time for the second, and for the first not."""
+    monkeypatch.setattr(app.watch, "look", lambda *_: None)
+    monkeypatch.setattr(app.session.loader, "order", lambda *_: "loading")
+    early = app.session._arrival()
+    early = early._replace(at=early.at - 10)
+    key = (None, False)
+    with pytest.raises(ServiceError) as caught:
+        app.session.resets.get(lambda: app.session._reset(None, False, early), 5, key, early)
+    assert caught.value.code == "timeout"
+    late = app.session._arrival()._replace(at=early.at + 1)
+    assert not reset_suits(app.session.resets._last, key, late)
+
+
 @pytest.mark.parametrize(("parent", "killed"), [("dead", True), ("server", False)])
 def test_one_that_may_be_either_models_is_ended_for_one_where_it_serves_nobody(
     gpu, monkeypatch, parent, killed
@@ -264,6 +297,7 @@ def test_a_reboot_is_advised_only_where_sigkill_has_not_helped_for_long(
     gpu, monkeypatch, survives, code, action
 ):
     monkeypatch.setattr(clearing, "KILL_WAIT_S", 0.2)
+    monkeypatch.setattr(clearing, "REPORT_RESERVE_S", 30)
     monkeypatch.setattr("llm_service.clearing.end", lambda _: None)
     monkeypatch.setattr(app.watch, "survives", lambda _: survives)
     report = gpu.clear(force=True)
