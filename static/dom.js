@@ -60,7 +60,8 @@ export function rows(list, items, make) {
 function removeRow(list, row) {
   const focused = row.contains(document.activeElement);
   row.remove();
-  if (focused) list.closest("section").querySelector("h2").focus({ preventScroll: true });
+  const place = list.closest("section") ?? $("main"); // the head has no heading to go to
+  if (focused) place.querySelector("h2").focus({ preventScroll: true });
 }
 
 export function textRow(words, className = "") {

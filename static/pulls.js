@@ -147,8 +147,11 @@ function endedRow({ model }) {
     write(said, pull.state === "error" ? errorDetail(pull) : "");
     show(detail, said.textContent !== "");
     const wanted = `${pull.state} ${pull.code} ${pull.kept_bytes > 0}`;
-    if (wanted !== buttons) actions.replaceChildren(...endedButtons(pull));
+    if (wanted === buttons) return;
     buttons = wanted;
+    const focused = actions.contains(document.activeElement);
+    actions.replaceChildren(...endedButtons(pull));
+    if (focused) actions.firstChild.focus({ preventScroll: true });
   };
   return row;
 }

@@ -570,6 +570,7 @@ def test_a_download_is_resumed_its_parts_removed_and_its_row_dismissed(stub, stu
     stub_page.next_rounds()
     assert stub_page.buttons("ended-pulls", "b") == ["Retry", "Dismiss"]
     assert "kept" not in stub_page.row_text("ended-pulls", "b")
+    assert stub_page.focused() == "Retry the download of b"
     assert stub.sent[-1] == ("DELETE", "/api/models/pull", {"model": "b", "purge": True})
     stub_page.press("ended-pulls", "a", "Dismiss")
     stub_page.wait_no_row("ended-pulls", "a")
@@ -981,6 +982,19 @@ def test_the_focus_finds_a_place_when_its_own_row_goes(stub, stub_page):
     assert stub_page.focused() == "Delete b"
     stub.models = [model("c")]
     stub_page.poll()
+    assert stub_page.focused() == "h-models"
+
+
+def test_the_focus_finds_a_place_when_the_button_of_the_head_goes(stub, stub_page):
+    stub.models = [model("a")]
+    stub.health |= {"status": "unhealthy", "code": "ollama_hung", "reason": "It hangs."}
+    stub.health["recommended_action"] = "reset_session"
+    stub_page.poll()
+    stub_page.run("document.querySelector('#advice button').focus()")
+    stub.health = {"status": "healthy", "gpu": "none", "recommended_action": "none"}
+    stub_page.poll()
+    stub_page.poll()  # a fault of the page's own would be told now
+    assert stub_page.text("state") == "The service works."
     assert stub_page.focused() == "h-models"
 
 
