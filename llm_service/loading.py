@@ -10,7 +10,7 @@ import typing
 
 from llm_service.errors import TimedOut, Unreachable
 from llm_service.processes import wait_until
-from llm_service.trying import Generation
+from llm_service.trying import EMBED, GENERATE, Generation
 from ollama_client import Json, Ollama, ServiceError, name_key
 
 log = logging.getLogger("llm-service")
@@ -32,11 +32,12 @@ class Loader:
         ollama: Ollama,
         answers: typing.Callable[[], bool],
         retries_s: typing.Sequence[float] | None = None,
-        request: typing.Callable[[str, str], Generation] = Generation,
+        request: typing.Callable[[str, str, str, str], Generation] = Generation,
     ):
         """``answers()`` tells whether Ollama answers; ``retries_s``: the pauses between tries.
 
-        ``request(url, model)`` asks for a load when it is read, and takes that back when closed.
+        ``request(url, model, "", path)`` asks for a load when it is read, and takes that back when
+        it is closed.
         """
         self.load: Json | None = None  # the last one: model, state, error
         self._ollama = ollama
@@ -126,17 +127,22 @@ class Loader:
 
     def _ask(self, load: Json) -> None:
         """Have Ollama load it, until it is cancelled. Raises ServiceError."""
-        with self._changed:
-            if load["state"] != "loading":
-                return
-            request = self._under_way = self._request(self._ollama.url, load["model"])
         try:
-            for _ in request:
-                pass
+            self._ask_by(load, GENERATE)
         except ServiceError as e:
             if "does not support generate" not in str(e):
                 raise
-            self._ollama.load(load["model"])
+            self._ask_by(load, EMBED)
+
+    def _ask_by(self, load: Json, path: str) -> None:
+        """Do so by this path of Ollama's."""
+        with self._changed:
+            if load["state"] != "loading":
+                return
+            request = self._request(self._ollama.url, load["model"], "", path)
+            self._under_way = request
+        for _ in request:
+            pass
 
     def _pause(self, load: Json, seconds: float) -> None:
         with self._changed:

@@ -16,6 +16,7 @@ from ollama_client import Json, Ollama
 TOKENS_MOST = 2000
 TRY_S = 120
 CONNECT_S = 1
+GENERATE, EMBED = "/api/generate", "/api/embed"
 BEAT_S = 0.5  # two writes show that the listener has left
 
 
@@ -107,21 +108,24 @@ class Trial:
 class Generation:
     """Ollama's lines for one prompt. ``close`` ends it at any moment, also while it loads.
 
-    Without a prompt the model is loaded, and nothing else. It keeps a connection of its own:
-    requests gives none that can be ended before the answer has begun.
+    Without a prompt the model is loaded, and nothing else; by EMBED one that cannot generate. It
+    keeps a connection of its own: requests gives none that can be ended before the answer has
+    begun.
     """
 
-    def __init__(self, url: str, model: str, prompt: str = ""):
+    def __init__(self, url: str, model: str, prompt: str = "", path: str = GENERATE):
         parts = urllib.parse.urlsplit(url)
         secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_S)
-        self._model, self._prompt = model, prompt
+        self._model, self._prompt, self._path = model, prompt, path
         self._socket: socket.socket | None = None
         self._closed = False
 
     def __iter__(self) -> typing.Iterator[Json]:
         body: Json = {"model": self._model}
+        if self._path == EMBED:
+            body["input"] = []
         if self._prompt:
             body |= {"prompt": self._prompt, "options": {"num_predict": TOKENS_MOST}}
         try:
@@ -130,12 +134,12 @@ class Generation:
             self._socket.settimeout(None)  # a load may take long; whoever waits closes
             if self._closed:
                 raise ConnectionAbortedError
-            self._connection.request("POST", "/api/generate", json.dumps(body))
+            self._connection.request("POST", self._path, json.dumps(body))
             done = False
             response = self._connection.getresponse()
             for line in map(read_line, response):
                 yield line
-                done = line.get("done") is True
+                done = line.get("done") is True or "embeddings" in line
             if not done:
                 raise ConnectionAbortedError
         except (OSError, http.client.HTTPException, AttributeError) as e:

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from helpers.answers import GEMMA, clear, error, health, reset, wait_looks
+from helpers.embedding import add_embedding_model
 from helpers.waiting import wait_for
 
 LOAD = "/api/models/load"
@@ -52,12 +53,15 @@ def test_a_model_is_loaded_by_order(trio):
     assert loaded(trio) == {"m2:latest", "m3:latest"}
 
 
-def test_a_clear_takes_back_a_load_that_waits_for_its_turn(make_service, make_gguf_variant):
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_clear_takes_back_a_load_that_waits_for_its_turn(make_service, make_gguf_variant, embeds):
     """Ollama would begin it after the clear, once the busy runner has gone."""
     service = make_service(
-        models={f"m{n}:latest": make_gguf_variant(n) for n in (1, 2)},
+        models={f"m{n}:latest": make_gguf_variant(n) for n in (1, 2)[: 2 - embeds]},
         OLLAMA_MAX_LOADED_MODELS=1,
     )
+    if embeds:
+        add_embedding_model(service.models, "m2:latest")
     busy = service.generate("m1:latest")
     assert service.post(LOAD, json={"model": "m2"}).status_code == 202
     wait_looks(service)

@@ -18,7 +18,7 @@ class Ollama:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def request(self, _url, model):
+    def request(self, _url, model, *_):
         return Request(self, model)
 
 
