@@ -181,6 +181,7 @@ class Watch:
         if known is None or not life(runner.process).alive:
             return False
         server = self.processes.server()
+        self._heed_ends(time.monotonic())
         self._look_at_runners([known], server)
         return known.state == state and life(runner.process).alive
 
@@ -218,11 +219,7 @@ class Watch:
     def _find_runners(self) -> None:
         """Keep a state for each runner; one whose server has reaped it is forgotten."""
         now = time.monotonic()
-        # One kernel may hold the GPU of all. What stood for that one has had no time of its own.
-        held_up = False
-        for before in self.states():
-            if before.stands and not alive(before.process):
-                held_up = True
+        self._heed_ends(now)
         known = self.known_runners()
         self.held = self.matching.match(known, self.loaded, fresh=False)
         states = {}
@@ -232,8 +229,6 @@ class Watch:
             if state is None:
                 state = RunnerState(runner, now, self._stuck_s)
             state.model = held.name or state.model
-            if held_up:
-                state.count_anew(now)
             states[runner] = state
             if runner.process in self._cpu:
                 cpu[runner.process] = self._cpu[runner.process]
@@ -252,6 +247,19 @@ class Watch:
                 told: dict[str, float] = {"tokens": state.tokens}
                 self.totals.note(state.runner, model, told)
         self.totals.keep(runners)
+
+    def _heed_ends(self, now: float) -> None:
+        """Begin every count anew where one has ended that stood: it may have held the GPU of all.
+
+        What stood for that one has had no time of its own.
+        """
+        held_up = False
+        for state in self.states():
+            if state.stands and not alive(state.process):
+                held_up = True
+        if held_up:
+            for state in self.states():
+                state.count_anew(now)
 
     def _look_at_runners(
         self, states: typing.Collection[RunnerState], server: psutil.Process | None

@@ -160,9 +160,14 @@ def test_it_is_left_alone_too_where_its_next_step_takes_long(place):
     assert place.look(4)[other] == "busy"
 
 
-def test_one_that_stood_is_left_alone_where_a_clear_has_ended_the_other(place):
+@pytest.mark.parametrize("looked", [True, False])
+def test_one_that_stood_is_left_alone_where_a_clear_has_ended_the_other(place, monkeypatch, looked):
+    """A clear looks at its end only where it has time for that; its healing may have waited."""
     assert place.look(14) == {A: "stuck", B: "stuck"}
-    place.session.clear(A, True)
+    with monkeypatch.context() as patched:
+        if not looked:
+            patched.setattr(place.watch, "look", lambda *_: None)
+        place.session.clear(A, True)
     place.healing.after_look()
     assert place.ended == [] and not alive(place.process[A])
     assert place.look(4) == {B: "busy"}
