@@ -38,7 +38,7 @@ def service(make_module_service, gguf):
         models={GEMMA: gguf},
         LLM_MODEL=GEMMA,
         **LIMITS,
-        LLM_CONTEXT_LENGTH=4096,
+        LLM_CONTEXT_LENGTH=32768 if BY_HAND else 4096,  # an answer ends where that is full
         OLLAMA_REMOTES="127.0.0.1",
         OLLAMA_LOAD_TIMEOUT="1h",
     )
