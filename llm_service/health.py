@@ -11,7 +11,7 @@ from llm_service.answers import Answer
 from llm_service.downloads import DISK_RESERVE_BYTES
 from llm_service.errors import TimedOut, Unreachable, clean, failure
 from llm_service.healing import Healing
-from llm_service.processes import MB, life
+from llm_service.processes import MB, cpu_clock_s, life
 from llm_service.session import Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.watch import Watch, bytes_of
@@ -20,6 +20,7 @@ from ollama_client import Json, ServiceError, name_key, timestamp
 HEALTH_S = 3
 ASK_S = 0.6  # two such questions and a list stay within HEALTH_S
 LIST_S = 1.2
+COMPUTING_SHARE = 0.03  # of a core, as others may want it; one that hangs uses none
 DISK_LOW_BYTES = DISK_RESERVE_BYTES  # where downloads stop, too
 ENDED_S = 60  # the launcher starts the next server within 11 s
 UNENDED_S = 15  # a server that was killed and is still there does not end
@@ -107,10 +108,26 @@ class Health:
             if not self._machine.store_is_slow():
                 names = [model["name"] for model in state.tags(LIST_S)]
                 return names, state.loaded_now(ASK_S), False
-        server = self._processes.server()
-        self._watch.ollama.version(ASK_S)
-        state.note_answer(server)
+        self._ask_version()
         return list(self._machine.models), self._watch.loaded, True
+
+    def _ask_version(self) -> None:
+        """Ask what hangs only if that is not answered: raise then.
+
+        A server that computes is slow, until the watch has seen it silent for long: it reads what
+        somebody has sent it.
+        """
+        state = self._watch.server_state
+        server = self._processes.server()
+        before_s = cpu_clock_s(server)
+        try:
+            self._watch.ollama.version(ASK_S)
+        except TimedOut:
+            computes = cpu_clock_s(server) - before_s >= COMPUTING_SHARE * ASK_S
+            if not computes or server != state.answered or state.hung(server):
+                raise
+        else:
+            state.note_answer(server)
 
     def _gpu_fault(self) -> ServiceError | None:
         if not self._machine.gpu_is_lost():

@@ -1,6 +1,7 @@
 """What /health says of an Ollama that gave no answer."""
 
 import subprocess
+import sys
 import threading
 import time
 
@@ -10,9 +11,10 @@ import pytest
 import app
 from helpers.waiting import wait_for
 from llm_service.errors import ServiceError, TimedOut, Unreachable
+from llm_service.health import ASK_S
 from llm_service.processes import Runner, alive
 from llm_service.runner_state import RunnerState
-from llm_service.server_state import ServerState
+from llm_service.server_state import HUNG_LOOKS, ServerState
 
 
 @pytest.fixture
@@ -111,6 +113,35 @@ def test_where_the_version_does_not_answer_either_it_hangs(slow):
         app.health_report.check()
     assert caught.value.code == "ollama_hung"
     assert caught.value.fields["recommended_action"] == "reset_session"
+
+
+def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
+    """As one that reads thousands of texts which somebody has sent to be embedded."""
+
+    def late(*_):
+        time.sleep(ASK_S)
+        raise TimedOut("ollama_timeout", "late")
+
+    slow.setattr(app.ollama, "version", late)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        process = psutil.Process(busy.pid)
+        slow.setattr(app.processes, "server", lambda: process)
+        slow.setattr(app.watch, "server", process)
+        state = app.watch.server_state
+        state.note_answer(process)
+        wait_for(lambda: process.cpu_times().user > 0.2, 30, "it computes")
+        told = app.health_report.check()
+        assert told["status"] == "healthy"
+        assert "ollama_slow" in [each["code"] for each in told["warnings"]]
+        for _ in range(HUNG_LOOKS):
+            state.note_silence(process)
+        with pytest.raises(ServiceError) as caught:
+            app.health_report.check()
+        assert caught.value.code == "ollama_hung"
+    finally:
+        busy.kill()
+        busy.wait()
 
 
 def test_who_waits_too_long_for_another_callers_check_is_told_to_wait(slow):
