@@ -26,14 +26,25 @@ SMALL = [
         "size_bytes": 4_920_000_000,
     },
 ]
-NOT_ASKED: Json = {"size_bytes": None, "download_bytes": None, "code": None, "reason": None}
+NOT_ASKED: Json = {
+    "size_bytes": None,
+    "download_bytes": None,
+    "code": None,
+    "reason": None,
+}
 NO_SIZE = "What its registry sent is no manifest."
 
 
 class Recommended:
     """Lists them, and asks their registries when told to."""
 
-    def __init__(self, ollama: Ollama, store: Store, registries: Registries, one_s: float = ONE_S):
+    def __init__(
+        self,
+        ollama: Ollama,
+        store: Store,
+        registries: Registries,
+        one_s: float = ONE_S,
+    ):
         self._ollama = ollama
         self._store = store
         self._registries = registries
@@ -59,7 +70,11 @@ class Recommended:
         if told["code"] in SAME_FOR_ALL:
             same = {"code": told["code"], "reason": told["reason"]}
             return [{**each, **same} for each in models]
-        return [told, *in_parallel(lambda each: self._with_size(each, asking), others)]
+
+        def ask(model: Json) -> Json:
+            return self._with_size(model, asking)
+
+        return [told, *in_parallel(ask, others)]
 
     def _with_size(self, model: Json, asking: Asking) -> Json:
         """Return the model with what a pull of it would fetch, or why nobody knows."""
@@ -67,9 +82,14 @@ class Recommended:
             sizes = self._sizes(model["name"], asking)
         except ServiceError as e:
             return {**model, "code": e.code, "reason": str(e)}
-        present = self._store.sizes(sizes)
-        missing = [size for digest, size in sizes.items() if digest not in present]
-        return {**model, "size_bytes": sum(sizes.values()), "download_bytes": sum(missing)}
+        missing = dict(sizes)
+        for digest in self._store.sizes(sizes):
+            del missing[digest]
+        return {
+            **model,
+            "size_bytes": sum(sizes.values()),
+            "download_bytes": sum(missing.values()),
+        }
 
     def _sizes(self, name: str, asking: Asking) -> dict[str, int]:
         place = name_place(name)
