@@ -19,6 +19,7 @@ import yaml
 
 from helpers.answers import GEMMA
 from helpers.frozen import frozen
+from helpers.generation import Generation
 from helpers.places import ROOT
 from helpers.ports import free_port
 from helpers.waiting import call, wait_for
@@ -328,6 +329,29 @@ def kubernetes_objects():
     return list(yaml.safe_load_all((FLEET / "kubernetes.yaml").read_text()))
 
 
+def pre_stop(container, port=11435):
+    """Return the command that the end of a pod waits for, asking that port."""
+    command = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[-1].count(":11435/health") == 1
+    return [word.replace(":11435/", f":{port}/") for word in command]
+
+
+def test_the_end_of_a_pod_waits_for_an_answer_under_way_and_for_nothing_else(nodes):
+    node = nodes[0]
+    node.wait_healthy(60)
+    (container,) = kubernetes_objects()[-1]["spec"]["template"]["spec"]["containers"]
+    command = pre_stop(container, node.port)
+    answer = Generation(node.ollama_port, GEMMA).flowing()
+    wait_for(lambda: '"state":"busy"' in node.get("/health").text, 60, "busy is seen")
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(command, timeout=15)
+    assert not answer.done
+    answer.close()
+    assert subprocess.run(command, timeout=120).returncode == 0
+    # Nor for an API that is dead
+    assert subprocess.run(pre_stop(container, free_port()), timeout=60).returncode == 0
+
+
 def test_kubernetes_schemas_take_the_objects():
     validate = pytest.importorskip("kubernetes_validate").validate
     objects = kubernetes_objects()
@@ -340,7 +364,10 @@ def test_kubernetes_schemas_take_the_objects():
 
 
 def test_the_kubernetes_objects_fit_together_and_the_image():
-    *services, nodes = kubernetes_objects()
+    kinds = {}
+    for one in kubernetes_objects():
+        kinds.setdefault(one["kind"], []).append(one)
+    services, (nodes,) = kinds["Service"], kinds["StatefulSet"]
     pod = nodes["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -350,10 +377,18 @@ def test_the_kubernetes_objects_fit_together_and_the_image():
         (port,) = service["spec"]["ports"]
         assert ports[port["targetPort"]] == port["port"]
     assert nodes["spec"]["serviceName"] in [one["metadata"]["name"] for one in services]
+    for name, selector in [("NetworkPolicy", "podSelector"), ("PodDisruptionBudget", "selector")]:
+        (one,) = kinds[name]
+        assert one["spec"][selector] == nodes["spec"]["selector"]
     # Else a Service named llm-api would set LLM_API_PORT, to what is no port.
     assert pod["spec"]["enableServiceLinks"] is False
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
     assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+    # gunicorn replaces a worker that hangs after 31 s, and start.sh ends within 10 s.
+    liveness = container["livenessProbe"]
+    assert liveness["periodSeconds"] * (liveness["failureThreshold"] - 1) > 40
+    (most,) = re.findall(r"SECONDS < (\d+)", pre_stop(container)[-1])
+    assert int(most) + 7 + 10 < pod["spec"]["terminationGracePeriodSeconds"]
     claims = [claim["metadata"]["name"] for claim in nodes["spec"]["volumeClaimTemplates"]]
     volumes = [volume["name"] for volume in pod["spec"]["volumes"]]
     assert sorted(claims + volumes) == sorted(v["name"] for v in container["volumeMounts"])
