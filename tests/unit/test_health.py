@@ -115,6 +115,10 @@ def test_where_the_version_does_not_answer_either_it_hangs(slow):
     assert caught.value.fields["recommended_action"] == "reset_session"
 
 
+# Not for ever: who ends the tests by a signal leaves it behind.
+COMPUTES = "import time; until = time.monotonic() + 120\nwhile time.monotonic() < until: pass"
+
+
 def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
     """As one that reads thousands of texts which somebody has sent to be embedded."""
 
@@ -123,7 +127,7 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
         raise TimedOut("ollama_timeout", "late")
 
     slow.setattr(app.ollama, "version", late)
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    busy = subprocess.Popen([sys.executable, "-c", COMPUTES])
     try:
         process = psutil.Process(busy.pid)
         slow.setattr(app.processes, "server", lambda: process)
