@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import logging
+import math
 
 from llm_service.answers import Answers, slot_counters
 from llm_service.processes import Runner
@@ -121,6 +122,7 @@ class RunnerState:
 
     def _begin_count(self, now: float) -> None:
         self._began = {"stuck": now}  # since when each fault shows
+        self._silent_cpu_s = 0.0  # used since its /health has not answered
         self._first_still: Look | None = None  # the first look without progress
         self._still: collections.deque[Look] = collections.deque(maxlen=STUCK_LOOKS)
 
@@ -130,10 +132,9 @@ class RunnerState:
 
     def _judge(self, look: Look) -> str:
         if look.health == "silent":
-            self.under_way = True  # so that it is asked again
-            words = "its /health has not answered"
-            return self._judge_fault("silent", look, SILENT_S, words, self.state)
+            return self._judge_silence(look)
         self._began.pop("silent", None)
+        self._silent_cpu_s = 0.0
         if look.health == "dead":
             words = "it has been dead and Ollama waits for its end"
             return self._judge_fault("ghost", look, GHOST_S, words, self.state)
@@ -146,6 +147,21 @@ class RunnerState:
             return self.state
         self.under_way = look.health == "loading"
         return look.health
+
+    def _judge_silence(self, look: Look) -> str:
+        """Tell silent from slow: thousands of texts to embed keep all HTTP threads waiting.
+
+        What computes has the patience of a batch, what is stopped or waits for ever has not.
+        """
+        self.under_way = True  # so that it is asked again
+        self._silent_cpu_s += look.cpu_s
+        patience_s: float = SILENT_S
+        if look.working:
+            patience_s = max(SILENT_S, self._stuck_s)
+            if not look.on_gpu and self._silent_cpu_s < self._stuck_s * SLOW_FACTOR:
+                patience_s = math.inf
+        words = "its /health has not answered"
+        return self._judge_fault("silent", look, patience_s, words, self.state)
 
     def _judge_work(self, look: Look) -> str:
         busy = "busy"

@@ -326,10 +326,10 @@ class Watch:
         port = state.runner.port
         state.asked_at = look.at
         look.health = self.ollama.runner_health(port, RUNNER_ASK_S)
+        look.on_gpu = self._is_on_gpu(state.model)
         if look.health != "ok" or not look.active:
             return
         look.main_cpu_s, look.main_wait_s = main_thread_s(state.process)
-        look.on_gpu = self._is_on_gpu(state.model)
         try:
             look.slots = self.ollama.runner_slots(port, RUNNER_ASK_S)
             metrics = self.ollama.runner_metrics(port, RUNNER_ASK_S)

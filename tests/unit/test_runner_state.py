@@ -304,6 +304,31 @@ def test_one_answer_ends_the_silence(busy):
         busy.look(slot(decoded=busy.now))
 
 
+def test_one_that_computes_is_not_silent_for_its_patience(busy):
+    """As one whose HTTP threads all wait, since it embeds thousands of texts of one request."""
+    computes = {"health": "silent", "cpu_s": 2.0}
+    assert busy.for_(10 * STUCK_S - 2, **computes) == {"busy"}
+    assert busy.for_(4, **computes) == {"silent"}
+
+
+def test_one_that_computes_on_a_gpu_has_the_patience_of_a_loop_that_stands(busy):
+    computes = {"health": "silent", "cpu_s": 2.0, "on_gpu": True}
+    assert busy.for_(STUCK_S, **computes) == {"busy"}
+    assert busy.for_(4, **computes) == {"silent"}
+
+
+def test_one_that_has_computed_and_is_stopped_is_silent(busy):
+    assert busy.for_(20, health="silent", cpu_s=2.0) == {"busy"}
+    assert busy.look(health="silent") == "silent"
+
+
+def test_an_answer_gives_one_that_computes_all_its_patience_back(busy):
+    computes = {"health": "silent", "cpu_s": 2.0}
+    for _ in range(2):
+        assert busy.for_(6 * STUCK_S, **computes) == {"busy"}
+        assert busy.look(slot(decoded=1)) == "busy"
+
+
 def test_a_silent_one_that_answers_is_well(busy):
     assert "silent" in busy.for_(14, health="silent")
     assert busy.look(slot(decoded=6)) == "busy"
