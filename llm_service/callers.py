@@ -127,7 +127,7 @@ class Callers:
         """Return the warning of /health where callers wait for long."""
         if not self._queue or not self.report:
             return []
-        advice = "others are served meanwhile, or what they sent is no whole request"
+        advice = "something is at work meanwhile, or what they sent is no whole request"
         warning = {
             "code": "callers_waiting",
             "message": f"{self._queue}: {advice}.",
