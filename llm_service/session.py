@@ -139,7 +139,9 @@ class Session:
             return clearing
 
         key = (model and name_key(model), force)
-        limit_s = deadline - time.monotonic() + SHARE_CLEAR_S
+        # Another caller's clear may take all of its time: it serves a reset, whose own has less.
+        until = max(deadline, came.at + CLEAR_S)
+        limit_s = until - time.monotonic() + SHARE_CLEAR_S
         return self.clears.get(work, limit_s, key, came)
 
     def _reset(self, model: str | None, restart: bool, came: Arrival) -> Done:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import app
-from llm_service import clearing
+from llm_service import clearing, session
 from llm_service.clearing import Clearing
 from llm_service.errors import TimedOut
 from llm_service.manifests import Manifest
@@ -251,6 +251,29 @@ def test_who_comes_during_a_reset_shares_it_though_its_own_load_has_begun(gpu, l
     assert reset_suits(outcome, outcome.key, came[0])
     stranger = Runner(psutil.Process(), "2" * 64, None)
     assert not reset_suits(outcome, outcome.key, came[0]._replace(runners=[stranger]))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_reset_waits_for_a_clear_that_takes_all_of_its_time(monkeypatch):
+    """Where a dead runner is not reaped a clear does, and a reset's own would have less."""
+    run, under_way = Clearing.run, threading.Event()
+
+    def slowly(clearing):
+        under_way.set()
+        time.sleep(session.CLEAR_S - 0.7)
+        run(clearing)
+
+    monkeypatch.setattr(Clearing, "run", slowly)
+    monkeypatch.setattr(app.watch, "look", lambda *_: None)
+    monkeypatch.setattr(app.session.loader, "order", lambda *_: "loading")
+    monkeypatch.setattr(session, "RESET_S", 30)  # a busy machine takes longer for what follows
+    first = threading.Thread(target=app.session.clear)
+    first.start()
+    assert under_way.wait(30)
+    done = app.session.clears_done
+    assert app.session.reset()["status"] == "success"
+    first.join()
+    assert app.session.clears_done == done
 
 
 @pytest.mark.usefixtures("gpu")
