@@ -36,9 +36,11 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import random
 import select
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -109,8 +111,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.registry = self.server.registry
         self.epoch = self.registry.epoch
         if self.registry.tls and "connect" not in self.registry.faults:
-            self.request = self.registry.tls.wrap_socket(self.request, server_side=True)
+            self.shake_hands()
         super().setup()
+
+    def shake_hands(self):
+        """Begin TLS; where that fails, take what the client has sent meanwhile.
+
+        Else the kernel resets the connection, and the client may not read why.
+        """
+        tls = self.registry.tls
+        self.request = tls.wrap_socket(self.request, True, do_handshake_on_connect=False)
+        try:
+            self.request.do_handshake()
+        except ssl.SSLError:
+            number = self.request.fileno()
+            while select.select([number], [], [], 5)[0] and os.read(number, 1 << 16):
+                pass
+            raise
 
     def handle(self):
         with contextlib.suppress(OSError):
