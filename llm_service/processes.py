@@ -159,7 +159,9 @@ class Processes:
                     model=words,
                 )
                 found.append(child)
-        return found
+        # One that has just been started may have become known meanwhile.
+        known = {runner.process for runner in self.runners()}
+        return [child for child in found if child.process not in known]
 
     def open_files(self) -> OpenFiles:
         """Return what the processes have open.

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from helpers.waiting import wait_for
-from llm_service.processes import Processes, alive, end, life
+from llm_service.processes import Processes, Runner, alive, end, life
 
 DIGEST = "c" * 64
 SLEEP = "import time; time.sleep(60)"
@@ -184,3 +184,23 @@ def test_signalling_a_process_that_has_ended_does_nothing(server):
     server.process.kill()
     server.process.wait()
     end(recorded)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["stays unknown", "becomes known"])
+def test_a_child_that_becomes_known_as_a_runner_meanwhile_is_no_stranger(
+    tmp_path, monkeypatch, known
+):
+    """Ollama has just begun it: it gets its command line between two readings."""
+    processes = Processes(tmp_path / "state")
+    child = psutil.Popen(["sleep", "60"])
+    process = psutil.Process(child.pid)
+    readings = iter([[], [Runner(process, "d" * 64, 1)] if known else []])
+    monkeypatch.setattr(processes, "server", psutil.Process)
+    monkeypatch.setattr(processes, "all", lambda: [process])
+    monkeypatch.setattr(processes, "runners", lambda: next(readings))
+    try:
+        found = [each.process for each in processes.unknown_children()]
+    finally:
+        child.kill()
+        child.wait()
+    assert found == ([] if known else [process])
