@@ -145,11 +145,10 @@ class Processes:
         another kind finds GPUs, or quantizes a model that is being created.
         """
         server = self.server()
-        known = {runner.process for runner in self.runners()}
         found = []
         for process in self.all():
             with contextlib.suppress(psutil.Error):
-                if process in known or not alive(process) or is_orphan(process, server):
+                if not alive(process) or is_orphan(process, server):
                     continue
                 words = " ".join(process.cmdline())
                 child = Runner(
@@ -159,7 +158,7 @@ class Processes:
                     model=words,
                 )
                 found.append(child)
-        # One that has just been started may have become known meanwhile.
+        # After them: one that has just been started may become known meanwhile.
         known = {runner.process for runner in self.runners()}
         return [child for child in found if child.process not in known]
 

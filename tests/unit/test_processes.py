@@ -194,10 +194,16 @@ def test_a_child_that_becomes_known_as_a_runner_meanwhile_is_no_stranger(
     processes = Processes(tmp_path / "state")
     child = psutil.Popen(["sleep", "60"])
     process = psutil.Process(child.pid)
-    readings = iter([[], [Runner(process, "d" * 64, 1)] if known else []])
+    runners = []
+
+    def read_all():
+        if known:
+            runners.append(Runner(process, "d" * 64, 1))
+        return [process]
+
     monkeypatch.setattr(processes, "server", psutil.Process)
-    monkeypatch.setattr(processes, "all", lambda: [process])
-    monkeypatch.setattr(processes, "runners", lambda: next(readings))
+    monkeypatch.setattr(processes, "all", read_all)
+    monkeypatch.setattr(processes, "runners", runners.copy)
     try:
         found = [each.process for each in processes.unknown_children()]
     finally:
