@@ -4,7 +4,7 @@ from llm_service.errors import ServiceError
 from llm_service.registry import Asking, Registries
 from llm_service.sharing import SharedRun, in_parallel
 from llm_service.store import Store
-from llm_service.updates import SAME_FOR_ALL, ended_since, read_content
+from llm_service.updates import SAME_FOR_ALL, ended_since, pull_sizes, read_content
 from ollama_client import Json, Ollama, name_place
 
 THEIRS_MOST = 10
@@ -82,14 +82,7 @@ class Recommended:
             sizes = self._sizes(model["name"], asking)
         except ServiceError as e:
             return {**model, "code": e.code, "reason": str(e)}
-        missing = dict(sizes)
-        for digest in self._store.sizes(sizes):
-            del missing[digest]
-        return {
-            **model,
-            "size_bytes": sum(sizes.values()),
-            "download_bytes": sum(missing.values()),
-        }
+        return {**model, **pull_sizes(self._store, sizes)}
 
     def _sizes(self, name: str, asking: Asking) -> dict[str, int]:
         place = name_place(name)

@@ -132,16 +132,13 @@ class Round:
         if not there:
             raise ServiceError("registry_error", f"What it sent is no manifest: {NO_MANIFEST}.")
         is_current = ours is not None and ours.kinds == there.kinds
-        present = self._store.sizes(there.sizes)
-        missing = [size for digest, size in there.sizes.items() if digest not in present]
         answer = {
             "name": manifest.name,
             "state": "current" if is_current else "newer",
             "made_here": written_here(raw),
             "code": None,
             "reason": None,
-            "size_bytes": sum(there.sizes.values()),
-            "download_bytes": sum(missing),
+            **pull_sizes(self._store, there.sizes),
         }
         if written_here(raw) and not is_current:
             answer.update(state="unknown", code="made_here", reason=f"{MADE_HERE}.")
@@ -164,6 +161,16 @@ class Round:
         if written_here(raw):
             raise ServiceError("made_here", f"{ONLY_HERE}.")
         raise ServiceError("not_in_registry", f"{UNKNOWN_NAME}.")
+
+
+def pull_sizes(store: Store, sizes: dict[str, int]) -> Json:
+    """Return the bytes of these files, by digest, and of those that a pull would fetch."""
+    present = store.sizes(sizes)
+    missing = [size for digest, size in sizes.items() if digest not in present]
+    return {
+        "size_bytes": sum(sizes.values()),
+        "download_bytes": sum(missing),
+    }
 
 
 def read(manifest: Manifest) -> bytes:
