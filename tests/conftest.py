@@ -3,6 +3,8 @@
 gguf                    the path of a real model (gemma3 270m, 253 MB)
 make_gguf_variant(n)    the same with another digest: several can be loaded at once
 registry                a model registry with faults
+authority               a certificate authority of one's own, shared by a file's tests
+tls_registry            a registry with a certificate of that
 ollama_server(**env)    makes a started OllamaServer
 service                 a Service with gemma:latest, shared by all tests of api/
 guarded                 a Service without models that wants a token, shared likewise
@@ -34,6 +36,7 @@ from helpers.ollama_server import OllamaServer
 from helpers.processes import clean_up, kill, marked, servers, started
 from helpers.registry import Registry
 from helpers.service import Service
+from helpers.tls import Authority
 
 # The longest folders first: the processes then end at about the same time.
 ORDER = ["slow", "faults", "api", "unit"]
@@ -121,6 +124,17 @@ def make_gguf_variant(gguf):  # noqa: ARG001 (it skips)
 @pytest.fixture
 def registry():
     with Registry() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def tls_registry(authority):
+    with Registry(tls=authority.context()) as one:
         yield one
 
 

@@ -50,11 +50,6 @@ DAY = datetime.timedelta(days=1)
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture(scope="module")
 def plain(make_module_service, authority):
     """The file's service, which trusts the authority and takes any number of pulls."""
     return make_module_service(LLM_MAX_PULLS=99, SSL_CERT_DIR=authority.folder)

@@ -8,15 +8,9 @@ from helpers.answers import error
 from helpers.faults import stall
 from helpers.listener import PULL
 from helpers.registry import Registry
-from helpers.tls import Authority
 from helpers.waiting import wait_for
 
 UPDATES = "/api/models/updates"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("company"))
 
 
 @pytest.fixture(scope="module")

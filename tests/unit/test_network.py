@@ -11,7 +11,6 @@ import pytest
 from helpers.faults import Silent, answer, cut, speak
 from helpers.ports import free_port
 from helpers.registry import Registry
-from helpers.tls import Authority
 from llm_service.errors import ServiceError
 from llm_service.network import (
     ANSWER_LIMIT_BYTES,
@@ -91,17 +90,6 @@ def test_a_proxys_name_and_password_go_into_a_header():
 
 
 # Certificate authorities
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("company"))
-
-
-@pytest.fixture
-def tls_registry(authority):
-    with Registry(tls=authority.context()) as one:
-        yield one
 
 
 def ask(port, limit_s=10, scheme="https", host="localhost", path="/v2/", **environment):

@@ -7,22 +7,14 @@ import pytest
 from helpers.faults import answer
 from helpers.models import blob_path
 from helpers.ports import free_port
-from helpers.registry import Registry
-from helpers.tls import Authority
 from llm_service.recommended import NOT_ASKED, SMALL, THEIRS_MOST, Recommended
 from llm_service.registry import Registries
 from llm_service.store import Store
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("company"))
-
-
 @pytest.fixture
-def registry(authority):
-    with Registry(tls=authority.context()) as one:
-        yield one
+def registry(tls_registry):
+    return tls_registry
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from helpers.faults import Silent, answer, cut, redirect, reset, speak, stall, w
 from helpers.models import add_model, blob_path, config_json, manifest_json
 from helpers.ports import free_port
 from helpers.registry import Registry
-from helpers.tls import Authority
 from llm_service.errors import ServiceError
 from llm_service.registry import Registries
 from llm_service.store import Store
@@ -22,15 +21,9 @@ def agent():
     return "ollama/0.34.4 llm-service/1.2.0"
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("company"))
-
-
 @pytest.fixture
-def registry(authority):
-    with Registry(tls=authority.context()) as one:
-        yield one
+def registry(tls_registry):
+    return tls_registry
 
 
 @pytest.fixture
