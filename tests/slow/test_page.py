@@ -51,6 +51,13 @@ def insecure_pull(page, name):
     assert page.service.post(PULL, json=body).status_code == 202
 
 
+def pulled(page, name):
+    """Have it downloaded, and wait for its end."""
+    insecure_pull(page, name)
+    page.wait_row("models", name, "not loaded", 60)
+    wait_for(lambda: not running_pulls(page.service), 60, "the end of the download")
+
+
 def test_what_is_there_shows_without_a_complaint_of_the_browser(page):
     page.wait_row("models", GEMMA, "not loaded")
     row = page.row_text("models", GEMMA)
@@ -304,9 +311,7 @@ def test_an_update_of_a_registry_without_tls_is_looked_for_after_a_warning(
     page, registry, make_gguf_variant
 ):
     name = registry.add("ns/plain:latest", make_gguf_variant(6))
-    insecure_pull(page, name)
-    page.wait_row("models", name, "not loaded", 60)
-    wait_for(lambda: not running_pulls(page.service), 60, "the end of the download")
+    pulled(page, name)
     page.next_rounds()  # else that end is told later, in the place of what is waited for below
     page.press("models", name, "Update")
     page.wait_text("ask-text", "has no TLS", 60)
@@ -366,9 +371,7 @@ def test_a_version_that_an_update_has_replaced_is_told_until_it_is_unloaded(
     page, registry, make_gguf_variant
 ):
     name = registry.add("ns/next:latest", make_gguf_variant(8))
-    insecure_pull(page, name)
-    page.wait_row("models", name, "not loaded", 60)
-    wait_for(lambda: not running_pulls(page.service), 60, "the end of the download")
+    pulled(page, name)
     page.service.load(name)
     registry.add("ns/next:latest", make_gguf_variant(9))
     insecure_pull(page, name)
