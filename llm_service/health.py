@@ -216,9 +216,10 @@ class Health:
         if slow:
             words = "Ollama or the models' disk is slow: what is listed is as of the last look."
             warnings.append(("ollama_slow", words))
-        there = self._measured_models()
-        measured = [model for model in loaded if model["name"] in there]
-        warnings += self.gpu_warnings(reading, measured)
+        if reading["state"] in ("ok", "unified"):
+            there = self._measured_models()
+            measured = [model for model in loaded if model["name"] in there]
+            warnings += self.gpu_warnings(reading, measured)
         told = [{"code": code, "message": message} for code, message in warnings]
         return told + self._watch.callers.warnings() + self._long_answers()
 
@@ -247,8 +248,6 @@ class Health:
     def gpu_warnings(self, reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
         """Compare where Ollama says that models lie with what was asked for and measured."""
         warnings: list[tuple[str, str]] = []
-        if reading["state"] not in ("ok", "unified"):
-            return warnings
         # Where GPU and system share the memory, what is in use tells nothing of the models
         used_mb = None if reading["memory_shared"] else gpu.memory_totals(reading)[0]
         for model in loaded:

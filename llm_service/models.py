@@ -87,9 +87,10 @@ class Models:
     def _list(self) -> str:
         """Make the answer: every model on the disk, and what of it is loaded."""
         loaded = LoadedLines(self._watch.server_state.loaded_now())
-        own = self._own_bytes()
+        signature = self._store.signature()
+        own = self._own_bytes(signature)
         listed = []
-        for model in self._watch.server_state.tags(LIST_S):
+        for model in self._watch.server_state.tags(LIST_S, signature):
             key = plain_key(model["name"]) or ""
             entry = model_entry(model, loaded.line_of(model))
             entry["frees_bytes"] = own.get(key)
@@ -101,9 +102,8 @@ class Models:
         text = json.dumps(answer, separators=(",", ":"))
         return text + "\n"
 
-    def _own_bytes(self) -> dict[str, int]:
-        """Map each model's key to what a delete would free."""
-        signature = self._store.signature()
+    def _own_bytes(self, signature: tuple | None) -> dict[str, int]:
+        """Map each model's key to what a delete would free, in the store of this signature."""
         known, own = self._own
         if signature is None or signature != known:
             own = own_bytes(self._store)

@@ -69,10 +69,9 @@ class Processes:
         """Return the running server, or None."""
         for pid, started, _ in self._records()[-1:]:
             about = _stat(pid)
-            if about and about.start == started:
+            if about and about.start == started and about.holds_memory:
                 with contextlib.suppress(psutil.Error):
-                    dead = about.state == "Z" and about.threads == 1
-                    return None if dead else _process(pid, started)
+                    return _process(pid, started)
         return None
 
     def ever_started(self) -> bool:
@@ -255,7 +254,6 @@ class Life(typing.NamedTuple):
 
     alive: bool = False  # it holds memory: it runs, or a zombie's other threads do
     dying: bool = False  # dead and not reaped, or killed and not ended yet
-    runs: bool = False  # neither dead nor stopped, by a signal or a tracer
     parent: int | None = None  # None where it is gone
 
 
@@ -263,21 +261,26 @@ def life(process: psutil.Process) -> Life:
     """Return how a process stands; that of a process which is gone says no to everything."""
     # First: as soon as SIGKILL waits no more, what is read next shows the end
     killed = _is_killed(process.pid)
-    about = _stat(process.pid)
-    if about is None or not process.is_running():
+    about = _stat_of(process)
+    if about is None:
         return Life()
-    dead = about.state in "ZX"
     return Life(
-        alive=not dead or about.threads > 1,
-        dying=dead or about.exiting or killed,
-        runs=about.state not in "ZXTt",
+        alive=about.holds_memory,
+        dying=about.dead or about.exiting or killed,
         parent=about.parent,
     )
 
 
 def alive(process: psutil.Process) -> bool:
     """Tell whether a process holds memory: one that is dead and has threads yet does."""
-    return life(process).alive
+    about = _stat_of(process)
+    return about is not None and about.holds_memory
+
+
+def runs(process: psutil.Process) -> bool:
+    """Tell whether a process is neither dead nor stopped, by a signal or a tracer."""
+    about = _stat_of(process)
+    return about is not None and about.state not in "ZXTt"
 
 
 def is_ending(process: psutil.Process) -> bool:
@@ -299,11 +302,11 @@ def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
 
 def age_s(process: psutil.Process) -> float:
     """Return for how long a process has been there, whatever the clock was set to meanwhile."""
-    about = _stat(process.pid)
-    if about is None:
+    start = _start_ticks(process)
+    if start is None:
         return 0.0
     boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return boot_s - about.start / TICKS_A_S
+    return boot_s - start / TICKS_A_S
 
 
 def may_hold_model(child: Runner) -> bool:
@@ -392,20 +395,22 @@ class _Stat(typing.NamedTuple):
     threads: int
     start: int  # in ticks after boot
 
+    @property
+    def dead(self) -> bool:
+        return self.state in "ZX"
+
+    @property
+    def holds_memory(self) -> bool:
+        return not self.dead or self.threads > 1
+
 
 def _stat(pid: int) -> _Stat | None:
     """Return what there is of a process; None if it is gone.
 
-    Read by hand: psutil gives the start as a time of day, which moves with the clock. Each
-    request reads this, and each call lets other threads in: so these are as few as can be.
+    Read by hand: psutil gives the start as a time of day, which moves with the clock.
     """
-    try:
-        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-        try:
-            about = os.read(file, 4096)  # all of it
-        finally:
-            os.close(file)
-    except OSError:
+    about = _read(pid, "stat")
+    if about is None:
         return None
     words = about.rpartition(b")")[2].split()  # the name before may hold anything
     return _Stat(
@@ -417,15 +422,45 @@ def _stat(pid: int) -> _Stat | None:
     )
 
 
+def _stat_of(process: psutil.Process) -> _Stat | None:
+    """Return what there is of this process, not of another that has got its number."""
+    about = _stat(process.pid)
+    if about is None or about.start != _start_ticks(process):
+        return None
+    return about
+
+
+@functools.lru_cache(256)
+def _start_ticks(process: psutil.Process) -> int | None:
+    """Return a process's start; None where it had gone when that was first asked."""
+    about = _stat(process.pid)
+    if about is None or not process.is_running():
+        return None
+    return about.start
+
+
 def _is_killed(pid: int) -> bool:
     """Tell whether SIGKILL waits for a process: it has not got to its end yet."""
-    try:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    pending = re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
+    status = _read(pid, "status") or b""
+    pending = re.findall(rb"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
     sigkill_bit = 1 << (signal.SIGKILL - 1)
     return any(int(mask, 16) & sigkill_bit for mask in pending)
+
+
+def _read(pid: int, name: str) -> bytes | None:
+    """Read a file of /proc/PID to its end; None if the process is gone.
+
+    Each request reads some, and each call of the kernel lets another thread in, which costs more
+    than the call: so these are as few as can be.
+    """
+    try:
+        file = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+        try:
+            return os.read(file, 1 << 16)  # the kernel gives such files in one piece
+        finally:
+            os.close(file)
+    except OSError:
+        return None
 
 
 def _digest_in(text: str) -> str | None:

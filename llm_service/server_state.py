@@ -8,7 +8,7 @@ import typing
 import psutil
 
 from llm_service.manifests import is_lent
-from llm_service.processes import Processes, age_s, cpu_clock_s, life
+from llm_service.processes import Processes, age_s, cpu_clock_s, runs
 from llm_service.runner_state import GAP_S
 from llm_service.store import Store
 from ollama_client import ANSWER_S, Json, Ollama, ServiceError
@@ -117,7 +117,7 @@ class ServerState:
         A stopped one is asked, which tells that it hangs.
         """
         asked, cpu_s, loaded = self._listed
-        if asked and self.state == "answering" and life(asked).runs:
+        if asked and self.state == "answering" and runs(asked):
             if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
                 return loaded
         return self.ask_loaded(self._processes.server(), timeout_s)
@@ -129,9 +129,12 @@ class ServerState:
                 self.version = self._ollama.version(VERSION_S)
         return self.version
 
-    def tags(self, timeout_s: float) -> list[Json]:
-        """Return the models on disk: as known where the store is certainly as it was."""
-        signature = self._store.signature()
+    def tags(self, timeout_s: float, signature: tuple | None = None) -> list[Json]:
+        """Return the models on disk: as known where the store is certainly as it was.
+
+        ``signature`` is the store's, by a caller who has just read it.
+        """
+        signature = signature or self._store.signature()
         known, models = self._tags
         if not signature or signature != known:
             models = self._ollama.tags(timeout_s)

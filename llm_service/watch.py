@@ -106,12 +106,13 @@ class Watch:
 
         A ghost of the server before holds nobody up, nor does one that has gone since.
         """
-        server = self.processes.server()
         found = []
         for state in self.states():
+            if not state.faulty:
+                continue
             lives = state.survives or state.state != "ghost"
             holds = lives and alive(state.process)
-            if state.faulty and (holds or unreaped(state.process, server)):
+            if holds or unreaped(state.process, self.processes.server()):
                 found.append(state)
         return found
 
@@ -178,12 +179,12 @@ class Watch:
     def _holds(self, runner: Runner, state: str) -> bool:
         """Look and tell, for a caller who has the lock."""
         known = self._states.get(runner)
-        if known is None or not life(runner.process).alive:
+        if known is None or not alive(runner.process):
             return False
         server = self.processes.server()
         self._heed_ends(time.monotonic())
         self._look_at_runners([known], server)
-        return known.state == state and life(runner.process).alive
+        return known.state == state and alive(runner.process)
 
     def _run(self, after_look: typing.Callable[[], None]) -> None:
         """Look for as long as the service lives."""
