@@ -88,9 +88,8 @@ class Health:
             "warning": warnings[0]["message"] if warnings else None,
         }
 
-    def is_up(self) -> bool:
-        """Tell whether the last look found no fault, without asking anything."""
-        server = self._processes.server()
+    def is_up(self, server: psutil.Process | None) -> bool:
+        """Tell whether the last look found no fault with this server, without asking anything."""
         state = self._watch.server_state
         has_answered = server is not None and server == state.answered
         answers = has_answered and state.state == "answering"

@@ -3,6 +3,8 @@
 import itertools
 import typing
 
+import psutil
+
 from llm_service.downloads import Downloads
 from llm_service.processes import MB
 from llm_service.stats import Stats
@@ -23,11 +25,11 @@ class Metrics:
         stats: Stats,
         watch: Watch,
         downloads: Downloads,
-        is_up: typing.Callable[[], bool],
+        is_up: typing.Callable[[psutil.Process | None], bool],
         verifying: Verifying,
         updates: Updates,
     ):
-        """``is_up()`` tells whether /health finds no fault."""
+        """``is_up(server)`` tells whether /health finds no fault."""
         self._stats = stats
         self._watch = watch
         self._downloads = downloads
@@ -50,8 +52,9 @@ class Metrics:
 
     def _samples(self) -> typing.Iterator[Sample]:
         """Yield each figure: its name, what it is, its labels, its value in base units."""
-        stats = self._stats.report()
-        yield "llm_up", "1 where /health finds no fault.", {}, self._is_up()
+        server = self._watch.processes.server()
+        stats = self._stats.report_of(server)
+        yield "llm_up", "1 where /health finds no fault.", {}, self._is_up(server)
         yield "llm_gpu_state", "1 for the state of the GPUs.", {"state": stats["gpu"]}, 1
         for each in stats["gpus"]:
             yield from gpu_samples(each)

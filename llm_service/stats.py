@@ -2,6 +2,8 @@
 
 import time
 
+import psutil
+
 import gpu
 from llm_service.healing import Healing
 from llm_service.processes import MB, age_s
@@ -22,6 +24,10 @@ class Stats:
 
     def report(self) -> Json:
         """Return the answer of ``GET /api/stats``. What the watch sees is as of its last look."""
+        return self.report_of(self._processes.server())
+
+    def report_of(self, server: psutil.Process | None) -> Json:
+        """Return ``report()`` for a caller who knows the server that is there."""
         reading = self._machine.gpu
         return {
             **gpu_strings(reading),
@@ -36,7 +42,7 @@ class Stats:
             "runners": self._watch.runners(),
             "callers": self._watch.callers.report,
             "looked_at": timestamp(self._watch.looked_at),
-            "ollama": self._ollama(),
+            "ollama": self._ollama(server),
             "healed": self._healing.healed,
             "clears": self._session.clears_done,
             "resets": self._session.resets_done,
@@ -52,8 +58,7 @@ class Stats:
             "percent": memory.percent,
         }
 
-    def _ollama(self) -> Json:
-        server = self._processes.server()
+    def _ollama(self, server: psutil.Process | None) -> Json:
         told: Json = {"pid": None, "uptime_seconds": None}
         if server:
             told["pid"] = server.pid

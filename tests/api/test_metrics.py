@@ -117,7 +117,7 @@ def told(app, monkeypatch):
     base = app.stats_report.report()
 
     def tell(**figures):
-        monkeypatch.setattr(app.stats_report, "report", lambda: base | figures)
+        monkeypatch.setattr(app.stats_report, "report_of", lambda _server: base | figures)
         return parse(app.metrics_report.text())
 
     return tell
@@ -213,7 +213,7 @@ def test_two_runners_of_one_model_are_two(told):
 
 @pytest.mark.parametrize("up", [True, False])
 def test_up_is_what_health_says(app, told, monkeypatch, up):
-    monkeypatch.setattr(app.metrics_report, "_is_up", lambda: up)
+    monkeypatch.setattr(app.metrics_report, "_is_up", lambda _server: up)
     assert value(told(), "llm_up") == up
 
 

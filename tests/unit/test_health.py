@@ -201,7 +201,7 @@ def test_it_is_up_only_where_the_server_that_is_there_has_answered(
     monkeypatch.setattr(known, "answered", app.processes.server() if answered else None)
     monkeypatch.setattr(known, "state", state)
     monkeypatch.setattr(app.watch, "well", True)
-    assert app.health_report.is_up() is up
+    assert app.health_report.is_up(app.processes.server()) is up
 
 
 @pytest.mark.parametrize("looks", [1, 3])
@@ -231,9 +231,9 @@ def test_who_waits_in_vain_makes_it_a_503_and_not_up(callers, slow):
     slow.setattr(app.watch.server_state, "state", "answering")
     slow.setattr(app.watch.ollama, "tags", lambda *_: [])
     slow.setattr(app.watch.server_state, "loaded_now", lambda *_: [])
-    assert app.health_report.is_up()
+    assert app.health_report.is_up(app.processes.server())
     callers.starved = "callers have waited for up to 130 s"
-    assert not app.health_report.is_up()
+    assert not app.health_report.is_up(app.processes.server())
     with pytest.raises(ServiceError) as caught:
         app.health_report.check()
     assert caught.value.code == "callers_starved"
