@@ -5,13 +5,15 @@ little, as it is a process of its own.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
 import time
 
 GATHER_S = 0.05  # lines gather for so long, as a read for each of them costs most of the CPU
-READ_BYTES = 1 << 16  # and no longer than until a pipe is full
+PIPE_BYTES = 1 << 20  # and a full pipe would keep Ollama waiting: 64 kB fill at 500 requests a second
+READ_BYTES = 1 << 16
 KEPT_BYTES = 1 << 16  # in each of the two files, the older of which goes
 REASON_BYTES = 1 << 18  # a stack trace stands behind its reason
 REASON_CHARACTERS = 300
@@ -100,6 +102,8 @@ def pass_on(state_file: str) -> None:
     """Copy the input to the end of it, and write down the reason that it gives."""
     kept = Kept(state_file)
     printed = bytearray()
+    with contextlib.suppress(OSError):  # it may be no pipe, or this user's are many
+        fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     while data := os.read(0, READ_BYTES):
         is_full = len(data) == READ_BYTES
         data = without_queries(data)

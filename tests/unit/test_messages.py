@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from helpers.places import ROOT
+from helpers.processes import suspend
 from helpers.waiting import wait_for
 from llm_service.messages import KEPT_BYTES, last_lines, without_queries
 
@@ -74,6 +76,19 @@ def test_what_is_kept_is_bounded_and_never_less_than_asked_for(reader):
     assert len(last_lines(reader.state, 50)) == 50
     sizes = [file.stat().st_size for file in reader.state.parent.glob("state.said*")]
     assert written > 4 * sum(sizes) and max(sizes) <= 2 * KEPT_BYTES
+
+
+def test_ollama_does_not_wait_where_it_prints_much_between_two_readings(reader):
+    reader.process.stdin.write(b"first\n")
+    wait_for(lambda: last_lines(reader.state, 1) == ["first"], 30, "the first line")
+    suspend(psutil.Process(reader.process.pid))
+    os.set_blocking(reader.process.stdin.fileno(), False)
+    printed = numbered(40_000)
+    taken = reader.process.stdin.write(printed)
+    reader.process.send_signal(signal.SIGCONT)
+    os.set_blocking(reader.process.stdin.fileno(), True)
+    assert taken == len(printed)
+    assert reader.end() == b"first\n" + printed
 
 
 def test_before_anything_was_printed_there_are_no_lines(tmp_path):
