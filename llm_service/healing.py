@@ -115,7 +115,7 @@ class Healing:
             self._beside("queue", self._try_queue)
         if self.self_heal:
             self._heal()
-            self._beside("clean", self._clean_list)
+            self._clean_list()
 
     def _try_queue(self) -> None:
         """Have a load go through Ollama's queue: where it passes, nobody is starved there.
@@ -145,7 +145,9 @@ class Healing:
 
     def _clean_list(self) -> None:
         held = list(self._watch.held.values())
-        self._cleaner.clean(self._watch.loaded, held)
+        due = self._cleaner.due(self._watch.loaded, held)
+        if due:
+            self._beside("clean", lambda: self._cleaner.clean(due))
 
     def _beside(self, name: str, work: typing.Callable[[], object]) -> None:
         """Do what reads the models' disk, and wait a moment for it: that may hang.

@@ -89,7 +89,7 @@ class Health:
         }
 
     def is_up(self, server: psutil.Process | None) -> bool:
-        """Tell whether the last look found no fault with this server, without asking anything."""
+        """Tell whether the last look found no fault with this server; nothing is asked."""
         state = self._watch.server_state
         has_answered = server is not None and server == state.answered
         answers = has_answered and state.state == "answering"

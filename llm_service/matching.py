@@ -7,8 +7,6 @@ import threading
 import time
 import typing
 
-import psutil
-
 from llm_service.errors import ServiceError
 from llm_service.manifests import Manifest, Manifests
 from llm_service.processes import Processes, Runner, is_orphan
@@ -81,7 +79,7 @@ class Matching:
             self._look_at(runners)
             children = []
             for runner in runners:
-                if is_child(runner, server):
+                if not is_orphan(runner.process, server):
                     children.append(runner)
             lines = self._match_lines(children, loaded)
             self._lines |= lines
@@ -286,14 +284,18 @@ class ListCleaner:
         self._processes = processes
         self._found: dict[Version, Json] = {}  # at the last look
 
-    def clean(self, loaded: list[Json], runners: typing.Collection[Held]) -> None:
-        """Unload what has had no process for two looks."""
+    def due(self, loaded: list[Json], runners: typing.Collection[Held]) -> list[Json]:
+        """Return the lines of ``/api/ps`` that have had no process for two looks."""
         before = self._found
         self._found = self._without_process(loaded, runners)
-        for each in self._found.keys() & before.keys():
+        return [line for each, line in self._found.items() if each in before]
+
+    def clean(self, lines: list[Json]) -> None:
+        """Unload these, which may read the models' disk."""
+        for line in lines:
             # Who has asked for it since has it loaded anew
             if self._matching.has_seen(self._processes.runners()):
-                self._matching.unload(self._found[each])
+                self._matching.unload(line)
 
     def _without_process(
         self,
@@ -317,11 +319,3 @@ class ListCleaner:
 def version(line: Json) -> Version:
     """Return which version of which model a line of ``/api/ps`` lists."""
     return name_key(line["name"]), line.get("digest") or ""
-
-
-def is_child(runner: Runner, server: psutil.Process | None) -> bool:
-    """Tell whether a runner has not ended and this server, that lives, has started it."""
-    try:
-        return runner.process.is_running() and not is_orphan(runner.process, server)
-    except psutil.Error:
-        return False

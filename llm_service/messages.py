@@ -12,7 +12,7 @@ import sys
 import time
 
 GATHER_S = 0.05  # lines gather for so long, as a read for each of them costs most of the CPU
-PIPE_BYTES = 1 << 20  # and a full pipe would keep Ollama waiting: 64 kB fill at 500 requests a second
+PIPE_BYTES = 1 << 20  # a full pipe keeps Ollama waiting; 64 kB fill at 500 requests a second
 READ_BYTES = 1 << 16
 KEPT_BYTES = 1 << 16  # in each of the two files, the older of which goes
 REASON_BYTES = 1 << 18  # a stack trace stands behind its reason

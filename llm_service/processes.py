@@ -64,6 +64,7 @@ class Processes:
         self._send = send or end
         self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
         self._ended: psutil.Process | None = None  # the server that was last told to end
+        self._runners: dict[psutil.Process, Runner] = {}  # as they were found last
 
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
@@ -112,30 +113,23 @@ class Processes:
                 sessions.add(pid)
         found = []
         for pid in psutil.pids():
-            try:
-                if os.getsid(pid) in sessions:
-                    found.append(psutil.Process(pid))
-            except (ProcessLookupError, psutil.Error):
-                continue  # it has ended
+            with contextlib.suppress(ProcessLookupError, psutil.Error):  # it has ended
+                about = _stat(pid) if os.getsid(pid) in sessions else None
+                if about:
+                    found.append(_process(pid, about.start))
         return found
 
     def runners(self) -> list[Runner]:
         """Return the living ``llama-server --model …`` and ``ollama runner --model …``."""
-        found = []
+        found = {}
         for process in self.all():
             with contextlib.suppress(psutil.Error):
-                words = process.cmdline() if alive(process) else []
-                if "--model" in words and ("llama-server" in words[0] or "runner" in words):
-                    options = dict(itertools.pairwise(words))
-                    model = options["--model"]
-                    runner = Runner(
-                        process,
-                        digest=_digest_in(model),
-                        port=options.get("--port"),
-                        model=model,
-                    )
-                    found.append(runner)
-        return found
+                if alive(process):
+                    runner = self._runners.get(process) or as_runner(process)
+                    if runner:
+                        found[process] = runner
+        self._runners = found
+        return list(found.values())
 
     def unknown_children(self) -> list[Runner]:
         """Return the living children of the server that are not known as runners.
@@ -241,6 +235,21 @@ class Processes:
             return []
 
 
+def as_runner(process: psutil.Process) -> Runner | None:
+    """Return what a process's command line says of the model that it holds; None if it is none."""
+    words = process.cmdline()
+    if "--model" not in words or not ("llama-server" in words[0] or "runner" in words):
+        return None
+    options = dict(itertools.pairwise(words))
+    model = options["--model"]
+    return Runner(
+        process,
+        digest=_digest_in(model),
+        port=options.get("--port"),
+        model=model,
+    )
+
+
 def _is_waiting(socket: typing.Any) -> bool:
     asks_a_name = bool(socket.raddr) and socket.raddr.port == DNS_PORT
     return asks_a_name or socket.status == psutil.CONN_SYN_SENT
@@ -290,8 +299,9 @@ def is_ending(process: psutil.Process) -> bool:
 
 
 def is_orphan(process: psutil.Process, server: psutil.Process | None) -> bool:
-    """Tell whether a runner's server has died."""
-    return server is None or life(process).parent != server.pid
+    """Tell whether a runner's server has died, or the runner has gone."""
+    about = _stat_of(process)
+    return server is None or about is None or about.parent != server.pid
 
 
 def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
@@ -469,9 +479,9 @@ def _digest_in(text: str) -> str | None:
     return found and found[1]
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(256)
 def _process(pid: int, _started: int) -> psutil.Process:
-    """Return the process of a record; kept, as each request asks for the server."""
+    """Return the process that began then; kept, as each request asks for some."""
     return psutil.Process(pid)
 
 

@@ -301,7 +301,8 @@ class Watch:
         process = state.process
         look.cpu_s, look.passed_s = self._cpu_spent(process)
         state.memory_mb = memory_mb(process)
-        state.cpu_percent = process.cpu_percent()
+        if look.passed_s:
+            state.cpu_percent = round(100 * look.cpu_s / look.passed_s, 1)
         look.active = state.under_way or look.cpu_s > WAKE_CPU_S
         seen = life(process)
         look.killed = seen.dying and seen.alive

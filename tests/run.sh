@@ -46,6 +46,7 @@ fi
 mapfile -t paths < <(./start.sh "$setup" tests/requirements.txt)
 python=${paths[0]:?the set-up failed: see above}
 export LLM_TEST_OLLAMA=${paths[1]:-}
+unset PYTHONDONTWRITEBYTECODE # else each service that a test starts compiles all of it anew
 bin=$(dirname "$python")
 
 lint_page() { # its scripts, where Node is there
@@ -68,10 +69,10 @@ if [[ ${LINT:-} != off ]]; then
 fi
 
 dist=loadfile # the tests of one file share services
-[[ ${1:-} != unit ]] || dist=worksteal
+workers=5     # on two cores: most tests wait
+[[ ${1:-} != unit ]] || dist=worksteal workers=8
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
 esac
-workers=5 # on two cores: most tests wait
 [[ ${1:-} != *.py* ]] || workers=0
 exec "$python" -m pytest -n "$workers" --dist "$dist" --no-loadscope-reorder "$@"

@@ -585,7 +585,7 @@ def test_an_error_of_what_comes_before_it_keeps_no_runner_from_being_healed(plac
         raise TypeError("a bug")
 
     place.look(14)
-    monkeypatch.setattr(place.healing._cleaner, "clean", broken)
+    monkeypatch.setattr(place.healing._cleaner, "due", broken)
     for _ in range(2):
         with contextlib.suppress(TypeError):
             place.healing.after_look()

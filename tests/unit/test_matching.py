@@ -327,7 +327,7 @@ def test_a_lent_name_is_no_model_and_is_taken_back_after_an_end_in_between(house
 
 def clean(house, cleaner, runners, *loaded):
     held = house.matching.match(runners, list(loaded))
-    cleaner.clean(list(loaded), held.values())
+    cleaner.clean(cleaner.due(list(loaded), held.values()))
     return [name for name, _ in house.asked]
 
 
