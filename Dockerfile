@@ -18,6 +18,7 @@ RUN python3 -m venv /opt/venv \
 FROM base
 COPY --from=venv /opt/venv /opt/venv
 COPY . /app
+RUN /opt/venv/bin/python -m compileall -q /app # else each new container compiles all of it at its start
 # HOME holds the models, whoever runs it; the numbers of processes go to /tmp, as the rest may be read-only
 ENV HOME=/root XDG_CACHE_HOME=/tmp LLM_VENV=/opt/venv LLM_API_HOST=0.0.0.0
 EXPOSE 11434 11435

@@ -16,6 +16,7 @@ need() { # PROGRAM PACKAGE…
     type -P "$1" >/dev/null || { programs+=("$1"); packages+=("${@:2}"); }
 }
 need chromedriver chromium chromium-driver # the page
+need chromium-headless-shell chromium-headless-shell # the same, with a third of the CPU time
 need haproxy haproxy                       # more than one machine
 need nginx nginx-light                     # the page behind a proxy
 need apache2 apache2
@@ -26,15 +27,20 @@ need node nodejs                           # one of the clients; the scripts of 
 need npx npm
 
 install_programs() {
+    local package known=()
     ((${#packages[@]})) || return 0
-    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${packages[@]}"
+    apt-get update -q || return
+    for package in "${packages[@]}"; do
+        if apt-cache show "$package" >/dev/null 2>&1; then known+=("$package"); else say "no package $package here"; fi
+    done
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${known[@]}"
 }
 if [[ ${1:-} == --system ]]; then
     install_programs || { say "could not install ${packages[*]} (see above)"; exit 1; }
     exit
 fi
 if [[ ${1:-} != unit ]] && ((${#programs[@]})); then
-    say "not there, so that some tests are skipped: ${programs[*]}. As root, tests/run.sh --system installs them."
+    say "not there, so that some tests are skipped, or slower: ${programs[*]}. As root, tests/run.sh --system installs them."
 fi
 
 # --- Python, Ollama, the checks, the tests ---
@@ -69,7 +75,7 @@ if [[ ${LINT:-} != off ]]; then
 fi
 
 dist=loadfile # the tests of one file share services
-workers=5     # on two cores: most tests wait
+workers=7     # on two cores: most tests wait
 [[ ${1:-} != unit ]] || dist=worksteal workers=8
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
