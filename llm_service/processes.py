@@ -312,11 +312,11 @@ def unreaped(process: psutil.Process, server: psutil.Process | None) -> bool:
 
 def age_s(process: psutil.Process) -> float:
     """Return for how long a process has been there, whatever the clock was set to meanwhile."""
-    start = _start_ticks(process)
-    if start is None:
-        return 0.0
     boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return boot_s - start / TICKS_A_S
+    try:
+        return boot_s - _start_ticks(process) / TICKS_A_S
+    except (psutil.Error, OSError):
+        return 0.0
 
 
 def may_hold_model(child: Runner) -> bool:
@@ -435,17 +435,21 @@ def _stat(pid: int) -> _Stat | None:
 def _stat_of(process: psutil.Process) -> _Stat | None:
     """Return what there is of this process, not of another that has got its number."""
     about = _stat(process.pid)
-    if about is None or about.start != _start_ticks(process):
-        return None
-    return about
+    with contextlib.suppress(psutil.Error, OSError):
+        if about and about.start == _start_ticks(process):
+            return about
+    return None
 
 
 @functools.lru_cache(256)
-def _start_ticks(process: psutil.Process) -> int | None:
-    """Return a process's start; None where it had gone when that was first asked."""
+def _start_ticks(process: psutil.Process) -> int:
+    """Return a process's start. Raises psutil.NoSuchProcess where it cannot be read.
+
+    That is not kept: it may be so for a moment, as where no file can be opened any more.
+    """
     about = _stat(process.pid)
     if about is None or not process.is_running():
-        return None
+        raise psutil.NoSuchProcess(process.pid)
     return about.start
 
 

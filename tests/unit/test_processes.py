@@ -1,6 +1,7 @@
 """Which processes are the service's own, on stand-ins for a server and its runner."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import psutil
 import pytest
 
 from helpers.waiting import wait_for
-from llm_service.processes import Processes, Runner, alive, end, life
+from llm_service import processes
+from llm_service.processes import Processes, Runner, age_s, alive, end, life
 
 DIGEST = "c" * 64
 SLEEP = "import time; time.sleep(60)"
@@ -210,3 +212,15 @@ def test_a_child_that_becomes_known_as_a_runner_meanwhile_is_no_stranger(
         child.kill()
         child.wait()
     assert found == ([] if known else [process])
+
+
+def test_one_that_could_not_be_read_for_a_moment_lives(server, monkeypatch):
+    def no_more_files(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    process = psutil.Process(server.process.pid)  # another object: nothing is known of it
+    processes._start_ticks.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_more_files)
+        assert age_s(process) == 0
+    assert alive(process) and 0 < age_s(process) < 60
