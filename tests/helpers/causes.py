@@ -11,6 +11,7 @@ from helpers.answers import GEMMA, clear, stats
 from helpers.generation import ENDLESS, PROMPT
 from helpers.processes import is_gone, suspend
 from helpers.waiting import call, wait_for
+from llm_service.sockets import connections
 
 
 class Waiting:
@@ -103,6 +104,25 @@ def clear_under_way(service, others, heal=clear, **fields):
         if not clearing.done():
             return clearing, new
     raise AssertionError("each load took longer than a clear")
+
+
+def at_once(service, others, call, items):
+    """Call for each item, and return the results; the service stands until all calls are there.
+
+    How fast a busy machine sends them has no part in it.
+    """
+    worker = psutil.Process(service.worker_pid())
+    suspend(worker)
+    try:
+        calls = [others.submit(call, each) for each in items]
+
+        def there():
+            return sum(each.wait_s > 0 for each in connections(service.port)) >= len(calls)
+
+        wait_for(there, 60, "all calls")
+    finally:
+        worker.resume()
+    return [each.result() for each in calls]
 
 
 def begun(service, others, heal, **fields):
