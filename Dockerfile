@@ -15,10 +15,14 @@ RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --only-binary=:all: -r /requirements.txt \
     && /opt/venv/bin/pip uninstall -q -y pip
 
+# Compiled once, not by each new container at its start; in a stage of its own, so that it stays one layer
+FROM venv AS app
+COPY . /app
+RUN /opt/venv/bin/python -m compileall -q /app
+
 FROM base
 COPY --from=venv /opt/venv /opt/venv
-COPY . /app
-RUN /opt/venv/bin/python -m compileall -q /app # else each new container compiles all of it at its start
+COPY --from=app /app /app
 # HOME holds the models, whoever runs it; the numbers of processes go to /tmp, as the rest may be read-only
 ENV HOME=/root XDG_CACHE_HOME=/tmp LLM_VENV=/opt/venv LLM_API_HOST=0.0.0.0
 EXPOSE 11434 11435
