@@ -11,7 +11,7 @@ from llm_service.answers import Answer
 from llm_service.downloads import DISK_RESERVE_BYTES
 from llm_service.errors import TimedOut, Unreachable, clean, failure
 from llm_service.healing import Healing
-from llm_service.processes import MB, cpu_clock_s, life
+from llm_service.processes import MB, cpu_clock_s, is_held_up, life
 from llm_service.session import Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.watch import Watch, bytes_of
@@ -113,8 +113,8 @@ class Health:
     def _ask_version(self) -> None:
         """Ask what hangs only if that is not answered: raise then.
 
-        A server that computes is slow, until the watch has seen it silent for long: it reads what
-        somebody has sent it.
+        A server that computes, or would if others let it, is slow, until the watch has seen it
+        silent for long: it reads what somebody has sent it.
         """
         state = self._watch.server_state
         server = self._processes.server()
@@ -123,7 +123,8 @@ class Health:
             self._watch.ollama.version(ASK_S)
         except TimedOut:
             computes = cpu_clock_s(server) - before_s >= COMPUTING_SHARE * ASK_S
-            if not computes or server != state.answered or state.hung(server):
+            works = computes or is_held_up(server)
+            if not works or server != state.answered or state.hung(server):
                 raise
         else:
             state.note_answer(server)

@@ -373,6 +373,19 @@ def main_thread_s(process: psutil.Process) -> tuple[float, float]:
         return 0.0, 0.0
 
 
+def is_held_up(process: psutil.Process | None) -> bool:
+    """Tell whether a thread of a process would go on if it got a CPU, or its disk answered."""
+    if process is None:
+        return False
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{process.pid}/task"):
+            about = _read(process.pid, f"task/{thread}/stat") or b""
+            state = about.rpartition(b")")[2][1:2]
+            if state in (b"R", b"D"):
+                return True
+    return False
+
+
 def memory_mb(process: psutil.Process | None) -> int:
     """Return the memory of a process; 0 where it has ended."""
     try:

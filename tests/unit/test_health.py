@@ -1,5 +1,6 @@
 """What /health says of an Ollama that gave no answer."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ def server(monkeypatch):
     """A process that stands for an Ollama which has answered once."""
     with subprocess.Popen(["sleep", "60"]) as started:
         process = psutil.Process(started.pid)
+        wait_for(lambda: process.status() == psutil.STATUS_SLEEPING, 30, "it has begun")
         monkeypatch.setattr(app.processes, "server", lambda: process)
         monkeypatch.setattr(app.processes, "_ended", None)
         monkeypatch.setattr(app.processes, "ever_started", lambda: True)
@@ -119,7 +121,19 @@ def test_where_the_version_does_not_answer_either_it_hangs(slow):
 COMPUTES = "import time; until = time.monotonic() + 120\nwhile time.monotonic() < until: pass"
 
 
-def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
+def starve(process):
+    """Let another process have the CPU of this one, which gets 0.3 % of it; return the other."""
+    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+    cpu = {min(os.sched_getaffinity(process.pid))}
+    os.sched_setaffinity(process.pid, cpu)
+    other = subprocess.Popen([sys.executable, "-c", COMPUTES])
+    os.sched_setaffinity(other.pid, cpu)
+    wait_for(lambda: psutil.Process(other.pid).cpu_times().user > 0.2, 30, "the other computes")
+    return other
+
+
+@pytest.mark.parametrize("starved", [False, True])
+def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow, starved):
     """As one that reads thousands of texts which somebody has sent to be embedded."""
 
     def late(*_):
@@ -128,6 +142,7 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
 
     slow.setattr(app.ollama, "version", late)
     busy = subprocess.Popen([sys.executable, "-c", COMPUTES])
+    others = [busy]
     try:
         process = psutil.Process(busy.pid)
         slow.setattr(app.processes, "server", lambda: process)
@@ -135,6 +150,8 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
         state = app.watch.server_state
         state.note_answer(process)
         wait_for(lambda: process.cpu_times().user > 0.2, 30, "it computes")
+        if starved:
+            others.append(starve(process))
         told = app.health_report.check()
         assert told["status"] == "healthy"
         assert "ollama_slow" in [each["code"] for each in told["warnings"]]
@@ -144,8 +161,9 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow):
             app.health_report.check()
         assert caught.value.code == "ollama_hung"
     finally:
-        busy.kill()
-        busy.wait()
+        for each in others:
+            each.kill()
+            each.wait()
 
 
 def test_who_waits_too_long_for_another_callers_check_is_told_to_wait(slow):
