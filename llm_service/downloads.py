@@ -95,7 +95,7 @@ class Download:
         """Take a listener away; with the last one the download stops."""
         with self._changed:
             self._listeners -= 1
-            if self._listeners == 0 and not self._detached:
+            if not self._listeners and not self._detached:
                 words = "The last listener left: pull again, it goes on from here."
                 self.stop(ServiceError("cancelled", words))
 
@@ -120,7 +120,8 @@ class Download:
             waited_s = time.monotonic() - began
             connects = waited_s < FIRST_LAYER_S and self._tools.processes.connecting()
             if has_left() or (waited_s >= timeout_s and not connects):
-                return
+                self._is_known(LINE_S)  # what it has just given up, it tells a moment later
+                break
         if self.error and not self._had_news:
             raise self.error
 
@@ -247,7 +248,7 @@ class Download:
         if self._store.names_nothing(self.model):
             self._refuse_manifest()
         there = self._digests_there()
-        doubtful = [digest for digest in there if digest in self._unverified]
+        doubtful = sorted(self._unverified.intersection(there))
         checked = there if self._is_check_wanted() else doubtful
         if checked:
             self._check_files(checked, unknown)

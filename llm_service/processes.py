@@ -64,7 +64,8 @@ class Processes:
         self._send = send or end
         self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
         self._ended: psutil.Process | None = None  # the server that was last told to end
-        self._runners: dict[psutil.Process, Runner] = {}  # as they were found last
+        # As they were found last; a child of one bears its words until it begins another program
+        self._runners: dict[tuple[psutil.Process, bytes], Runner] = {}
 
     def server(self) -> psutil.Process | None:
         """Return the running server, or None."""
@@ -124,10 +125,12 @@ class Processes:
         found = {}
         for process in self.all():
             with contextlib.suppress(psutil.Error):
-                if alive(process):
-                    runner = self._runners.get(process) or as_runner(process)
+                about = _stat_of(process)
+                if about and about.holds_memory:
+                    key = process, about.name
+                    runner = self._runners.get(key) or as_runner(process)
                     if runner:
-                        found[process] = runner
+                        found[key] = runner
         self._runners = found
         return list(found.values())
 
@@ -412,6 +415,7 @@ def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
 class _Stat(typing.NamedTuple):
     """What ``/proc/PID/stat`` says of a process."""
 
+    name: bytes  # of the program, as far as it fits
     state: str  # such as "S"
     parent: int
     exiting: bool
@@ -435,8 +439,10 @@ def _stat(pid: int) -> _Stat | None:
     about = _read(pid, "stat")
     if about is None:
         return None
-    words = about.rpartition(b")")[2].split()  # the name before may hold anything
+    name, _, rest = about.rpartition(b")")  # the name may hold anything
+    words = rest.split()
     return _Stat(
+        name=name.partition(b"(")[2],
         state=words[0].decode(),
         parent=int(words[1]),
         exiting=bool(int(words[6]) & PF_EXITING),

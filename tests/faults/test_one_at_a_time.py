@@ -24,7 +24,7 @@ def killed_pids(report):
 @pytest.mark.parametrize("path", [CLEAR, RESET])
 def test_twenty_at_once_share_one_run(idle, others, path):
     waiting = hung_runner(idle)
-    answers = at_once(idle, others, lambda _: heal(idle, path), range(20))
+    answers = at_once(idle, others, lambda _, began: heal(idle, path, began), range(20))
     details = [step["detail"] for step in answers[0]["steps"] if step["step"] == "end_runners"]
     assert details == ["1 ended"]
     assert len({str(each) for each in answers}) == 1
@@ -35,7 +35,7 @@ def test_twenty_at_once_share_one_run(idle, others, path):
 def test_restarts_at_once_share_one_restart(idle, others):
     restarts = stats(idle)["ollama"]["restarts"]
     hung_runner(idle)  # it is cleared before the restart: so long all have to come
-    at_once(idle, others, lambda _: reset(idle, restart=True), range(20))
+    at_once(idle, others, lambda _, began: heal(idle, RESET, began, restart=True), range(20))
     wait_loaded(idle, GEMMA)
     assert stats(idle)["ollama"]["restarts"] == restarts + 1
 
@@ -133,7 +133,9 @@ def test_resets_at_once_end_what_was_there_when_they_came_and_no_load_of_theirs(
     waiting = hung_runner(idle)
     log = idle.log()
     wishes = [{}, {"model": GEMMA}, {"restart": True}, {"model": GEMMA, "restart": True}]
-    reports = at_once(idle, others, lambda fields: reset(idle, **fields), wishes * 3)
+    reports = at_once(
+        idle, others, lambda fields, began: heal(idle, RESET, began, **fields), wishes * 3
+    )
     assert idle.log().removeprefix(log).count("ending runner ") == 1
     restarts = {
         str(step) for each in reports for step in each["steps"] if step["step"] == "end_ollama"

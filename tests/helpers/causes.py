@@ -109,18 +109,22 @@ def clear_under_way(service, others, heal=clear, **fields):
 def at_once(service, others, call, items):
     """Call for each item, and return the results; the service stands until all calls are there.
 
-    How fast a busy machine sends them has no part in it.
+    How fast a busy machine sends them has no part in it: ``call(item, began)`` gets a function
+    that says when the service went on.
     """
+    resumed = []
     worker = psutil.Process(service.worker_pid())
     suspend(worker)
     try:
-        calls = [others.submit(call, each) for each in items]
+        calls = [others.submit(call, each, lambda: resumed[0]) for each in items]
 
         def there():
-            return sum(each.wait_s > 0 for each in connections(service.port)) >= len(calls)
+            waiting = sum(each.wait_s > 0 for each in connections(service.port))
+            return waiting + sum(each.done() for each in calls) >= len(calls)
 
-        wait_for(there, 60, "all calls")
+        wait_for(there, 20, "all calls")  # gunicorn gives up a worker that stands for 30 s
     finally:
+        resumed.append(time.monotonic())
         worker.resume()
     return [each.result() for each in calls]
 

@@ -60,6 +60,31 @@ def test_an_error_before_the_first_news_is_raised(tmp_path, lines):
         download.wait_for_news(0)
 
 
+def test_a_connection_that_was_given_up_just_now_is_told_with_its_status(tmp_path):
+    """Between its end and Ollama's line that tells of it there is a moment."""
+    told = threading.Event()
+
+    class GivesUp(Script):
+        def __iter__(self):
+            told.wait(60)
+            raise BROKEN
+            yield
+
+    def connecting():
+        looks.append(len(looks) < 2)
+        if not looks[-1]:
+            threading.Timer(0.05, told.set).start()
+        return looks[-1]
+
+    looks = []
+    processes = Processes("/none")
+    processes.connecting = connecting
+    download, _ = Downloads(GivesUp(), Store(tmp_path), processes, 1).pull("m")
+    with pytest.raises(ServiceError, match="damaged"):
+        download.wait_for_news(0)
+    assert looks == [True, True, False]
+
+
 def test_success_is_the_one_last_line(tmp_path):
     download, listened = ended(tmp_path, MANIFEST, LAYER, VERIFYING, {"status": "success"})
     download.wait_for_news(0)

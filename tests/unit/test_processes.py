@@ -214,6 +214,26 @@ def test_a_child_that_becomes_known_as_a_runner_meanwhile_is_no_stranger(
     assert found == ([] if known else [process])
 
 
+def test_what_begins_another_program_is_no_runner_any_more(tmp_path):
+    """As a debugger that llama-server has forked at its crash: first it bears the same words."""
+    go, state = tmp_path / "go", tmp_path / "state"
+    program = (
+        f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+        "os.execlp('sleep', 'sleep', '60')"
+    )
+    command = ["llama-server", "-c", program, *runner_command()[3:]]
+    child = subprocess.Popen(command, executable=sys.executable, start_new_session=True)
+    try:
+        state.write_text(f"{child.pid} {ticks(child.pid)} 0\n")
+        there = Processes(str(state))
+        wait_for(there.runners, 30, "the runner")
+        go.touch()
+        wait_for(lambda: not there.runners(), 30, "its other program")
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_one_that_could_not_be_read_for_a_moment_lives(server, monkeypatch):
     def no_more_files(*_):
         raise OSError(errno.EMFILE, "too many open files")
