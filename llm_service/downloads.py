@@ -119,7 +119,7 @@ class Download:
         while not self._is_known(LINE_S):
             waited_s = time.monotonic() - began
             connects = waited_s < FIRST_LAYER_S and self._tools.processes.connecting()
-            if has_left() or (waited_s >= timeout_s and not connects):
+            if has_left() or waited_s >= timeout_s and not connects:
                 self._is_known(LINE_S)  # what it has just given up, it tells a moment later
                 break
         if self.error and not self._had_news:
