@@ -25,7 +25,7 @@ FLAGS = [
 def start_browser(folder, *flags):
     """Start one with its profile in this folder; skip the test where none is installed."""
     driver = shutil.which("chromedriver")
-    if not driver or not (shutil.which("chromium") or shutil.which("chromium-headless-shell")):
+    if not driver or not shutil.which("chromium"):
         pytest.skip("no browser: chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = str(Path(__file__).with_name("browser.sh"))
