@@ -176,8 +176,7 @@ class Download:
     def _lines(self, seen: int) -> typing.Iterator[Json]:
         """Yield what is said at once, and how far it is while nothing is said."""
         with self._changed:
-            joined_late = seen and self.state == "running"
-            lines = [self._line_now()] if joined_late else []
+            lines = [self._line_now()] if seen and self.state == "running" else []  # joined late
         yield from lines
         while self.state == "running" or seen < self._said_count:
             with self._changed:
@@ -248,7 +247,7 @@ class Download:
         if self._store.names_nothing(self.model):
             self._refuse_manifest()
         there = self._digests_there()
-        doubtful = sorted(self._unverified.intersection(there))
+        doubtful = [digest for digest in there if digest in self._unverified]
         checked = there if self._is_check_wanted() else doubtful
         if checked:
             self._check_files(checked, unknown)

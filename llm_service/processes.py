@@ -107,26 +107,30 @@ class Processes:
 
     def all(self) -> list[psutil.Process]:
         """Return every process of the recorded sessions, zombies included."""
+        return [process for process, _ in self._there()]
+
+    def _there(self) -> typing.Iterator[tuple[psutil.Process, "_Stat"]]:
+        """Yield these processes, each with what there is of it."""
         sessions = set()
         for pid, started, _ in self._records():
             about = _stat(pid)
             if about is None or about.start == started:  # the leader died, the rest may live
                 sessions.add(pid)
-        found = []
         for pid in psutil.pids():
+            about = process = None
             with contextlib.suppress(ProcessLookupError, psutil.Error):  # it has ended
-                about = _stat(pid) if os.getsid(pid) in sessions else None
-                if about:
-                    found.append(_process(pid, about.start))
-        return found
+                if os.getsid(pid) in sessions:
+                    about = _stat(pid)
+                    process = about and _process(pid, about.start)
+            if about and process:
+                yield process, about
 
     def runners(self) -> list[Runner]:
         """Return the living ``llama-server --model …`` and ``ollama runner --model …``."""
         found = {}
-        for process in self.all():
+        for process, about in self._there():
             with contextlib.suppress(psutil.Error):
-                about = _stat_of(process)
-                if about and about.holds_memory:
+                if about.holds_memory:
                     key = process, about.name
                     runner = self._runners.get(key) or as_runner(process)
                     if runner:
@@ -382,9 +386,8 @@ def is_held_up(process: psutil.Process | None) -> bool:
         return False
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{process.pid}/task"):
-            about = _read(process.pid, f"task/{thread}/stat") or b""
-            state = about.rpartition(b")")[2][1:2]
-            if state in (b"R", b"D"):
+            about = _stat(f"{process.pid}/task/{thread}")
+            if about and about.state in "RD":
                 return True
     return False
 
@@ -431,12 +434,12 @@ class _Stat(typing.NamedTuple):
         return not self.dead or self.threads > 1
 
 
-def _stat(pid: int) -> _Stat | None:
-    """Return what there is of a process; None if it is gone.
+def _stat(place: int | str) -> _Stat | None:
+    """Return what there is of a process, or of a thread (PID/task/TID); None if it is gone.
 
     Read by hand: psutil gives the start as a time of day, which moves with the clock.
     """
-    about = _read(pid, "stat")
+    about = _read(f"{place}/stat")
     if about is None:
         return None
     name, _, rest = about.rpartition(b")")  # the name may hold anything
@@ -474,20 +477,20 @@ def _start_ticks(process: psutil.Process) -> int:
 
 def _is_killed(pid: int) -> bool:
     """Tell whether SIGKILL waits for a process: it has not got to its end yet."""
-    status = _read(pid, "status") or b""
+    status = _read(f"{pid}/status") or b""
     pending = re.findall(rb"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE)
     sigkill_bit = 1 << (signal.SIGKILL - 1)
     return any(int(mask, 16) & sigkill_bit for mask in pending)
 
 
-def _read(pid: int, name: str) -> bytes | None:
-    """Read a file of /proc/PID to its end; None if the process is gone.
+def _read(path: str) -> bytes | None:
+    """Read a file below /proc to its end; None if its process is gone.
 
     Each request reads some, and each call of the kernel lets another thread in, which costs more
     than the call: so these are as few as can be.
     """
     try:
-        file = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+        file = os.open(f"/proc/{path}", os.O_RDONLY)
         try:
             return os.read(file, 1 << 16)  # the kernel gives such files in one piece
         finally:
