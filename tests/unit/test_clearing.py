@@ -96,6 +96,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(app.processes, "unknown_children", list)
         monkeypatch.setattr(app.processes, "server", lambda: one.server)
         monkeypatch.setattr(app.store.manifests, "there", lambda: manifests)
+        # As in a service that runs: on a busy machine what was read last has to do.
+        monkeypatch.setattr(app.store.manifests, "_read", (None, manifests))
         monkeypatch.setattr(app.ollama, "version", lambda *_: "0")
         monkeypatch.setattr(app.ollama, "ps", one.ps)
         monkeypatch.setattr(app.ollama, "unload", one.unload)
