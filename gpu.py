@@ -124,6 +124,53 @@ def memory_totals(reading: dict[str, Any]) -> tuple[int | None, int | None]:
     return used, total
 
 
+def fullest(reading: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return the used and the total MB of the fullest GPU; (None, None) if none says both.
+
+    A sum would hide one that is full beside one that is empty.
+    """
+    shares = []
+    for each in reading["gpus"]:
+        used, total = memory_totals({"gpus": [each]})
+        if used is not None and total:
+            shares.append((used / total, used, total))
+    return max(shares)[1:] if shares else (None, None)
+
+
+def visible(gpus: list[dict[str, Any]], setting: str | None) -> list[dict[str, Any]]:
+    """Return those GPUs of a reading that a process with this CUDA_VISIBLE_DEVICES can use.
+
+    CUDA takes numbers and beginnings of UUIDs, up to the first that fits no GPU. Its numbers are
+    NVML's where all GPUs are alike: else the fastest is its first one. Where it cannot be told,
+    as of MIG slices, it may be any.
+    """
+    words = [word.strip() for word in (setting or "").split(",")]
+    if setting is None or not _can_be_told(gpus, words):
+        return gpus
+    found = []
+    for word in words:
+        fitting = _fitting(gpus, word)
+        if len(fitting) != 1:
+            break
+        found += fitting
+    return found
+
+
+def _can_be_told(gpus: list[dict[str, Any]], words: list[str]) -> bool:
+    """Tell whether CUDA's words for GPUs are clear by NVML's figures."""
+    names = {gpu["name"] for gpu in gpus}
+    if any(map(str.isdigit, words)) and len(names) > 1:
+        return False
+    return not words[0].startswith("MIG-") and all(gpu["uuid"] for gpu in gpus)
+
+
+def _fitting(gpus: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
+    """Return the GPUs with this number, or a UUID that begins so."""
+    if not word or word.isdigit():
+        return [gpu for gpu in gpus if word == str(gpu["index"])]
+    return [gpu for gpu in gpus if gpu["uuid"].startswith(word)]
+
+
 def memory_in_use(reading: dict[str, Any]) -> tuple[str, int | None]:
     """Return where the models' memory was measured, "nvml" or "system", and the MB in use.
 

@@ -26,6 +26,7 @@ ENDED_S = 60  # the launcher starts the next server within 11 s
 UNENDED_S = 15  # a server that was killed and is still there does not end
 SEVERITY = ("reboot_host", "restart_service", "reset_session", "wait")
 Diagnosis = tuple[str, str, str]  # a code, its reason and the action that heals
+Places = dict[str | None, dict[int, int]]  # by model: its GPUs and the MB in use there
 
 
 class Health:
@@ -217,23 +218,25 @@ class Health:
             words = "Ollama or the models' disk is slow: what is listed is as of the last look."
             warnings.append(("ollama_slow", words))
         if reading["state"] in ("ok", "unified"):
-            there = self._measured_models()
+            there = self._measured_models(reading)
             measured = [model for model in loaded if model["name"] in there]
-            warnings += self.gpu_warnings(reading, measured)
+            warnings += self.gpu_warnings(reading, measured, there)
         told = [{"code": code, "message": message} for code, message in warnings]
         return told + self._watch.callers.warnings() + self._long_answers()
 
-    def _measured_models(self) -> set[str | None]:
-        """Return the models whose memory the reading of the GPUs can show.
+    def _measured_models(self, reading: Json) -> Places:
+        """Return the models whose memory the reading of the GPUs can show, and their GPUs.
 
         Ollama may list dead ones, and one that still loaded then had not filled its memory.
         """
         read_at = self._watch.gpu_read_at
-        found = set()
+        found: Places = {}
         for state in self._watch.states():
             was_loaded = state.loaded_at is not None and state.loaded_at <= read_at
             if was_loaded and not life(state.process).dying:
-                found.add(state.model)
+                cards = gpu.visible(reading["gpus"], state.runner.gpus)
+                its = found.setdefault(state.model, {})
+                its.update((card["index"], card["memory_used_mb"] or 0) for card in cards)
         return found
 
     def _long_answers(self) -> list[Json]:
@@ -245,28 +248,27 @@ class Health:
                 found.append(long_answer(state.model or "unknown", each, now))
         return found
 
-    def gpu_warnings(self, reading: Json, loaded: list[Json]) -> list[tuple[str, str]]:
+    def gpu_warnings(
+        self,
+        reading: Json,
+        loaded: list[Json],
+        places: Places,
+    ) -> list[tuple[str, str]]:
         """Compare where Ollama says that models lie with what was asked for and measured."""
         warnings: list[tuple[str, str]] = []
         # Where GPU and system share the memory, what is in use tells nothing of the models
-        used_mb = None if reading["memory_shared"] else gpu.memory_totals(reading)[0]
+        shared = reading["memory_shared"]
         for model in loaded:
+            used_mb = None if shared else sum(places[model["name"]].values())
             words = self._part_on_cpu(model, used_mb)
             if words:
                 warnings.append(("model_on_cpu", words))
-        claimed_mb = sum(bytes_of(model, "size_vram") for model in loaded) // MB
-        if used_mb is not None and claimed_mb > used_mb:
-            words = (
-                f"Ollama says that {claimed_mb} MB of its models lie on the GPU, of which only "
-                f"{used_mb} MB are in use: the models run on the CPU. {GPU_ADVICE}"
-            )
-            warnings.append(("gpu_not_used", words))
-        return warnings
+        return warnings if shared else warnings + not_used(loaded, places)
 
     def _part_on_cpu(self, model: Json, used_mb: int | None) -> str:
         """Say how much of a model lies in system memory, and what to do about it.
 
-        That is "" where nothing should. ``used_mb`` is the memory in use on the GPUs.
+        That is "" where nothing should. ``used_mb`` is the memory in use on its GPUs.
         """
         size_mb = bytes_of(model, "size") // MB
         vram_mb = bytes_of(model, "size_vram") // MB
@@ -279,6 +281,27 @@ class Health:
         missing_mb = size_mb - vram_mb
         missing = f"{missing_mb} of {size_mb} MB of {model['name']} lie in system memory"
         return f"{missing}, which is slow. {advice}"
+
+
+def not_used(models: list[Json], places: Places) -> list[tuple[str, str]]:
+    """Return a warning of each model's GPUs where less is in use than Ollama's models claim.
+
+    Other GPUs do not count: what another program holds there would hide it.
+    """
+    found = {}
+    for model in models:
+        cards = places[model["name"]]
+        there = [each for each in models if places[each["name"]].keys() <= cards.keys()]
+        claimed_mb = sum(bytes_of(each, "size_vram") for each in there) // MB
+        used_mb = sum(cards.values())
+        numbers = ", ".join(map(str, cards))
+        where = f"GPU {numbers}" if cards else "the GPU"
+        if claimed_mb > used_mb:
+            found[where] = (
+                f"Ollama says that {claimed_mb} MB of its models lie on {where}, of which only "
+                f"{used_mb} MB are in use: the models run on the CPU. {GPU_ADVICE}"
+            )
+    return [("gpu_not_used", words) for words in found.values()]
 
 
 def failed_load(load: Json | None, loaded: list[Json]) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ class Runner(typing.NamedTuple):
     digest: str | None  # of the weights; None where the command line names another file
     port: str | None
     model: str = ""  # what the command line names as its model: a path or a name
+    gpus: str | None = None  # its CUDA_VISIBLE_DEVICES; None where it has none
 
 
 class OpenFiles(typing.NamedTuple):
@@ -254,7 +255,15 @@ def as_runner(process: psutil.Process) -> Runner | None:
         digest=_digest_in(model),
         port=options.get("--port"),
         model=model,
+        gpus=_visible_gpus(process),
     )
+
+
+def _visible_gpus(process: psutil.Process) -> str | None:
+    """Return the GPUs that CUDA shows a process. Of several, Ollama gives each runner its own."""
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get("CUDA_VISIBLE_DEVICES")
+    return None
 
 
 def _is_waiting(socket: typing.Any) -> bool:

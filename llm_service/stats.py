@@ -68,8 +68,8 @@ class Stats:
 
 
 def gpu_strings(reading: Json) -> Json:
-    """Put the figures as the dashboard shows them: the busiest GPU, all memory together."""
-    used, total = gpu.memory_totals(reading)
+    """Put the figures as the dashboard shows them: each of the GPU where it is highest."""
+    used, total = gpu.fullest(reading)
     load = highest(reading, "utilization_percent")
     celsius = highest(reading, "temperature_c")
     load_text = told(load, "%")

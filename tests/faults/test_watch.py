@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import time
-import types
 
 import psutil
 import pytest
@@ -23,7 +22,8 @@ from helpers.places import ROOT
 from helpers.ports import free_port
 from helpers.processes import is_gone, suspend
 from helpers.waiting import wait_for
-from llm_service.answers import Answers
+from llm_service.processes import Runner
+from llm_service.runner_state import RunnerState
 
 M1, M2 = "m1:latest", "m2:latest"
 STUCK_S = 3
@@ -444,11 +444,10 @@ def test_an_embedding_that_stands_is_stuck_and_healed(well, embedder, others):
     ],
 )
 def test_what_ollama_says_of_the_gpu_is_checked(monkeypatch, claimed, used, layers, codes):
-    gpu = {"memory_used_mb": used, "memory_total_mb": 65536}
-    reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
+    reading = {"memory_shared": False}
     monkeypatch.setattr(app.health_report, "_gpu_layers", str(layers))
     model = {"name": "m", "size": 300 << 20, "size_vram": claimed << 20}
-    found = app.health_report.gpu_warnings(reading, [model])
+    found = app.health_report.gpu_warnings(reading, [model], {"m": {0: used}})
     assert [code for code, _ in found] == codes
     for code, words in found:
         wanted = {"model_on_cpu": "LLM_GPU_LAYERS", "gpu_not_used": "driver"}[code]
@@ -456,18 +455,18 @@ def test_what_ollama_says_of_the_gpu_is_checked(monkeypatch, claimed, used, laye
 
 
 def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
-    gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
-    reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
+    reading = {"memory_shared": False}
+    places = {"m": {0: 0}}
     monkeypatch.setattr(app.health_report, "_gpu_layers", "33")
     model = {"name": "m", "size": 300 << 20, "size_vram": 150 << 20}
-    (code, words), _ = app.health_report.gpu_warnings(reading, [model])
+    (code, words), _ = app.health_report.gpu_warnings(reading, [model], places)
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" not in words
-    gpu["memory_used_mb"] = 151
-    ((code, words),) = app.health_report.gpu_warnings(reading, [model])
+    places["m"] = {0: 151}
+    ((code, words),) = app.health_report.gpu_warnings(reading, [model], places)
     assert code == "model_on_cpu" and "LLM_GPU_LAYERS=all" in words
     for all_layers in ("all", "-1"):
         monkeypatch.setattr(app.health_report, "_gpu_layers", all_layers)
-        ((code, words),) = app.health_report.gpu_warnings(reading, [model])
+        ((code, words),) = app.health_report.gpu_warnings(reading, [model], places)
         assert code == "model_on_cpu" and "smaller model" in words and "LAYERS=" not in words
 
 
@@ -475,10 +474,10 @@ def test_where_the_gpu_is_hidden_more_layers_are_no_advice(monkeypatch):
 def test_a_model_that_was_not_loaded_when_the_gpu_was_read_is_not_measured(
     monkeypatch, loaded_at, codes
 ):
-    gpu = {"memory_used_mb": 0, "memory_total_mb": 65536}
+    gpu = {"index": 0, "memory_used_mb": 0, "memory_total_mb": 65536}
     reading = {"state": "ok", "memory_shared": False, "gpus": [gpu]}
-    me = psutil.Process()
-    runner = types.SimpleNamespace(model="m", loaded_at=loaded_at, answers=Answers(), process=me)
+    runner = RunnerState(Runner(psutil.Process(), None, None), 0, 120)
+    runner.model, runner.loaded_at = "m", loaded_at
     monkeypatch.setattr(app.watch, "states", lambda: [runner])
     monkeypatch.setattr(app.watch, "gpu_read_at", 7.0)
     model = {"name": "m", "size": 300 << 20, "size_vram": 300 << 20}

@@ -79,7 +79,7 @@ def gpu_stats(load, used_mb, celsius, watts, gpus=1):
         "gpu": "ok",
         "gpus": [{"index": index, "uuid": f"GPU-{index}", **one} for index in range(gpus)],
         "gpu_utilization": f"{load}%",
-        "gpu_memory": f"{used_mb * gpus}MB / {H100_TOTAL_MB * gpus}MB",
+        "gpu_memory": f"{used_mb}MB / {H100_TOTAL_MB}MB",
         "gpu_temperature": f"{celsius}°C",
     }
 

@@ -63,6 +63,7 @@ def test_every_figure_of_every_gpu_is_told(gpu, nvml):
         "gpus": [FIGURES, second],
     }
     assert gpu.memory_totals(reading) == (6144, 131_072)
+    assert gpu.fullest(reading) == (5120, 65_536)
     assert gpu.memory_in_use(reading) == ("nvml", 6144)
 
 
@@ -194,6 +195,53 @@ def test_one_bad_gpu_shows_beside_good_ones(gpu, nvml, monkeypatch, bad):
     assert [g["memory_used_mb"] for g in reading["gpus"]].count(None) == 1
     assert gpu.memory_totals(reading) == (7 * 5120, 7 * 65_536)
     assert gpu.memory_in_use(reading) == ("nvml", 7 * 5120)
+
+
+@pytest.mark.parametrize(
+    ("memories", "shown"),
+    [
+        ([(64_000, 65_536), (0, 65_536)], (64_000, 65_536)),
+        ([(20_000, 131_072), (16_000, 16_384)], (16_000, 16_384)),
+        ([(None, None), (5, 65_536)], (5, 65_536)),
+        ([(None, None)], (None, None)),
+        ([], (None, None)),
+    ],
+)
+def test_one_that_is_full_is_not_hidden_by_one_that_is_empty(gpu, memories, shown):
+    gpus = [{"memory_used_mb": used, "memory_total_mb": total} for used, total in memories]
+    assert gpu.fullest({"gpus": gpus}) == shown
+
+
+A, B = ({"index": n, "name": "H200", "uuid": f"GPU-{n}f-1"} for n in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "seen"),
+    [
+        (None, [A, B]),
+        ("", []),
+        ("-1", []),
+        ("2", []),
+        ("1", [B]),
+        (" 1 , 0", [B, A]),
+        ("0,7,1", [A]),
+        ("GPU-1f-1", [B]),
+        ("GPU-1", [B]),
+        ("GPU-", []),
+        ("GPU-5,0", []),
+        ("MIG-1f", [A, B]),
+    ],
+)
+def test_a_process_sees_the_gpus_that_cuda_shows_it(gpu, setting, seen):
+    assert gpu.visible([A, B], setting) == seen
+
+
+@pytest.mark.parametrize(
+    ("other", "setting", "seen"),
+    [({"name": "L4"}, "1", 2), ({"name": "L4"}, "GPU-1f", 1), ({"uuid": None}, "GPU-1f", 2)],
+)
+def test_where_cudas_order_or_names_are_not_known_it_may_be_any(gpu, other, setting, seen):
+    assert len(gpu.visible([A | other, B], setting)) == seen
 
 
 def readers():

@@ -263,6 +263,62 @@ def warnings():
     return app.health_report.find_warnings(app.machine.gpu, [])
 
 
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """Return which warnings there are of models {name: (its GPUs, MB that Ollama claims)}."""
+
+    def warned(used, models):
+        gpus = [
+            {"index": n, "name": "H200", "uuid": f"GPU-{n}", "memory_used_mb": mb}
+            for n, mb in enumerate(used)
+        ]
+        reading = {"state": "ok", "memory_shared": False, "gpus": gpus}
+        states = []
+        for name, (seen, _) in models.items():
+            state = RunnerState(Runner(psutil.Process(), None, None, gpus=seen), 0, 120)
+            state.model, state.loaded_at = name, 1.0
+            states.append(state)
+        monkeypatch.setattr(app.watch, "states", lambda: states)
+        monkeypatch.setattr(app.watch, "gpu_read_at", 2.0)
+        monkeypatch.setattr(app.health_report, "_gpu_layers", "33")
+        loaded = [
+            {"name": name, "size": 4400 << 20, "size_vram": claimed << 20}
+            for name, (_, claimed) in models.items()
+        ]
+        told = app.health_report.find_warnings(reading, loaded)
+        return [each for each in told if each["code"] in ("model_on_cpu", "gpu_not_used")]
+
+    return warned
+
+
+@pytest.mark.parametrize(
+    ("used", "models", "named"),
+    [
+        # Another program's 20 GB lie on the first one
+        ((20_000, 0), {"a": ("1", 4400)}, ["GPU 1,"]),
+        ((20_000, 0), {"a": ("", 4400)}, ["the GPU,"]),
+        ((20_000, 5000), {"a": ("1", 4400)}, []),
+        ((5000, 5000), {"a": ("0", 4400), "b": ("1", 4400)}, []),
+        ((10_000, 0), {"a": ("0", 4400), "b": ("1", 4400)}, ["GPU 1,"]),
+        ((5000, 5000), {"a": ("1", 4400), "b": ("1", 4400)}, ["GPU 1,"]),
+        ((2500, 2500), {"a": ("0,1", 4400)}, []),
+        ((2000, 2000), {"a": ("0,1", 4400)}, ["GPU 0, 1,"]),
+        ((5000, 2500), {"a": ("0,1", 4400), "b": ("0", 4400)}, ["GPU 0, 1,"]),
+        ((2500, 2500), {"a": (None, 4400)}, []),
+    ],
+)
+def test_what_ollama_claims_is_measured_on_the_model_s_own_gpus(on_gpus, used, models, named):
+    told = [each["message"] for each in on_gpus(used, models)]
+    assert len(told) == len(named)
+    assert all(name in message for name, message in zip(named, told, strict=True))
+
+
+@pytest.mark.parametrize(("seen", "advice"), [("1", "LLM_GPU_LAYERS=all"), ("", "sees no GPU")])
+def test_advice_for_a_model_on_the_cpu_is_by_its_own_gpus(on_gpus, seen, advice):
+    first, *_ = on_gpus((20_000, 3000), {"a": (seen, 2500)})
+    assert first["code"] == "model_on_cpu" and advice in first["message"]
+
+
 def test_who_waits_for_long_is_a_warning_with_figures(callers):
     assert "callers_waiting" not in {each["code"] for each in warnings()}
     callers._queue = "2 callers of Ollama have waited for up to 130 s"

@@ -234,6 +234,29 @@ def test_what_begins_another_program_is_no_runner_any_more(tmp_path):
         child.wait()
 
 
+@pytest.mark.parametrize("setting", ["1", "", None])
+def test_which_gpus_cuda_shows_a_runner_is_known(tmp_path, monkeypatch, setting):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    one = subprocess.Popen(runner_command(), executable=sys.executable, start_new_session=True)
+    try:
+        state = tmp_path / "state"
+        state.write_text(f"{one.pid} {ticks(one.pid)} 0\n")
+        (runner,) = wait_for(Processes(str(state)).runners, 30, "the runner")
+        assert runner.gpus == setting
+        monkeypatch.setattr(psutil.Process, "environ", forbidden)
+        (runner,) = Processes(str(state)).runners()
+        assert runner.gpus is None
+    finally:
+        one.kill()
+        one.wait()
+
+
+def forbidden(process):
+    raise psutil.AccessDenied(process.pid)
+
+
 def test_one_that_could_not_be_read_for_a_moment_lives(server, monkeypatch):
     def no_more_files(*_):
         raise OSError(errno.EMFILE, "too many open files")
