@@ -22,8 +22,10 @@ jetson_stats, tegrastats, NVIDIA's Jetson Linux guide. None of it was tried on a
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import glob
+import importlib
 import logging
 import math
 import os
@@ -32,8 +34,6 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
-
-import pynvml
 
 TIMEOUT_S = 0.4
 UNRESPONSIVE_S = 30  # a driver may take its time at a start, after a pause, in a swap storm
@@ -60,13 +60,13 @@ FIGURES = (
     "board_power_w",
     "power_rail",
 )
-ERRORS: dict[type, str] = {  # the state of each of NVML's; any other is "lost"
-    pynvml.NVMLError_LibraryNotFound: "none",
-    pynvml.NVMLError_DriverNotLoaded: "none",
-    pynvml.NVMLError_NotSupported: "none",
-    pynvml.NVMLError_LibRmVersionMismatch: "driver_mismatch",
-    pynvml.NVMLLibraryMismatchError: "driver_mismatch",
-    pynvml.NVMLError_NoPermission: "no_permission",
+ERRORS: dict[str, str] = {  # the state of each of NVML's; any other is "lost"
+    "NVMLError_LibraryNotFound": "none",
+    "NVMLError_DriverNotLoaded": "none",
+    "NVMLError_NotSupported": "none",
+    "NVMLError_LibRmVersionMismatch": "driver_mismatch",
+    "NVMLLibraryMismatchError": "driver_mismatch",
+    "NVMLError_NoPermission": "no_permission",
 }
 MB = 1024 * 1024
 ROOT = "/"  # where the system's files are
@@ -77,6 +77,7 @@ NOTHING_READ: dict[str, Any] = {
     "memory_source": None,
     "gpus": [],
 }
+pynvml: Any = None  # the module takes 2 MB: imported once the library is there
 log = logging.getLogger("llm-service")
 
 # ------------------------------------------------------------ what callers use
@@ -261,8 +262,22 @@ def _unknown(index: int) -> dict[str, Any]:
 # ------------------------------------------------------------ NVML
 
 
+def _has_nvml() -> bool:
+    """Tell whether NVIDIA's library is there, and import its module then."""
+    global pynvml
+    if pynvml is None:
+        try:
+            ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError:
+            return False
+        pynvml = importlib.import_module("pynvml")
+    return True
+
+
 def _read_nvml(jetson: bool) -> tuple[str, list[dict[str, Any]]]:
     """Return NVML's state and the figures of each GPU; never raises."""
+    if not _has_nvml():
+        return "none", []
     try:
         if not _known.initialised:
             pynvml.nvmlInit()
@@ -274,7 +289,7 @@ def _read_nvml(jetson: bool) -> tuple[str, list[dict[str, Any]]]:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
         _known.initialised = False
-        return ERRORS.get(type(error), "lost"), []
+        return ERRORS.get(type(error).__name__, "lost"), []
     states = [state for state, _ in answers]
     worst = next((state for state in states if state != "ok"), "ok" if states else "none")
     return worst, [figures for _, figures in answers]

@@ -138,10 +138,11 @@ def test_no_gpu_in_the_machine_is_none(gpu, nvml):
 @pytest.mark.parametrize("library", ["missing", "empty"])
 def test_no_library_and_a_file_that_is_no_library_are_none(tmp_path, monkeypatch, library):
     (tmp_path / "empty").write_bytes(b"")
-    monkeypatch.setattr(pynvml, "nvmlLib", None)
-    monkeypatch.setattr(pynvml, "CDLL", lambda _: ctypes.CDLL(str(tmp_path / library)))
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: load(str(tmp_path / library)))
     gpu = load_gpu("/nowhere")  # on the real pynvml
     assert (gpu.sample()["state"], gpu.sample()["gpus"]) == ("none", [])
+    assert gpu.pynvml is None, "2 MB for nothing"
 
 
 @pytest.mark.parametrize(
