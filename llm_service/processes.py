@@ -401,6 +401,16 @@ def is_held_up(process: psutil.Process | None) -> bool:
     return False
 
 
+def links(pid: int) -> list[str]:
+    """Return what a process has open, as Linux names it."""
+    folder = f"/proc/{pid}/fd"
+    found = []
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+            found.append(os.readlink(f"{folder}/{name}"))
+    return found
+
+
 def memory_mb(process: psutil.Process | None) -> int:
     """Return the memory of a process; 0 where it has ended."""
     try:

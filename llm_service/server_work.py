@@ -1,6 +1,5 @@
 """Whether Ollama's server does something itself, beside what its runners do."""
 
-import contextlib
 import os
 import re
 import time
@@ -8,7 +7,7 @@ import typing
 
 import psutil
 
-from llm_service.processes import Processes, alive, cpu_clock_s
+from llm_service.processes import Processes, alive, cpu_clock_s, links
 from llm_service.sockets import ports_of
 
 SOCKET_LINK = re.compile(r"socket:\[([0-9]+)\]")
@@ -84,13 +83,3 @@ class ServerWork:
             if port != self._port and str(peer_port) not in runners:
                 return True
         return False
-
-
-def links(pid: int) -> list[str]:
-    """Return what a process has open, as Linux names it."""
-    folder = f"/proc/{pid}/fd"
-    found = []
-    for name in os.listdir(folder):
-        with contextlib.suppress(FileNotFoundError):  # it was closed just now
-            found.append(os.readlink(f"{folder}/{name}"))
-    return found

@@ -10,6 +10,7 @@ import typing
 # Numbers and layouts of Linux' sock_diag.h, inet_diag.h and tcp.h
 SOCK_DIAG = 4
 BY_FAMILY = 20
+ONE = 1
 DUMP = 0x301
 ERROR = 2
 DONE = 3
@@ -19,10 +20,11 @@ LISTEN = 10
 CALLERS = 1 << ESTABLISHED | 1 << LISTEN
 LIVE = 1 << ESTABLISHED | 1 << SYN_SENT
 INFO = 2  # the attribute that holds a tcp_info
-QUESTION = struct.Struct("=IHHIIBBBxI2s46x")
+QUESTION = struct.Struct("=IHHIIBBBxI48s")
 MESSAGE = struct.Struct("=IH10x")
-# State, port, the peer's port, address, the peer's address, cookie, inode
-SOCKET = struct.Struct("=xBxx2s2s16s16s4x8s16xI")
+# State, port, the peer's port, address, the peer's address, inode
+SOCKET = struct.Struct("=xBxx2s2s16s16s28xI")
+ENDS = slice(4, 52)  # of a message: what the kernel finds this one by
 ATTRIBUTE = struct.Struct("=HH")
 # Ms since sent and received; bytes that came through, bytes received; segments out
 TCP_INFO = struct.Struct("=44xI4xI64xQQ20xI")
@@ -36,7 +38,8 @@ IPV4_IN_IPV6 = bytes(10) + b"\xff\xff"
 class Connection(typing.NamedTuple):
     """A connection, seen from the side of the listener."""
 
-    key: bytes  # the kernel's, for no other
+    family: int
+    key: bytes  # the kernel's: both ends and a number that no other has
     peer: tuple[bytes, bytes]  # IPv6 address and port
     received: int  # bytes
     sent: int  # bytes that came through
@@ -50,24 +53,45 @@ def connections(port: int) -> list[Connection]:
     found: list[Connection] = []
     for family in (socket.AF_INET, socket.AF_INET6):
         listening = set()
-        for message in ask_kernel(family, port, CALLERS):
-            state, _, peer_port, address, peer, key, _ = SOCKET.unpack_from(message)
+        for message in ask_kernel(family, port.to_bytes(2, "big"), CALLERS):
+            state, _, _, address, *_ = SOCKET.unpack_from(message)
             if state == LISTEN:  # these come first
                 listening.add(address)
             elif ANYWHERE in listening or address in listening:
-                if family == socket.AF_INET:
-                    peer = IPV4_IN_IPV6 + peer[:4]
-                found.append(Connection(key, (peer, peer_port), *traffic(message)))
+                found.append(connection(family, message))
         if listening:
             break
     return found
+
+
+def again(known: list[Connection]) -> list[Connection]:
+    """Return those of these connections that are there still, as they are now.
+
+    Each is found at once, where the kernel goes through all of its table for ``connections``.
+    """
+    found = []
+    for each in known:
+        with contextlib.suppress(OSError):  # it has gone
+            for message in ask_kernel(each.family, each.key, 0, ONE):
+                state, *_ = SOCKET.unpack_from(message)
+                if state == ESTABLISHED:
+                    found.append(connection(each.family, message))
+    return found
+
+
+def connection(family: int, message: memoryview) -> Connection:
+    """Return what a message tells of a connection. Raises OSError where it lacks the traffic."""
+    _, _, peer_port, _, peer, _ = SOCKET.unpack_from(message)
+    if family == socket.AF_INET:
+        peer = IPV4_IN_IPV6 + peer[:4]
+    return Connection(family, bytes(message[ENDS]), (peer, peer_port), *traffic(message))
 
 
 def ports_of(inodes: set[int]) -> set[tuple[int, int]]:
     """Return the own and the peer's port of those connections that belong to these inodes."""
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
-        for message in ask_kernel(family, 0, LIVE):
+        for message in ask_kernel(family, b"", LIVE):
             _, port, peer_port, *_, inode = SOCKET.unpack_from(message)
             if inode in inodes:
                 ports = int.from_bytes(port, "big"), int.from_bytes(peer_port, "big")
@@ -75,19 +99,21 @@ def ports_of(inodes: set[int]) -> set[tuple[int, int]]:
     return found
 
 
-def ask_kernel(family: int, port: int, states: int) -> typing.Iterator[memoryview]:
-    """Yield the kernel's message on each TCP socket of a local port; 0 is all of them."""
+def ask_kernel(
+    family: int, ends: bytes, states: int, mode: int = DUMP
+) -> typing.Iterator[memoryview]:
+    """Yield the kernel's message on each TCP socket of a local port, or on ONE of these ends."""
     question = QUESTION.pack(
         QUESTION.size,
         BY_FAMILY,
-        DUMP,
+        mode,
         0,
         0,
         family,
         socket.IPPROTO_TCP,
         1 << INFO - 1,
         states,
-        port.to_bytes(2, "big"),
+        ends,
     )
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:
         kernel.send(question)
@@ -101,6 +127,8 @@ def ask_kernel(family: int, port: int, states: int) -> typing.Iterator[memoryvie
                     raise OSError("this kernel tells nothing of its sockets")
                 yield answer[MESSAGE.size : length]
                 answer = answer[aligned(length) :]
+            if mode == ONE:
+                return
 
 
 def traffic(message: memoryview) -> tuple[int, int, float, float, bool]:

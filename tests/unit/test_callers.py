@@ -12,7 +12,7 @@ import llm_service.callers
 from helpers import strangers
 from helpers.waiting import wait_for
 from llm_service import sockets
-from llm_service.callers import Callers, bytes_read
+from llm_service.callers import Callers, bytes_read, sockets_of
 
 STUCK_S = 40
 
@@ -204,6 +204,23 @@ def test_who_was_told_to_go_on_waits_for_his_answer(callers, look, call):
 def test_nobody_is_there(callers, look):
     look()
     assert callers.report == {"connections": 0, "waiting": 0, "longest_wait_s": 0}
+
+
+def test_all_are_looked_for_where_a_new_one_can_have_come(server, callers, look, call, monkeypatch):
+    all_of_them = unittest.mock.Mock(wraps=sockets.connections)
+    monkeypatch.setattr(llm_service.callers, "connections", all_of_them)
+    call("POST /api/generate")
+    wait_for(lambda: len(sockets_of(server.pid)) == 2, 30, "he is accepted")
+    look()
+    wait_for(lambda: look() or callers.report["waiting"] == 1, 30, "he waits")
+    all_of_them.reset_mock()
+    for _ in range(10):
+        look()
+        assert callers.report["waiting"] == 1
+    assert all_of_them.call_count == 2
+    with strangers.caller(server.port):
+        wait_for(lambda: look() or callers.report["connections"] == 2, 30, "the new one")
+    wait_for(lambda: look() or callers.report["connections"] == 1, 30, "he has left")
 
 
 def test_a_kernel_that_tells_nothing_leaves_the_figures_out(callers, look, call, monkeypatch):

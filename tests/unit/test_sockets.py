@@ -8,7 +8,7 @@ import pytest
 
 from helpers.strangers import caller
 from llm_service import sockets
-from llm_service.sockets import connections, own_ends
+from llm_service.sockets import again, connections, own_ends
 
 TICK_S = 0.05  # longer than one of the kernel's clock, after which an order can be told
 
@@ -151,6 +151,46 @@ def test_no_listener_no_connections(port):
     port.pair()
     port.listener.close()
     assert connections(port.number) == []
+
+
+# The same ones again
+
+
+@pytest.mark.parametrize(
+    "address, family, dialled",
+    [
+        ("127.0.0.1", socket.AF_INET, "127.0.0.1"),
+        ("::1", socket.AF_INET6, "::1"),
+        ("::", socket.AF_INET6, "127.0.0.1"),
+    ],
+)
+def test_known_connections_are_told_anew_as_all_are(listen, address, family, dialled):
+    port = listen(address, 0, family=family, dualstack_ipv6=address == "::")
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(3):
+            client = stack.enter_context(socket.create_connection((dialled, port.number)))
+            stack.enter_context(port.listener.accept()[0])
+            clients.append(client)
+        known = connections(port.number)
+        clients[0].sendall(b"a request")
+        time.sleep(TICK_S)
+        told = again(known)
+        assert [each[:5] for each in told] == [each[:5] for each in connections(port.number)]
+        assert sorted(each.wait_s > 0 for each in told) == [False, False, True]
+
+
+def test_who_has_left_is_not_told_again(port):
+    pair, other = port.pair(), port.pair()
+    known = connections(port.number)
+    pair.client.close()
+    time.sleep(TICK_S)
+    (left,) = again(known)
+    assert left.key in {each.key for each in known}
+    pair.accepted.close()
+    other.accepted.close()
+    other.client.close()
+    assert again(known) == []
 
 
 # Whose connection
