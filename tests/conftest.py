@@ -1,6 +1,7 @@
 """The fixtures. What they are made of stands in helpers/.
 
-gguf                    the path of a real model (gemma3 270m, 253 MB)
+gguf                    the path of a real model (gemma3 270m) with a small vocabulary, 71 MB
+whole_gguf              the path of the same with its own, 253 MB
 make_gguf_variant(n)    the same with another digest: several can be loaded at once
 registry                a model registry with faults
 authority               a certificate authority of one's own, shared by a file's tests
@@ -20,6 +21,7 @@ on_small_disk           a service whose models lie there, with a reserve of 8 MB
 import collections
 import concurrent.futures
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -30,7 +32,7 @@ import tempfile
 import pytest
 
 from helpers.answers import GEMMA, TOKEN, clear
-from helpers.models import model_variant, real_model
+from helpers.models import model_variant, real_model, whole_model
 from helpers.nvml import Nvml
 from helpers.ollama_server import OllamaServer
 from helpers.processes import clean_up, kill, marked, servers, started
@@ -40,15 +42,18 @@ from helpers.tls import Authority
 
 # The longest folders first, and the longest files: the processes then end at about the same time.
 ORDER = ["slow", "faults", "api", "unit"]
-LONGEST = [
-    "test_callers.py",
-    "test_page.py",
-    "test_innocent_waits.py",
-    "test_pull_errors.py",
-    "test_watch.py",
-    "test_page_views.py",
-    "test_soak.py",
-]
+# In so many parts, each with the services that its tests share
+LONGEST = {
+    "test_callers.py": 12,
+    "test_soak.py": 2,
+    "test_innocent_waits.py": 4,
+    "test_watch.py": 4,
+    "test_page.py": 3,
+    "test_pull_errors.py": 3,
+    "test_page_views.py": 2,
+    "test_reset.py": 2,
+    "test_launcher.py": 2,
+}
 
 
 def pytest_configure(config):
@@ -68,10 +73,16 @@ def pytest_collection_modifyitems(items):
     def place(item):
         folder, file = item.path.parent.name, item.path.name
         if folder != "unit" and file in LONGEST:
-            return LONGEST.index(file) - len(LONGEST)
+            return list(LONGEST).index(file) - len(LONGEST)
         return ORDER.index(folder) if folder in ORDER else -1
 
     items.sort(key=place)
+    for path, of_file in itertools.groupby(items, key=lambda item: item.path):
+        tests = list(of_file)
+        parts = LONGEST.get(path.name, 1) if path.parent.name != "unit" else 1
+        for number, item in enumerate(tests):
+            part = f"{path.parent.name}/{path.stem}-{number * parts // len(tests)}"
+            item.add_marker(pytest.mark.xdist_group(part))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -119,6 +130,11 @@ def gguf():
 
 
 @pytest.fixture(scope="session")
+def whole_gguf(gguf):  # noqa: ARG001 (it skips)
+    return whole_model()
+
+
+@pytest.fixture(scope="session")
 def make_gguf_variant(gguf):  # noqa: ARG001 (it skips)
     return model_variant
 
@@ -160,10 +176,10 @@ def make_module_service(ollama_binary):
 
 
 @pytest.fixture(scope="session")
-def service(ollama_binary, gguf):
+def service(ollama_binary, whole_gguf):
     with servers(functools.partial(Service, binary=ollama_binary)) as make:
         yield make(
-            models={GEMMA: gguf},
+            models={GEMMA: whole_gguf},
             LLM_MODEL=GEMMA,
             LLM_CONTEXT_LENGTH=4096,
             LLM_ALLOWED_HOSTS="llm.example.com, Other.Example.org",
