@@ -23,11 +23,11 @@ def mark(port):
 def marked(value=RUN):
     """Return the living processes that this test process has started, or those of a mark."""
     found, wanted = [], f"{MARK}={value}".encode()
-    for process in psutil.process_iter():
+    for pid in psutil.pids():
         with contextlib.suppress(psutil.Error, OSError):
             # A zombie's environment is empty.
-            if wanted in Path(f"/proc/{process.pid}/environ").read_bytes():
-                found.append(process)
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(psutil.Process(pid))
     return found
 
 

@@ -155,7 +155,8 @@ class Service:
         return marked(mark(self.port))
 
     def ollama_pid(self):
-        return self.state_lines()[-1][0]
+        # The server may answer before the launcher has written who it is
+        return wait_for(self.state_lines, 30, "the launcher's record")[-1][0]
 
     def runners(self):
         """Return its runners, also those of an Ollama that has died."""
