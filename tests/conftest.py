@@ -42,17 +42,16 @@ from helpers.tls import Authority
 
 # The longest folders first, and the longest files: the processes then end at about the same time.
 ORDER = ["slow", "faults", "api", "unit"]
-# In so many parts, each with the services that its tests share
+# In so many parts, each with the services that its tests share; parts of one file load a machine
+# in the same way, so they come one after another
 LONGEST = {
-    "test_callers.py": 12,
-    "test_soak.py": 2,
-    "test_innocent_waits.py": 4,
-    "test_watch.py": 4,
+    "test_callers.py": 6,
     "test_page.py": 3,
+    "test_innocent_waits.py": 4,
     "test_pull_errors.py": 3,
+    "test_watch.py": 3,
     "test_page_views.py": 2,
-    "test_reset.py": 2,
-    "test_launcher.py": 2,
+    "test_soak.py": 2,
 }
 
 
@@ -70,19 +69,20 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    def place(item):
-        folder, file = item.path.parent.name, item.path.name
-        if folder != "unit" and file in LONGEST:
-            return list(LONGEST).index(file) - len(LONGEST)
-        return ORDER.index(folder) if folder in ORDER else -1
-
-    items.sort(key=place)
+    places = {}
     for path, of_file in itertools.groupby(items, key=lambda item: item.path):
+        folder, name = path.parent.name, path.name
         tests = list(of_file)
-        parts = LONGEST.get(path.name, 1) if path.parent.name != "unit" else 1
+        is_long = folder != "unit" and name in LONGEST
+        parts = LONGEST[name] if is_long else 1
         for number, item in enumerate(tests):
-            part = f"{path.parent.name}/{path.stem}-{number * parts // len(tests)}"
-            item.add_marker(pytest.mark.xdist_group(part))
+            part = number * parts // len(tests)
+            item.add_marker(pytest.mark.xdist_group(f"{folder}/{path.stem}-{part}"))
+            if is_long:
+                places[item] = part / parts, list(LONGEST).index(name)
+            else:
+                places[item] = 1, ORDER.index(folder) if folder in ORDER else -1
+    items.sort(key=places.get)
 
 
 @pytest.hookimpl(wrapper=True)

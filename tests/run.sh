@@ -75,7 +75,7 @@ if [[ ${LINT:-} != off ]]; then
 fi
 
 dist=loadgroup # the tests of one file share services; see conftest.py
-workers=8      # on two cores: most tests wait
+workers=7      # on two cores: most tests wait
 [[ ${1:-} != unit ]] || dist=worksteal workers=8
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
