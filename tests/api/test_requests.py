@@ -17,7 +17,7 @@ from helpers.answers import (
     every_route_with_body,
     shaped,
 )
-from helpers.listener import pull_of
+from helpers.listener import pull_of, running_pulls
 from helpers.raw import raw, request_bytes
 from helpers.waiting import call, wait_for
 
@@ -230,6 +230,7 @@ def test_every_flag_takes_the_words_that_form_fields_send(service, method, path,
     given = {flag: word, "older_than_s": "3600"}
     if path != "/api/models/prune":
         given["model"] = "localhost:1/a/b"
+    wait_for(lambda: not running_pulls(service), 60, "the end of those that went on by themselves")
     for sent in ({"json": given}, {"params": given}):
         answer = call(method, service.url + path, **sent)
         shaped(answer.status_code, answer.headers, answer.content, path)
