@@ -21,7 +21,6 @@ on_small_disk           a service whose models lie there, with a reserve of 8 MB
 import collections
 import concurrent.futures
 import functools
-import itertools
 import os
 import re
 import shutil
@@ -42,17 +41,15 @@ from helpers.tls import Authority
 
 # The longest folders first, and the longest files: the processes then end at about the same time.
 ORDER = ["slow", "faults", "api", "unit"]
-# In so many parts, each with the services that its tests share; parts of one file load a machine
-# in the same way, so they come one after another
-LONGEST = {
-    "test_callers.py": 6,
-    "test_page.py": 3,
-    "test_innocent_waits.py": 4,
-    "test_pull_errors.py": 3,
-    "test_watch.py": 3,
-    "test_page_views.py": 2,
-    "test_soak.py": 2,
-}
+LONGEST = [
+    "test_callers.py",
+    "test_page.py",
+    "test_innocent_waits.py",
+    "test_pull_errors.py",
+    "test_watch.py",
+    "test_page_views.py",
+    "test_soak.py",
+]
 
 
 def pytest_configure(config):
@@ -69,20 +66,13 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    places = {}
-    for path, of_file in itertools.groupby(items, key=lambda item: item.path):
-        folder, name = path.parent.name, path.name
-        tests = list(of_file)
-        is_long = folder != "unit" and name in LONGEST
-        parts = LONGEST[name] if is_long else 1
-        for number, item in enumerate(tests):
-            part = number * parts // len(tests)
-            item.add_marker(pytest.mark.xdist_group(f"{folder}/{path.stem}-{part}"))
-            if is_long:
-                places[item] = part / parts, list(LONGEST).index(name)
-            else:
-                places[item] = 1, ORDER.index(folder) if folder in ORDER else -1
-    items.sort(key=places.get)
+    def place(item):
+        folder, file = item.path.parent.name, item.path.name
+        if folder != "unit" and file in LONGEST:
+            return LONGEST.index(file) - len(LONGEST)
+        return ORDER.index(folder) if folder in ORDER else -1
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -74,8 +74,8 @@ if [[ ${LINT:-} != off ]]; then
     lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }
 fi
 
-dist=loadgroup # the tests of one file share services; see conftest.py
-workers=7      # on two cores: most tests wait
+dist=loadfile # the tests of one file share services, and load a machine in the same way
+workers=7     # on two cores: most tests wait
 [[ ${1:-} != unit ]] || dist=worksteal workers=8
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
