@@ -1,6 +1,7 @@
 """The fixtures. What they are made of stands in helpers/.
 
-gguf                    the path of a real model (gemma3 270m, 253 MB)
+gguf                    the path of a real model (gemma3 270m) with a small vocabulary, 162 MB
+whole_gguf              the path of the same with its own, 253 MB
 make_gguf_variant(n)    the same with another digest: several can be loaded at once
 registry                a model registry with faults
 authority               a certificate authority of one's own, shared by a file's tests
@@ -30,7 +31,7 @@ import tempfile
 import pytest
 
 from helpers.answers import GEMMA, TOKEN, clear
-from helpers.models import model_variant, real_model
+from helpers.models import model_variant, real_model, whole_model
 from helpers.nvml import Nvml
 from helpers.ollama_server import OllamaServer
 from helpers.processes import clean_up, kill, marked, servers, started
@@ -119,6 +120,11 @@ def gguf():
 
 
 @pytest.fixture(scope="session")
+def whole_gguf(gguf):  # noqa: ARG001 (it skips)
+    return whole_model()
+
+
+@pytest.fixture(scope="session")
 def make_gguf_variant(gguf):  # noqa: ARG001 (it skips)
     return model_variant
 
@@ -160,10 +166,10 @@ def make_module_service(ollama_binary):
 
 
 @pytest.fixture(scope="session")
-def service(ollama_binary, gguf):
+def service(ollama_binary, whole_gguf):
     with servers(functools.partial(Service, binary=ollama_binary)) as make:
         yield make(
-            models={GEMMA: gguf},
+            models={GEMMA: whole_gguf},
             LLM_MODEL=GEMMA,
             LLM_CONTEXT_LENGTH=4096,
             LLM_ALLOWED_HOSTS="llm.example.com, Other.Example.org",

@@ -74,7 +74,7 @@ if [[ ${LINT:-} != off ]]; then
     lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }
 fi
 
-dist=loadfile # the tests of one file share services
+dist=loadfile # the tests of one file share services, and load a machine in the same way
 workers=7     # on two cores: most tests wait
 [[ ${1:-} != unit ]] || dist=worksteal workers=8
 case ${1:-} in

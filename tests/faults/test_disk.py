@@ -213,7 +213,9 @@ def test_a_model_that_was_updated_while_it_is_loaded_can_be_deleted(
     registry.add("ns/idle:latest", make_gguf_variant(1))
     pull(plain, name)
     answer = plain.delete(DELETE, json={"model": name, "force": True})
-    assert answer.status_code == 200 and answer.json()["freed_bytes"] > 250e6, answer.text
+    assert answer.status_code == 200 and answer.json()["freed_bytes"] >= gguf.stat().st_size, (
+        answer.text
+    )
     wait_for(lambda: not plain.runners(), 30, "the end of the runner")
 
 

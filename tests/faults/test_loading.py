@@ -138,10 +138,12 @@ def too_little_memory():
     return "prlimit", f"--data={300 << 20}"
 
 
-def test_a_model_that_does_not_fit_is_a_warning_and_no_fault(make_service, gguf, too_little_memory):
+def test_a_model_that_does_not_fit_is_a_warning_and_no_fault(
+    make_service, whole_gguf, too_little_memory
+):
     service = preloading(
         make_service,
-        gguf,
+        whole_gguf,
         wrapper=too_little_memory,
         constants={"llm_service.loading.RETRIES_S": (0.5, 0.5)},
     )

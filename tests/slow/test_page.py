@@ -61,7 +61,7 @@ def pulled(page, name):
 def test_what_is_there_shows_without_a_complaint_of_the_browser(page):
     page.wait_row("models", GEMMA, "not loaded")
     row = page.row_text("models", GEMMA)
-    assert "253 MB on the disk" in row and "Q4_K_M" in row
+    assert "162 MB on the disk" in row and "Q4_K_M" in row
     page.wait_text("meters", "free")
     page.wait_text("gpu-state", "No GPU: models run on the CPU.")
     page.wait_text("about", "Ollama 0.")
@@ -238,7 +238,7 @@ def test_a_download_shows_its_progress_also_after_a_reload_and_then_the_model(
     page.wait_row("pulls", name, "/s")
     registry.rate = None
     page.wait_row("models", name, "MB", 90)
-    page.wait_text("messages", f"{name} is downloaded, 253 MB.")
+    page.wait_text("messages", f"{name} is downloaded, 162 MB.")
     page.service.delete("/api/models/delete", json={"model": name})
 
 
@@ -320,7 +320,7 @@ def test_an_update_of_a_registry_without_tls_is_looked_for_after_a_warning(
     registry.add(name.partition("/")[2], make_gguf_variant(7))
     page.press("models", name, "Update")
     page.answer("ask-yes")
-    wait_for(lambda: page.text("ask-yes").startswith("Update, fetches 253 MB"), 60, "the size")
+    wait_for(lambda: page.text("ask-yes").startswith("Update, fetches 162 MB"), 60, "the size")
     page.answer("ask-yes")
     page.wait_text("messages", f"{name} is downloaded", 60)
     page.service.delete("/api/models/delete", json={"model": name})
