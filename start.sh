@@ -43,25 +43,45 @@ need_ollama() { # sets `ollama`
 }
 
 # --- Launch and keep ---
-started_at() { { sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20; } 2>/dev/null || echo 0; } # PID: ticks after boot
-keep_spare() { head -c 16384 /dev/zero >"$state.spare" || rm -f "$state.spare"; } 2>/dev/null # for a full disk
-note() { { { tail -n 9 "$1" || :; echo "$record"; } >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null; } # STATE: in one step
+# Where others have the CPU, each program takes its time to begin: so few are run between two Ollamas
+started_at() { # PID: sets `ticks`, its start after boot; 0 where it is not there
+    local about=''
+    { mapfile -t about <"/proc/$1/stat"; } 2>/dev/null || :
+    ticks=0
+    [[ ! ${about[*]} =~ .*\)(\ [^ ]+){19}\ ([0-9]+) ]] || ticks=${BASH_REMATCH[2]} # the name before may hold anything
+}
+keep_spare() { [[ -e $state.spare ]] || head -c 16384 /dev/zero >"$state.spare" || rm -f "$state.spare"; } 2>/dev/null
+note() { # STATE: in one step
+    local records=()
+    [[ ! -e $1 ]] || mapfile -t records <"$1"
+    records+=("$record")
+    ((${#records[@]} <= 10)) || records=("${records[@]: -10}")
+    { printf '%s\n' "${records[@]}" >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null
+}
 
 launch() { # STATE COMMAND…: prints to 5 and 6; in a session of its own, by which what it leaves is known
     setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 9>&- &
-    record="$! $(started_at $!) $restarts"
+    started_at $!
+    record="$! $ticks $restarts"
     note "$1" || { rm -f "$state.spare" && note "$1"; } || say "cannot write to $1: the API does not see it"
 }
 
 end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorded there, even where their leader is dead
-    local pid started now
+    local pid started ticks now until sessions=''
     left=''
     while read -r pid started _; do
-        now=$(started_at "$pid")
-        [[ $now == 0 || $now == "$started" ]] || continue # the number has passed to a stranger
-        for _ in {1..50}; do pkill -KILL -s "$pid" -r D,R,S,T,t || continue 2; sleep 0.02; done # zombies are dead
-        left+=$pid,
+        started_at "$pid"
+        [[ $ticks != 0 && $ticks != "$started" ]] || sessions+=$pid, # else the number has passed to a stranger
     done < <(cat "$@" 2>/dev/null)
+    [[ -n $sessions ]] || return 0
+    now; until=$((now + 100))
+    while now; ((now < until)); do
+        pkill -KILL -s "${sessions%,}" -r D,R,S,T,t || return 0 # zombies are dead
+        sleep 0.02
+    done
+    for pid in ${sessions//,/ }; do
+        ! pkill -KILL -s "$pid" -r D,R,S,T,t || left+=$pid,
+    done
 }
 end_left() { while pkill -KILL -s "${left%,}" -r D,R,S,T,t; do read -rt 1 <> <(:) || :; done; } # what outlives that
 ended_by_api() { # PID: whether the API has said so, by a pipe, as a disk may be full
@@ -88,9 +108,9 @@ keep_ollama() { # as long as the API lives
         wait "$server" 2>/dev/null || status=$?
         end_sessions "$state" # runners outlive their server, and hold the GPU's memory
         [[ -z $left ]] || { say "processes of Ollama do not end yet (sessions ${left%,})"; end_left 9>&- & }
-        wait_for_end 1 "$reader"
         restarts=$((restarts + 1))
         ! ended_by_api "$server" || { say 'the API ended Ollama; starting it again'; continue; }
+        wait_for_end 1 "$reader" # it writes down the reason
         now; ((now - born < 6000)) || pause=0
         deaths=("$now" "${deaths[@]:0:4}")
         reason="status $status: $(grep -s . "$state.reason" || echo 'no reason given')"

@@ -519,6 +519,49 @@ def test_an_end_on_purpose_is_no_death_and_has_no_pause(stand_in):
     line_of(service, "Ollama ended with status 137: no reason given; starting it again in 0.5 s")
 
 
+def counted(folder, program):
+    """Put a program on the PATH that notes each of its calls; return the notes' path."""
+    notes, stand_in = folder / f"{program}.calls", folder / program
+    notes.touch()
+    stand_in.write_text(f'#!/bin/sh\necho "$*" >>{notes}\nexec {shutil.which(program)} "$@"\n')
+    stand_in.chmod(0o755)
+    return notes
+
+
+def end_and_wait(service):
+    """End Ollama as the API does; return once the next one is recorded."""
+    pid = service.ollama_pid()
+    tell_launcher(service, pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: service.ollama_pid() != pid, 60, "the next one")
+
+
+def test_the_sessions_of_all_earlier_ollamas_are_ended_by_one_program(stand_in, tmp_path):
+    """Where others have the CPU, each program that is begun takes its time."""
+    calls = counted(tmp_path, "pkill")
+    service = stand_in("exec sleep 60")
+    for _ in range(4):
+        end_and_wait(service)
+    assert len(service.state_lines()) == 5
+    before = len(calls.read_text().splitlines())
+    end_and_wait(service)
+    assert len(calls.read_text().splitlines()) == before + 1
+
+
+def test_the_next_ollama_does_not_wait_for_who_reads_the_ended_ones_output(stand_in, tmp_path):
+    """As where a process that cannot be ended yet holds the pipe."""
+    sleeps = counted(tmp_path, "sleep")
+    service = stand_in(f"exec {shutil.which('sleep')} 60")
+    wait_for(service.state_lines, 60, "an Ollama")
+    reading = readers(service)
+    for reader in reading:
+        reader.suspend()
+    before = sleeps.read_text()
+    end_and_wait(service)
+    assert not any(map(gone, reading))
+    assert sleeps.read_text() == before
+
+
 # The clock
 
 
