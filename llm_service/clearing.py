@@ -34,6 +34,7 @@ NAME_WAIT_S = 1.0  # for a line of /api/ps that tells what a runner is for
 NAME_PAUSE_S = 0.1
 KILL_WAIT_S = 0.9
 VERIFY_WAIT_S = 0.6
+LET_GO_PAUSE_S = 0.02
 KILL_RESERVE_S = 1.2  # of a clear's time, to end runners and to measure
 REPORT_RESERVE_S = 1.0  # the same, to verify and to measure
 NOTHING_KNOWN = Held(None, None, frozenset())
@@ -85,7 +86,9 @@ class Clearing:
         if self._agreed:
             self._wait()
         self._end_runners()
-        wait_until(self._is_let_go, self._until(VERIFY_WAIT_S))
+        until = self._until(VERIFY_WAIT_S)
+        while not self._is_let_go() and time.monotonic() < until:
+            time.sleep(LET_GO_PAUSE_S)
         self.report = self._report()
 
     def look_again(self, until: float) -> Json:
@@ -263,6 +266,8 @@ class Clearing:
 
     def _report(self) -> Json:
         """Tell what is gone, what was ended and what is left."""
+        if self._ghosts:  # Ollama may have been slow to list what it has
+            self._ghosts = self._find_ghosts()
         left = living(self._mine)
         unknown = living(self._spared)
         stay = left + self._ghosts + unknown

@@ -426,12 +426,18 @@ def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:
 
 
 def wait_until(condition: typing.Callable[[], object], deadline: float) -> bool:
-    """Wait for the condition until ``deadline`` (monotonic); return whether it came true."""
-    while not condition():
-        if time.monotonic() >= deadline:
+    """Wait for the condition until ``deadline`` (monotonic); return whether it came true.
+
+    It is asked once more after the deadline: where others have the CPU, the last look may lie
+    long before it.
+    """
+    while True:
+        is_last = time.monotonic() >= deadline
+        if condition():
+            return True
+        if is_last:
             return False
         time.sleep(0.02)
-    return True
 
 
 class _Stat(typing.NamedTuple):

@@ -134,6 +134,23 @@ def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu, monkeypatch):
     assert report["left"] == sorted(DIGESTS)
 
 
+def test_one_whose_end_ollama_heeds_while_it_is_asked_is_cleared(gpu, monkeypatch):
+    """There may be no time for another question: what is told is looked at once more."""
+    monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0)
+    gpu.slots = dict.fromkeys(DIGESTS, BUSY)
+    gpu.server.suspend()  # so that it reaps none
+
+    def ps(*_):
+        if not any(map(alive, gpu.runners.values())):
+            gpu.server.resume()
+            psutil.wait_procs(gpu.runners.values(), 20)
+        return gpu.ps()
+
+    monkeypatch.setattr(app.ollama, "ps", ps)
+    report = gpu.clear(force=True)
+    assert (report["verified"], report["left"]) == (True, [])
+
+
 def test_an_idle_one_that_ollama_has_not_unloaded_in_time_is_ended_by_a_sparing_clear(gpu):
     report = gpu.clear(force=False)
     assert ended(gpu, report) == {"big:latest": "idle"}

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
 from helpers.waiting import wait_for
 from llm_service import processes
-from llm_service.processes import Processes, Runner, age_s, alive, end, life
+from llm_service.processes import Processes, Runner, age_s, alive, end, life, wait_until
 
 DIGEST = "c" * 64
 SLEEP = "import time; time.sleep(60)"
@@ -267,3 +268,25 @@ def test_one_that_could_not_be_read_for_a_moment_lives(server, monkeypatch):
         patch.setattr(os, "open", no_more_files)
         assert age_s(process) == 0
     assert alive(process) and 0 < age_s(process) < 60
+
+
+def test_what_comes_true_while_others_have_the_cpu_is_seen():
+    """Between a look and the deadline there may be no time for another one."""
+    deadline = time.monotonic() + 0.05
+    looks = []
+
+    def condition():
+        looks.append(time.monotonic())
+        if len(looks) == 1:
+            time.sleep(0.1)
+            return False
+        return True
+
+    assert wait_until(condition, deadline)
+    assert len(looks) == 2
+
+
+def test_after_the_deadline_it_looks_once():
+    looks = []
+    assert not wait_until(lambda: looks.append(1), time.monotonic())
+    assert looks == [1]
