@@ -24,7 +24,8 @@ SHARE_S = 0.7  # a run may end that much late, and who shares it waits for that
 SHARE_CLEAR_S = 0.2  # the same of a clear, which answers sooner
 ENDING_S = 0.8  # of a clear, to end runners and see them go: with less it is not begun
 LATE_CLEAR_S = 1.0  # for the clear of a reset that has waited for others
-COMES_S = 0.6  # for a new server to be seen, however late the old one has ended
+COMES_S = 0.6  # beyond a reset's time, for a new server to be seen, as a failure restarts all
+ANSWERS_S = 0.6  # for it to answer, however late the old one has ended
 ASK_S = 0.6  # an answer that may take longer than the first question's
 NONE_CAME = "Ollama was told to end, and no new one has come: ask /health, which says more."
 TOO_LATE = "Other callers' clears and resets took the time: try again."
@@ -207,6 +208,9 @@ class Session:
         healthy = self._is_well(clearing, deadline, steps)
         if healthy and not wanted:
             return
+        if self._processes.server() != server:  # it was another one that was asked
+            steps.note("start_ollama", True, "it is starting")
+            return
         left_s = deadline - time.monotonic()
         if left_s < 0:  # others' runs took it
             raise ServiceError("timeout", TOO_LATE, steps=steps)
@@ -257,8 +261,9 @@ class Session:
         self._downloads.reconnect()  # while Ollama still keeps their parts
         ended = self._processes.end_server(grace_s, why_s)
         steps.note("end_ollama", ended, "ended", "it does not end")
-        deadline = max(deadline, time.monotonic() + COMES_S)
-        comes = wait_until(lambda: self._is_new(old), deadline)
+        now = time.monotonic()
+        comes = wait_until(lambda: self._is_new(old), max(deadline, now) + COMES_S)
+        deadline = max(deadline, now + ANSWERS_S)
         answers = False
         if comes and until_it_answers:
             answers = wait_until(self._is_answering_anew(old, deadline), deadline)
