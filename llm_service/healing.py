@@ -278,7 +278,7 @@ class Healing:
             )
             wait_until(lambda: not alive(runner.process), now + KILL_WAIT_S)
             self._tell_killed()
-            self._watch.look()
+        self._watch.look()  # who waits to clear need not wait for that
         return None
 
     def _tell_recovered(self, state: RunnerState) -> None:
@@ -357,7 +357,7 @@ class Healing:
             no_new_one = failure == "restart_service"  # else /health tells how the end goes on
             self._server_failure = failure if no_new_one else None
             self._note_healing("ollama", name, why, freed_mb, not failure, evidence)
-            self._watch.look()
+        self._watch.look()
 
     def _evidence(self, state: RunnerState | None) -> Json:
         """Return the figures as they are at a verdict."""

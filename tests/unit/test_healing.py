@@ -307,6 +307,45 @@ def test_living_orphans_are_ended_where_the_launcher_has_left_them(place):
     assert sorted(place.ended) == [A, B]
 
 
+def free_at_looks(place, monkeypatch):
+    """Return, as it grows, whether at each look from now on a clear could have begun."""
+    look, free = place.watch.look, []
+
+    def noted(*args):
+        try:
+            with place.session.clears.turn(0):
+                free.append(True)
+        except ServiceError:
+            free.append(False)
+        look(*args)
+
+    monkeypatch.setattr(place.watch, "look", noted)
+    return free
+
+
+def test_who_clears_does_not_wait_for_the_look_after_the_healing_of_a_runner(place, monkeypatch):
+    place.look(14)
+    place.decoded[B] = 6  # it goes on
+    free = free_at_looks(place, monkeypatch)
+    place.healing.after_look()
+    assert place.ended == [A]
+    assert free == [True]
+
+
+def test_who_clears_does_not_wait_for_the_look_after_a_restart(place, monkeypatch):
+    monkeypatch.setattr("llm_service.server_state.HUNG_LOOKS", 3)
+    monkeypatch.setattr(place.session, "restart", lambda *_: "")
+    monkeypatch.setattr("llm_service.healing.GONE_S", 0)
+    place.look()
+    place.answers = False
+    place.decoded = {A: 6, B: 6}
+    place.look(4)
+    free = free_at_looks(place, monkeypatch)
+    place.healing.after_look()
+    assert place.healing.healed["ollama"] == 1
+    assert free == [True]
+
+
 def test_a_server_that_answers_again_is_not_ended(place, monkeypatch):
     ended = []
     monkeypatch.setattr(place.found, "end_server", lambda *_: ended.append(1) or True)
