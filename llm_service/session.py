@@ -208,7 +208,7 @@ class Session:
         healthy = self._is_well(clearing, deadline, steps)
         if healthy and not wanted:
             return
-        if self._processes.server() != server:  # it was another one that was asked
+        if self._is_new(server):  # it was another one that was asked
             steps.note("start_ollama", True, "it is starting")
             return
         left_s = deadline - time.monotonic()

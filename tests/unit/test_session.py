@@ -9,7 +9,7 @@ import pytest
 from llm_service import session as session_module
 from llm_service.callers import Callers
 from llm_service.downloads import Downloads
-from llm_service.errors import TimedOut
+from llm_service.errors import ServiceError, TimedOut
 from llm_service.machine import Machine
 from llm_service.matching import Matching
 from llm_service.processes import Processes
@@ -90,7 +90,7 @@ def test_a_server_that_came_while_the_one_before_was_asked_is_left_alone(place, 
 
     place.asked = another_comes
     steps = Steps()
-    place.session._restart_if_due(None, False, time.monotonic() + 3, steps)
+    place.session._restart_if_due(None, False, time.monotonic() + 0.1, steps)
     assert place.ended == []
     assert place.told(steps)["start_ollama"] is True
 
@@ -103,6 +103,17 @@ def test_one_that_does_not_answer_is_ended(place):
 
     place.watch.processes.end_server = end
     steps = Steps()
-    place.session._restart_if_due(None, False, time.monotonic() + 3, steps)
+    place.session._restart_if_due(None, False, time.monotonic() + 0.1, steps)
     assert place.ended == [place.old]
     assert place.told(steps)["start_ollama"] is True
+
+
+def test_one_that_has_gone_while_it_was_asked_is_waited_for(place):
+    def it_goes():
+        place.server = lambda: None
+
+    place.asked = it_goes
+    steps = Steps()
+    with pytest.raises(ServiceError, match="no new one has come"):
+        place.session._restart_if_due(None, False, time.monotonic() + 0.1, steps)
+    assert place.told(steps)["start_ollama"] is False
