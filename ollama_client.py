@@ -6,6 +6,7 @@ raises ``ServiceError``.
 
 import contextlib
 import datetime
+import functools
 import ipaddress
 import json
 import logging
@@ -69,6 +70,7 @@ def check_name(name: object) -> str:
     return text
 
 
+@functools.lru_cache(256)  # each look asks for those of all that is loaded
 def name_key(name: str) -> str:
     """Reduce a name to what Ollama takes for the same model: no defaults, lower case."""
     return plain_key(_without_source(name)) or name.lower()

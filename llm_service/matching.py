@@ -180,7 +180,7 @@ class Matching:
             if not before or now - since < REPLACED_S:
                 self._started_for[runner] = before | self._made_of(runner)
         for runner in list(self._first_seen):
-            if not runner.process.is_running() and runner not in runners:
+            if runner not in runners and not runner.process.is_running():
                 self._lines.pop(runner, None)
                 del self._first_seen[runner], self._started_for[runner]
 

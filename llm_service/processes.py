@@ -19,6 +19,7 @@ from ollama_client import DIGEST, ServiceError
 MB = 1024 * 1024
 DNS_PORT = 53
 TICKS_A_S = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SAID_LINES = 50
 KILL_WAIT_S = 0.5  # after SIGKILL, for a server's end
 PF_EXITING = 4  # a process has this flag of Linux' before its files are closed
@@ -117,12 +118,11 @@ class Processes:
             about = _stat(pid)
             if about is None or about.start == started:  # the leader died, the rest may live
                 sessions.add(pid)
-        for pid in psutil.pids():
+        for pid in _members(sessions):
             about = process = None
-            with contextlib.suppress(ProcessLookupError, psutil.Error):  # it has ended
-                if os.getsid(pid) in sessions:
-                    about = _stat(pid)
-                    process = about and _process(pid, about.start)
+            with contextlib.suppress(psutil.Error):  # it has ended
+                about = _stat(pid)
+                process = about and _process(pid, about.start)
             if about and process:
                 yield process, about
 
@@ -406,17 +406,23 @@ def links(pid: int) -> list[str]:
     folder = f"/proc/{pid}/fd"
     found = []
     for name in os.listdir(folder):
-        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+        try:
             found.append(os.readlink(f"{folder}/{name}"))
+        except FileNotFoundError:  # it was closed just now
+            continue
     return found
 
 
 def memory_mb(process: psutil.Process | None) -> int:
     """Return the memory of a process; 0 where it has ended."""
-    try:
-        return process.memory_info().rss // MB if process else 0
-    except psutil.Error:
-        return 0
+    words = (_read(f"{process.pid}/statm") or b"").split() if process else []
+    return int(words[1]) * PAGE_BYTES // MB if words else 0
+
+
+def bytes_read(pid: int) -> int:
+    """Return the bytes that a process has read from files and connections; 0 where unknown."""
+    words = (_read(f"{pid}/io") or b"").split()
+    return int(words[1]) if words else 0
 
 
 def end(process: psutil.Process, sig: int = signal.SIGKILL) -> None:
@@ -457,6 +463,17 @@ class _Stat(typing.NamedTuple):
     @property
     def holds_memory(self) -> bool:
         return not self.dead or self.threads > 1
+
+
+def _members(sessions: set[int]) -> typing.Iterator[int]:
+    """Yield the processes of these sessions. Each look goes through all of the machine's."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        pid = int(name)
+        try:
+            if os.getsid(pid) in sessions:
+                yield pid
+        except ProcessLookupError:  # it has ended
+            continue
 
 
 def _stat(place: int | str) -> _Stat | None:
