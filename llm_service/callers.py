@@ -1,9 +1,8 @@
 """Who waits for an answer of Ollama's, and whether anything works for him."""
 
-import pathlib
 import typing
 
-from llm_service.processes import links
+from llm_service.processes import bytes_read, links
 from llm_service.sockets import Connection, again, connections, own_ends
 from ollama_client import Json
 
@@ -11,7 +10,7 @@ CHECK_S = 4  # of waiting, before it is asked what Ollama does itself
 LOOKS = 10  # for a verdict
 GAP_S = 6  # between two looks: the machine was asleep, what was counted is void
 FILES_BYTES = 1000  # less than a manifest and what it names
-FEW = 16  # connections are asked for one by one, where no new one can have come
+FEW = 32  # connections are asked for one by one, where no new one can have come
 ALL_LOOKS = 5  # then for all: a server that stands takes no new one
 CONTINUE = "HTTP/1.1 100 Continue\r\n\r\n"  # no answer is as short
 
@@ -43,6 +42,8 @@ class Callers:
         self._seen: list[Connection] = []
         self._sockets: set[str] = set()  # of the server, before those were looked for
         self._looks = 0  # since all were looked for by turn
+        self._keys: set[bytes] = set()  # of the connections when the own ones were looked for
+        self._own: set[tuple[bytes, bytes]] = set()
         self._pid = 0  # of the server, and what it had read at the last look
         self._read_bytes = 0
         self._looked_at = 0.0
@@ -59,7 +60,7 @@ class Callers:
             self.report = None
             self._sockets = set()
             return self.judge(now, [], whole_s=0, tasks=tasks)
-        own = own_ends(self._port)
+        own = self._own_ends(seen)
         whole = self._note_requests(seen, now, new_bytes)
         callers = [each for each in seen if each.peer not in own]
         waits = []
@@ -154,6 +155,19 @@ class Callers:
                 return seen
         return connections(self._port)
 
+    def _own_ends(self, seen: list[Connection]) -> set[tuple[bytes, bytes]]:
+        """Return the ends of this service's own ones: a connection stays whose it is.
+
+        They are looked for by turn all the same. Where no file could be opened, some were missed.
+        """
+        keys = set()
+        for each in seen:
+            keys.add(each.key)
+        if not self._looks or keys != self._keys:
+            self._keys = keys
+            self._own = own_ends(self._port)
+        return self._own
+
     def _note_requests(self, seen: list[Connection], now: float, new_bytes: int) -> set[bytes]:
         """Return the connections whose last request is whole, as far as can be told."""
         noted = {}
@@ -205,12 +219,3 @@ def sockets_of(pid: int) -> set[str]:
         return {link for link in links(pid) if link.startswith("socket:")}
     except OSError:
         return set()
-
-
-def bytes_read(pid: int) -> int:
-    """Return the bytes that a process has read from files and connections; 0 where unknown."""
-    try:
-        _, read, *_ = pathlib.Path(f"/proc/{pid}/io").read_text().split()
-        return int(read)
-    except (OSError, ValueError):
-        return 0

@@ -51,16 +51,17 @@ class Connection(typing.NamedTuple):
 def connections(port: int) -> list[Connection]:
     """Return the connections to the listener of a port. Raises OSError where none can be had."""
     found: list[Connection] = []
-    for family in (socket.AF_INET, socket.AF_INET6):
-        listening = set()
-        for message in ask_kernel(family, port.to_bytes(2, "big"), CALLERS):
-            state, _, _, address, *_ = SOCKET.unpack_from(message)
-            if state == LISTEN:  # these come first
-                listening.add(address)
-            elif ANYWHERE in listening or address in listening:
-                found.append(connection(family, message))
-        if listening:
-            break
+    with open_kernel() as kernel:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            listening = set()
+            for message in ask_kernel(kernel, family, port.to_bytes(2, "big"), CALLERS):
+                state, _, _, address, *_ = SOCKET.unpack_from(message)
+                if state == LISTEN:  # these come first
+                    listening.add(address)
+                elif ANYWHERE in listening or address in listening:
+                    found.append(connection(family, message))
+            if listening:
+                break
     return found
 
 
@@ -70,12 +71,13 @@ def again(known: list[Connection]) -> list[Connection]:
     Each is found at once, where the kernel goes through all of its table for ``connections``.
     """
     found = []
-    for each in known:
-        with contextlib.suppress(OSError):  # it has gone
-            for message in ask_kernel(each.family, each.key, 0, ONE):
-                state, *_ = SOCKET.unpack_from(message)
-                if state == ESTABLISHED:
-                    found.append(connection(each.family, message))
+    with open_kernel() as kernel:
+        for each in known:
+            with contextlib.suppress(OSError):  # it has gone
+                for message in ask_kernel(kernel, each.family, each.key, 0, ONE):
+                    state, *_ = SOCKET.unpack_from(message)
+                    if state == ESTABLISHED:
+                        found.append(connection(each.family, message))
     return found
 
 
@@ -90,17 +92,23 @@ def connection(family: int, message: memoryview) -> Connection:
 def ports_of(inodes: set[int]) -> set[tuple[int, int]]:
     """Return the own and the peer's port of those connections that belong to these inodes."""
     found = set()
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for message in ask_kernel(family, b"", LIVE):
-            _, port, peer_port, *_, inode = SOCKET.unpack_from(message)
-            if inode in inodes:
-                ports = int.from_bytes(port, "big"), int.from_bytes(peer_port, "big")
-                found.add(ports)
+    with open_kernel() as kernel:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in ask_kernel(kernel, family, b"", LIVE):
+                _, port, peer_port, *_, inode = SOCKET.unpack_from(message)
+                if inode in inodes:
+                    ports = int.from_bytes(port, "big"), int.from_bytes(peer_port, "big")
+                    found.add(ports)
     return found
 
 
+def open_kernel() -> socket.socket:
+    """Return a socket for questions to the kernel, one after the other."""
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG)
+
+
 def ask_kernel(
-    family: int, ends: bytes, states: int, mode: int = DUMP
+    kernel: socket.socket, family: int, ends: bytes, states: int, mode: int = DUMP
 ) -> typing.Iterator[memoryview]:
     """Yield the kernel's message on each TCP socket of a local port, or on ONE of these ends."""
     question = QUESTION.pack(
@@ -115,20 +123,19 @@ def ask_kernel(
         states,
         ends,
     )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:
-        kernel.send(question)
-        while True:
-            answer = memoryview(kernel.recv(1 << 16))
-            while answer:
-                length, kind = MESSAGE.unpack_from(answer)
-                if kind == DONE:
-                    return
-                if kind == ERROR:
-                    raise OSError("this kernel tells nothing of its sockets")
-                yield answer[MESSAGE.size : length]
-                answer = answer[aligned(length) :]
-            if mode == ONE:
+    kernel.send(question)
+    while True:
+        answer = memoryview(kernel.recv(1 << 16))
+        while answer:
+            length, kind = MESSAGE.unpack_from(answer)
+            if kind == DONE:
                 return
+            if kind == ERROR:
+                raise OSError("this kernel tells nothing of its sockets")
+            yield answer[MESSAGE.size : length]
+            answer = answer[aligned(length) :]
+        if mode == ONE:
+            return
 
 
 def traffic(message: memoryview) -> tuple[int, int, float, float, bool]:

@@ -201,6 +201,25 @@ def test_who_was_told_to_go_on_waits_for_his_answer(callers, look, call):
     assert callers.report["waiting"] == 20
 
 
+def test_own_connections_are_looked_for_only_where_there_are_others(
+    server, callers, look, call, monkeypatch
+):
+    own_ends = unittest.mock.Mock(wraps=sockets.own_ends)
+    monkeypatch.setattr(llm_service.callers, "own_ends", own_ends)
+    with socket.create_connection(("127.0.0.1", server.port)):
+        call()
+        wait_for(lambda: look() or callers.report["connections"] == 1, 30, "he is seen")
+        own_ends.reset_mock()
+        for _ in range(10):
+            look()
+            assert callers.report["connections"] == 1
+        assert own_ends.call_count == 2
+        with socket.create_connection(("127.0.0.1", server.port)):
+            for _ in range(10):
+                look()
+                assert callers.report["connections"] == 1
+
+
 def test_nobody_is_there(callers, look):
     look()
     assert callers.report == {"connections": 0, "waiting": 0, "longest_wait_s": 0}
