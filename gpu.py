@@ -29,6 +29,7 @@ import importlib
 import logging
 import math
 import os
+import queue
 import re
 import threading
 import time
@@ -105,13 +106,13 @@ def sample(
     """
     global _probe
     with _lock:
-        if _probe is None or not _probe.is_alive():
-            _probe = _Probe(clock())
-            _probe.start()
+        if _probe is None or _probe.ended.is_set():
+            probe = _Probe(clock())
+            _read_beside(probe)
+            _probe = probe
         probe = _probe
     if not probe.overdue:
-        probe.join(timeout_s)
-        probe.overdue = probe.is_alive()
+        probe.overdue = not probe.ended.wait(timeout_s)
     return probe.reading or _reading(probe.wait(clock()), [])
 
 
@@ -187,12 +188,12 @@ def memory_in_use(reading: dict[str, Any]) -> tuple[str, int | None]:
 # ------------------------------------------------------------ the reading thread
 
 
-class _Probe(threading.Thread):
+class _Probe:
     """Takes one reading; `reading` is None until then."""
 
     def __init__(self, now: float) -> None:
-        super().__init__(name="gpu", daemon=True)
         self.overdue = False
+        self.ended = threading.Event()
         self.reading: dict[str, Any] | None = None
         self._asked_at = now
         self._waited_s = 0.0
@@ -203,7 +204,9 @@ class _Probe(threading.Thread):
             _last = _read_machine()
         except Exception:
             log.exception("the GPU's figures: a bug")
-        self.reading = _last
+        finally:
+            self.reading = _last
+            self.ended.set()
 
     def wait(self, now: float) -> str:
         """Return the state of a GPU that is waited for. A pause of this process is no waiting."""
@@ -224,8 +227,25 @@ class _Known:
 
 _lock = threading.Lock()
 _probe: _Probe | None = None
+_probes: queue.SimpleQueue[_Probe] = queue.SimpleQueue()
+_reader: threading.Thread | None = None
 _last = NOTHING_READ
 _known = _Known()
+
+
+def _read_beside(probe: _Probe) -> None:
+    """Have a probe take its reading in the thread that does so for all: to begin one costs CPU."""
+    global _reader
+    if _reader is None or not _reader.is_alive():
+        reader = threading.Thread(target=_read_for_ever, name="gpu", daemon=True)
+        reader.start()  # which fails where there can be no more threads
+        _reader = reader
+    _probes.put(probe)
+
+
+def _read_for_ever() -> None:
+    while True:
+        _probes.get().run()
 
 
 def _read_machine() -> dict[str, Any]:
