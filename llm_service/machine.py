@@ -84,12 +84,13 @@ class Machine:
         self._began = time.monotonic()
         try:
             self.models = self._store.models()
-            self.matching.look_at_disk()
+            signature, manifests = self._store.manifests.last
+            self.matching.note_models(manifests)
             # Parts grow, and their folder does not change
             downloading = self._downloads.running_count()
             minute = time.monotonic() // DISK_LOOK_S
             free = self._store.free_bytes()
-            changed = self._store.signature(), self._store.changed_ns(), free is None
+            changed = signature, self._store.changed_ns(), free is None
             key = (changed, downloading, minute)
             if downloading or key != self._disk_key:
                 self.disk = self._store.disk()

@@ -60,6 +60,14 @@ class Manifest(typing.NamedTuple):
         return f"{model}:{tag}"
 
 
+def loadable(manifests: dict[str, list[Manifest]]) -> typing.Iterator[tuple[str, Manifest]]:
+    """Yield the models that Ollama can load: the key of each and its manifest."""
+    for key, found in manifests.items():
+        for manifest in found:
+            if manifest.layers:
+                yield key, manifest
+
+
 class Manifests:
     """What lies under ``manifests/`` of a store."""
 
@@ -71,6 +79,11 @@ class Manifests:
         self._signature: tuple[tuple, ...] = ()
         self._read: tuple[tuple | None, dict[str, list[Manifest]]] = (None, {})
         self._late: threading.Thread | None = None  # a reading that the disk keeps waiting
+
+    @property
+    def last(self) -> tuple[tuple | None, dict[str, list[Manifest]]]:
+        """Return signature and manifests as they were read last, without a look at the disk."""
+        return self._read
 
     def there(self) -> dict[str, list[Manifest]]:
         """Map keys to the files where Ollama looks; several differ in upper and lower case."""

@@ -8,7 +8,7 @@ import time
 import typing
 
 from llm_service.errors import ServiceError
-from llm_service.manifests import Manifest, Manifests
+from llm_service.manifests import Manifest, Manifests, loadable
 from llm_service.processes import Processes, Runner, is_orphan
 from ollama_client import Json, Ollama, name_key
 
@@ -156,17 +156,19 @@ class Matching:
 
     def _there(self) -> typing.Iterator[tuple[str, Manifest]]:
         """Yield the models on the disk that Ollama can load: the key of each and its manifest."""
-        for key, found in self._manifests.soon().items():
-            for manifest in found:
-                if manifest.layers:
-                    yield key, manifest
+        there = self._manifests.soon()
+        return loadable(there)
 
     def look_at_disk(self) -> None:
         """Note which models are there; a slow disk holds up nobody who matches meanwhile."""
-        there = list(self._there())
+        there = self._manifests.soon()
+        self.note_models(there)
+
+    def note_models(self, manifests: dict[str, list[Manifest]]) -> None:
+        """Note which models are there, by manifests that were read just now."""
         now = self._clock()
         with self._lock:
-            for key, manifest in there:
+            for key, manifest in loadable(manifests):
                 for digest in manifest.ids:
                     self._seen[digest] = manifest
                     self._on_disk[key, digest] = now
@@ -180,9 +182,10 @@ class Matching:
             if not before or now - since < REPLACED_S:
                 self._started_for[runner] = before | self._made_of(runner)
         for runner in list(self._first_seen):
-            if runner not in runners and not runner.process.is_running():
-                self._lines.pop(runner, None)
-                del self._first_seen[runner], self._started_for[runner]
+            if runner in runners or runner.process.is_running():
+                continue
+            self._lines.pop(runner, None)
+            del self._first_seen[runner], self._started_for[runner]
 
     def _made_of(self, runner: Runner) -> frozenset[Version]:
         """Return the models that a new runner may have been started for, the latest alone."""
