@@ -20,6 +20,7 @@ HUNG_LOOKS = 15
 # What Ollama's server uses at rest, and for one /api/ps; a change of models takes 1 ms more.
 QUIET_CPU_S = 0.0002
 QUESTION_CPU_S = 0.001
+LONG_QUIET_S = 9  # then a look asks it all the same
 
 
 class ServerState:
@@ -49,6 +50,7 @@ class ServerState:
         # The server that is silent, and at how many looks in a row it was
         self._silent: tuple[psutil.Process | None, int] = (None, 0)
         self._since = self._looked_at = self._clock()
+        self._asked_at = self._since  # by a look
         # The server of the last answer of /api/ps, its CPU time then, and the answer
         self._listed: tuple[psutil.Process | None, float, list[Json]] = (None, 0.0, [])
 
@@ -116,11 +118,30 @@ class ServerState:
 
         A stopped one is asked, which tells that it hangs.
         """
-        asked, cpu_s, loaded = self._listed
-        if asked and self.state == "answering" and runs(asked):
-            if 0 <= cpu_clock_s(asked) - cpu_s < QUIET_CPU_S:
-                return loaded
+        if self._is_quiet():
+            return self._listed[2]
         return self.ask_loaded(self._processes.server(), timeout_s)
+
+    def look_at_loaded(self, server: psutil.Process | None, timeout_s: float) -> list[Json]:
+        """Do the same for a look of the watch, which also finds a server that hangs without work.
+
+        What it is asked takes it as much CPU as the service.
+        """
+        now = self._clock()
+        asked, _, loaded = self._listed
+        recent = now - self._asked_at < LONG_QUIET_S
+        if recent and server == asked and self._is_quiet():
+            return loaded
+        self._asked_at = now
+        return self.ask_loaded(server, timeout_s)
+
+    def _is_quiet(self) -> bool:
+        """Tell whether the server has done nothing since it was asked, and can answer."""
+        asked, cpu_s, _ = self._listed
+        if asked is None or self.state != "answering" or not runs(asked):
+            return False
+        used_s = cpu_clock_s(asked) - cpu_s
+        return 0 <= used_s < QUIET_CPU_S
 
     def known_version(self) -> str | None:
         """Return the version; asked for once a server."""

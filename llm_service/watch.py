@@ -208,7 +208,10 @@ class Watch:
     def _ask_server(self, server: psutil.Process | None, counts: bool) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
         try:
-            self.loaded = self.server_state.ask_loaded(server, RUNNER_ASK_S)
+            if counts:
+                self.loaded = self.server_state.look_at_loaded(server, RUNNER_ASK_S)
+            else:
+                self.loaded = self.server_state.ask_loaded(server, RUNNER_ASK_S)
         except ServiceError:
             if server is None:
                 self.loaded = []

@@ -9,6 +9,7 @@ import pytest
 
 import app
 from helpers.waiting import wait_for
+from llm_service.errors import TimedOut
 from llm_service.server_state import ServerState
 
 # Uses 20 ms of CPU for each line that it reads.
@@ -98,3 +99,55 @@ def test_where_the_clock_cannot_be_read_the_server_is_asked(asked, monkeypatch):
     monkeypatch.setattr("llm_service.server_state.cpu_clock_s", lambda _: math.nan)
     assert asked.loaded_now() == [{"name": "m2"}]
     assert asked.loaded_now() == [{"name": "m3"}]
+
+
+# By looks of the watch
+
+
+@pytest.fixture
+def looks(asked, monkeypatch):
+    """Looks at two seconds' distance; each returns the name of what is loaded."""
+    now = [asked._clock()]
+    monkeypatch.setattr(asked, "_clock", lambda: now[0])
+
+    def look(server=None):
+        now[0] += 2
+        (line,) = asked.look_at_loaded(server or app.processes.server(), 1)
+        return line["name"]
+
+    return look
+
+
+def test_a_quiet_server_is_asked_at_one_look_in_five(looks):
+    assert [looks() for _ in range(10)] == ["m1"] * 4 + ["m2"] * 5 + ["m3"]
+
+
+def test_a_server_that_has_worked_since_the_last_look_is_asked(looks, server):
+    server.stdin.write("\n")
+    server.stdout.readline()
+    assert looks() == looks() == "m2"
+
+
+def test_each_look_asks_a_server_that_was_silent(looks, asked, monkeypatch):
+    def ps(_timeout_s):
+        questions.append(1)
+        raise TimedOut("ollama_timeout", "")
+
+    questions = []
+    monkeypatch.setattr(app.ollama, "ps", ps)
+    asked.note_silence(app.processes.server())
+    for _ in range(3):
+        with pytest.raises(TimedOut):
+            looks()
+    assert len(questions) == 3
+
+
+def test_a_look_asks_the_successor_of_a_quiet_server(looks):
+    assert looks(psutil.Process()) == "m2"
+
+
+def test_a_look_asks_a_stopped_server(looks, server):
+    server.send_signal(signal.SIGSTOP)
+    process = psutil.Process(server.pid)
+    wait_for(lambda: process.status() == psutil.STATUS_STOPPED, 30, "it is stopped")
+    assert [looks(), looks()] == ["m2", "m3"]
