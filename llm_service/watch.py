@@ -128,11 +128,10 @@ class Watch:
 
     def known_runners(self) -> list[Runner]:
         """Return the runners that live, and those seen earlier whose end is waited for."""
-        server = self.processes.server()
         living = self.processes.runners()
         known = list(living)
         for runner in list(self._states):
-            if runner not in living and is_waited_for(runner.process, server):
+            if runner not in living and self._is_waited_for(runner.process):
                 known.append(runner)
         return known
 
@@ -298,6 +297,15 @@ class Watch:
         pid = server.pid if server else 0
         self.callers.look(now, pid, tasks)
 
+    def _is_waited_for(self, process: psutil.Process) -> bool:
+        """Tell whether a killed runner is not reaped by its server, or still holds memory."""
+        seen = life(process)
+        if not seen.dying:
+            return False
+        server = self.processes.server()
+        is_child = server is not None and seen.parent == server.pid
+        return seen.alive or is_child
+
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         """Look at what a runner uses and how it stands, without asking it."""
         look = Look(time.monotonic())
@@ -352,13 +360,6 @@ class Watch:
             if not 0 < size <= vram:
                 return False
         return bool(lines)
-
-
-def is_waited_for(process: psutil.Process, server: psutil.Process | None) -> bool:
-    """Tell whether a killed runner is not reaped by its server, or still holds memory."""
-    seen = life(process)
-    is_child = server is not None and seen.parent == server.pid
-    return seen.dying and (seen.alive or is_child)
 
 
 def bytes_of(model: Json, key: str) -> int:
