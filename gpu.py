@@ -38,6 +38,7 @@ from typing import Any
 
 TIMEOUT_S = 0.4
 UNRESPONSIVE_S = 30  # a driver may take its time at a start, after a pause, in a swap storm
+LIBRARY_S = 10  # between two searches for NVIDIA's library, which go through many folders
 PAUSE_S = 6  # more than that between two samples was a pause of this process
 ACTIONS: dict[str, str] = {  # recommended_action of each state
     "ok": "none",
@@ -220,6 +221,7 @@ class _Probe:
 class _Known:
     """What earlier readings have shown."""
 
+    library_due: float = 0.0  # when NVML is looked for again (monotonic)
     initialised: bool = False  # NVML
     memory_shared: bool = False
     lists_processes: bool = False  # NVML has listed one: an empty list then means none
@@ -286,9 +288,13 @@ def _has_nvml() -> bool:
     """Tell whether NVIDIA's library is there, and import its module then."""
     global pynvml
     if pynvml is None:
+        now = time.monotonic()
+        if now < _known.library_due:
+            return False
         try:
             ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
+            _known.library_due = now + LIBRARY_S
             return False
         pynvml = importlib.import_module("pynvml")
     return True

@@ -4,6 +4,7 @@ import concurrent.futures
 import ctypes
 import threading
 import time
+import unittest.mock
 
 import pynvml
 import pytest
@@ -143,6 +144,18 @@ def test_no_library_and_a_file_that_is_no_library_are_none(tmp_path, monkeypatch
     gpu = load_gpu("/nowhere")  # on the real pynvml
     assert (gpu.sample()["state"], gpu.sample()["gpus"]) == ("none", [])
     assert gpu.pynvml is None, "2 MB for nothing"
+
+
+@pytest.mark.parametrize(("pause_s", "searches"), [(60, 1), (0, 3)])
+def test_a_library_that_is_missing_is_looked_for_again_after_a_pause(
+    monkeypatch, pause_s, searches
+):
+    library = unittest.mock.Mock(side_effect=OSError("no such file"))
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    gpu = load_gpu("/nowhere")
+    gpu.LIBRARY_S = pause_s
+    assert [gpu.sample(30)["state"] for _ in range(3)] == ["none"] * 3
+    assert library.call_count == searches
 
 
 @pytest.mark.parametrize(
