@@ -56,19 +56,24 @@ unset PYTHONDONTWRITEBYTECODE # else each service that a test starts compiles al
 bin=$(dirname "$python")
 
 lint_page() { # its scripts, where Node is there
-    local biome=(npx --yes @biomejs/biome@2.6.8)
-    if type -P npx >/dev/null && "${biome[@]}" --version >/dev/null 2>&1; then
-        "${biome[@]}" ci --colors=off --log-level=warn static
+    local biome
+    if type -P npx >/dev/null &&
+        biome=$(npx --yes --package=@biomejs/biome@2.6.8 -c 'command -v biome' 2>/dev/null) &&
+        "$biome" --version >/dev/null 2>&1; then
+        "$biome" ci --colors=off --log-level=warn static
     else
         say 'no Biome (npx @biomejs/biome): the scripts of the page are not checked'
     fi
 }
 lint() {
-    local scripts
+    local scripts of_scripts others=0
     mapfile -t scripts < <(grep -rlI --exclude-dir=.git '^#!.*sh$' .)
-    "$bin/ruff" check -q . && "$bin/ruff" format -q --check . && "$bin/mypy" --no-error-summary &&
-        "$bin/shellcheck" -e SC2317,SC2329 "${scripts[@]}" && # of functions called by a trap or by name
-        lint_page
+    # Beside the others, as it takes as long as they do; the codes are of functions called by a trap or by name
+    "$bin/shellcheck" -e SC2317,SC2329 "${scripts[@]}" &
+    of_scripts=$!
+    { "$bin/ruff" check -q . && "$bin/ruff" format -q --check . && "$bin/mypy" --no-error-summary && lint_page; } ||
+        others=1
+    wait "$of_scripts" && return "$others"
 }
 if [[ ${LINT:-} != off ]]; then
     lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }
