@@ -9,6 +9,7 @@ fake_ollama     an Ollama that answers whatever a test wants
 faults          what a registry does at one step of a pull, instead of its work
 frozen          a process whose main thread stands while the others go on
 generation      a long answer under way
+given_time      time that passes where the code under test waits
 gpu_ollama      a real Ollama that takes the machine for one with a GPU
 held            a thread held by ptrace, as one whose work never returns
 line_server     an upstream that sends lines when a test says so

@@ -1,18 +1,19 @@
 """What is healed, on real processes that stand for Ollama and its runners."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
 
+from helpers.given_time import Clock, ends_soon
 from helpers.waiting import wait_for
-from llm_service import healing, runner_state
+from llm_service import clearing, healing, processes, reports, runner_state, session, sharing, watch
 from llm_service.callers import Callers
 from llm_service.downloads import Downloads
 from llm_service.errors import ServiceError, TimedOut
@@ -20,7 +21,7 @@ from llm_service.healing import HEALINGS, ORPHAN_S, Healing
 from llm_service.machine import Machine
 from llm_service.manifests import Manifest
 from llm_service.matching import Matching
-from llm_service.processes import Processes, Runner, alive, end
+from llm_service.processes import Processes, Runner, alive, end, life
 from llm_service.server_state import HUNG_LOOKS
 from llm_service.session import Session
 from llm_service.store import Store
@@ -45,11 +46,17 @@ def slot(decoded):
     return {"id_task": 1, "is_processing": True, "next_token": [{"n_decoded": decoded}]}
 
 
+def lives(process):
+    """Tell whether it is there and no zombie; it may be reaped meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class Place:
     """A watch and a healing of two models that stand, and what was signalled.
 
-    What it waits for gets more time than the service gives it: a busy machine is slow to end a
-    process, and to do what is done beside.
+    Its time is .clock's. What is done beside gets more real time than the service gives it.
 
     .ended          names of what was ended by the watch
     .on_end         called with the name when one is about to be ended
@@ -61,6 +68,9 @@ class Place:
         pids = list(map(int, server.stdout.readline().split()))
         self.process = dict(zip((A, B), map(psutil.Process, pids), strict=True))
         self.decoded = {A: 5, B: 5}
+        self.clock = Clock(self._ends)
+        modules = clearing, healing, processes, reports, session, sharing, watch
+        self.clock.rule(monkeypatch, *modules)
         self.ended, self.on_end, self.kills = [], lambda _: None, True
         ollama, store = Ollama("http://127.0.0.1:9"), Store("/nonexistent")
         self.found = Processes(os.devnull)
@@ -83,8 +93,7 @@ class Place:
         }
         for (owner, name), stand_in in stand_ins.items():
             monkeypatch.setattr(owner, name, stand_in)
-        for name in ("ASK_S", "KILL_WAIT_S"):
-            monkeypatch.setattr(healing, name, 30)
+        monkeypatch.setattr(healing, "ASK_S", 30)
         downloads = Downloads(ollama, store, self.found, 1)
         machine = Machine(store, downloads, Matching(ollama, store.manifests, self.found))
         machine.matching.look_at_disk()
@@ -98,11 +107,17 @@ class Place:
             raise TimedOut("ollama_timeout", "no answer")
         return answer
 
+    def _ends(self):
+        """Tell whether a process is about to end."""
+        server = life(self.server)
+        ending = [ends_soon(runner, self.server) for runner in self.process.values()]
+        return (server.dying and server.alive) or any(ending)
+
     def _runners(self):
         return [
             Runner(process, DIGESTS[name], name)
             for name, process in self.process.items()
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            if lives(process)
         ]
 
     def _end(self, process):
@@ -115,7 +130,7 @@ class Place:
     def look(self, looks=1):
         for _ in range(looks):
             self.watch.look()
-            time.sleep(STUCK_S / 8)
+            self.clock.sleep(STUCK_S / 8)
         return {state.model: state.state for state in self.watch.states()}
 
 
@@ -141,11 +156,9 @@ def test_the_second_of_two_that_stood_is_left_alone_once_it_goes_on(place):
 
 
 def test_it_is_left_alone_too_where_it_goes_on_a_moment_after_the_end(place):
-    moved = threading.Timer(0.3, lambda: place.decoded.update({A: 6, B: 6}))
-    place.on_end = lambda _: moved.start()
+    place.on_end = lambda _: place.clock.after(0.3, lambda: place.decoded.update({A: 6, B: 6}))
     assert place.look(14) == {A: "stuck", B: "stuck"}
     place.healing.after_look()
-    moved.join()
     assert len(place.ended) == 1
 
 
@@ -230,7 +243,7 @@ def test_one_that_sigkill_does_not_end_is_told_as_failed_and_only_a_reboot_helps
     monkeypatch.setattr(healing, "KILL_WAIT_S", 0.2)
     monkeypatch.setattr(healing, "GHOST_S", 0.1)
     place.healing.after_look()
-    time.sleep(0.2)
+    place.clock.sleep(0.2)
     place.healing.after_look()
     assert place.healing.healed["runners"] == 0
     assert place.healing.healed["failed"] == 2
@@ -280,7 +293,7 @@ def test_a_model_that_becomes_a_ghost_after_its_end_was_healed_once(place):
 def test_after_three_healings_it_is_left_alone_and_says_so(place):
     place.look(14)
     for name in (A, B):
-        place.healing._healings[name] = [time.monotonic()] * HEALINGS
+        place.healing._healings[name] = [place.clock.monotonic()] * HEALINGS
     place.healing.after_look()
     assert place.ended == []
     assert {place.healing.action(state) for state in place.watch.faults()} == {"restart_service"}
@@ -482,7 +495,7 @@ def test_what_a_restart_frees_is_measured_once_the_runners_are_gone(place, monke
     def restart(*_):
         end(place.server)
         for number, runner in enumerate(place.process.values(), 1):
-            threading.Timer(number / 5, end, [runner]).start()
+            place.clock.after(number / 5, functools.partial(end, runner))
         return ""
 
     def used_mb(runners):
@@ -490,7 +503,6 @@ def test_what_a_restart_frees_is_measured_once_the_runners_are_gone(place, monke
 
     monkeypatch.setattr(place.session, "restart", restart)
     monkeypatch.setattr(healing, "used_mb", used_mb)
-    monkeypatch.setattr(healing, "GONE_S", 30)
     place.look()
     place.healing.after_look()
     assert place.healing.healed["last"]["freed_mb"] == 200
