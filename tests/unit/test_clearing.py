@@ -15,13 +15,14 @@ import psutil
 import pytest
 
 import app
-from llm_service import clearing, session
+from helpers.given_time import Clock, ends_soon
+from llm_service import clearing, processes, reports, session, sharing, watch
 from llm_service.clearing import Clearing
 from llm_service.errors import TimedOut
 from llm_service.manifests import Manifest
 from llm_service.processes import Runner, alive, end
 from llm_service.reports import clear_failure
-from llm_service.session import reset_suits
+from llm_service.session import Session, reset_suits
 from ollama_client import ServiceError
 
 # Starts two runners, and reaps them.
@@ -57,6 +58,11 @@ class Gpu:
         self.runners = {name: psutil.Process(pid) for name, pid in zip(DIGESTS, pids, strict=True)}
         self.slots = {"big:latest": IDLE, "small:latest": IDLE}
         self.refused, self.listed = [], list(DIGESTS)
+        self.clock = Clock(self._ends)
+
+    def _ends(self):
+        """Tell whether a runner is about to end."""
+        return any(ends_soon(runner, self.server) for runner in self.runners.values())
 
     def known_runners(self):
         """Return the runners; the port of each is its name."""
@@ -77,7 +83,7 @@ class Gpu:
         return [{"name": name, "digest": f"of {name}"} for name in self.listed]
 
     def clear(self, force, model=None):
-        clearing = Clearing(app.watch, model, force, time.monotonic() + 30)
+        clearing = Clearing(app.watch, model, force, self.clock.monotonic() + 30)
         clearing.run()
         return clearing.report
 
@@ -87,10 +93,8 @@ def gpu(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
         one = Gpu(server)
         manifests = {name: [manifest(name, digest)] for name, digest in DIGESTS.items()}
-        monkeypatch.setattr(clearing, "UNLOAD_WAIT_S", 0.2)
-        # A busy machine is slow to end a process, and to reap it.
-        monkeypatch.setattr(clearing, "KILL_WAIT_S", 20)
-        monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 1)
+        one.clock.rule(monkeypatch, clearing, processes, reports, session, sharing, watch)
+        monkeypatch.setattr(app, "session", Session(app.watch, app.downloads, app.MODEL))
         monkeypatch.setattr(app.watch, "known_runners", one.known_runners)
         monkeypatch.setattr(app.processes, "runners", one.known_runners)
         monkeypatch.setattr(app.processes, "unknown_children", list)
@@ -125,8 +129,7 @@ def test_a_model_that_is_listed_on_without_a_runner_is_cleared(gpu, slots, reaso
     assert report["verified"] is True
 
 
-def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu, monkeypatch):
-    monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
+def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu):
     gpu.slots = dict.fromkeys(DIGESTS, BUSY)
     gpu.server.suspend()  # so that it reaps none
     report = gpu.clear(force=True)
@@ -220,8 +223,7 @@ def test_one_that_was_not_loaded_yet_is_spared_and_named(gpu, model):
     assert (report["killed"], report["left"]) == ([], ["big:latest"])
 
 
-def test_a_ghost_is_named_beside_a_busy_one(gpu, monkeypatch):
-    monkeypatch.setattr(clearing, "VERIFY_WAIT_S", 0.3)
+def test_a_ghost_is_named_beside_a_busy_one(gpu):
     gpu.slots["small:latest"] = BUSY
     gpu.server.suspend()  # so that it reaps none
     report = gpu.clear(force=False)
@@ -338,8 +340,6 @@ def test_one_that_may_be_either_models_is_ended_for_one_where_it_serves_nobody(
 def test_a_reboot_is_advised_only_where_sigkill_has_not_helped_for_long(
     gpu, monkeypatch, survives, code, action
 ):
-    monkeypatch.setattr(clearing, "KILL_WAIT_S", 0.2)
-    monkeypatch.setattr(clearing, "REPORT_RESERVE_S", 30)
     monkeypatch.setattr("llm_service.clearing.end", lambda _: None)
     monkeypatch.setattr(app.watch, "survives", lambda _: survives)
     report = gpu.clear(force=True)
