@@ -1,5 +1,6 @@
 """What /health says of an Ollama that gave no answer."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 import app
 from helpers.waiting import wait_for
 from llm_service.errors import ServiceError, TimedOut, Unreachable
-from llm_service.health import ASK_S
-from llm_service.processes import Runner, alive
+from llm_service.health import ASK_S, COMPUTING_SHARE
+from llm_service.processes import Runner, alive, cpu_clock_s
 from llm_service.runner_state import RunnerState
 from llm_service.server_state import HUNG_LOOKS, ServerState
 
@@ -118,7 +119,21 @@ def test_where_the_version_does_not_answer_either_it_hangs(slow):
 
 
 # Not for ever: who ends the tests by a signal leaves it behind.
-COMPUTES = "import time; until = time.monotonic() + 120\nwhile time.monotonic() < until: pass"
+COMPUTES = """
+import time
+print(flush=True)
+until = time.monotonic() + 120
+while time.monotonic() < until: pass
+"""
+
+
+def compute():
+    """Return a process that has begun to compute."""
+    command = [sys.executable, "-IS", "-c", COMPUTES]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    with process.stdout:
+        process.stdout.readline()
+    return process
 
 
 def starve(process):
@@ -126,9 +141,8 @@ def starve(process):
     os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
     cpu = {min(os.sched_getaffinity(process.pid))}
     os.sched_setaffinity(process.pid, cpu)
-    other = subprocess.Popen([sys.executable, "-c", COMPUTES])
+    other = compute()
     os.sched_setaffinity(other.pid, cpu)
-    wait_for(lambda: psutil.Process(other.pid).cpu_times().user > 0.2, 30, "the other computes")
     return other
 
 
@@ -137,11 +151,13 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow, starv
     """As one that reads thousands of texts which somebody has sent to be embedded."""
 
     def late(*_):
-        time.sleep(ASK_S)
+        if not starved:
+            due_s = cpu_clock_s(busy) + COMPUTING_SHARE * ASK_S
+            wait_for(lambda: cpu_clock_s(busy) > due_s, 30, "it has computed all the while")
         raise TimedOut("ollama_timeout", "late")
 
     slow.setattr(app.ollama, "version", late)
-    busy = subprocess.Popen([sys.executable, "-c", COMPUTES])
+    busy = compute()
     others = [busy]
     try:
         process = psutil.Process(busy.pid)
@@ -149,7 +165,6 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow, starv
         slow.setattr(app.watch, "server", process)
         state = app.watch.server_state
         state.note_answer(process)
-        wait_for(lambda: process.cpu_times().user > 0.2, 30, "it computes")
         if starved:
             others.append(starve(process))
         told = app.health_report.check()
@@ -161,7 +176,9 @@ def test_one_that_computes_is_slow_until_it_has_been_silent_for_long(slow, starv
             app.health_report.check()
         assert caught.value.code == "ollama_hung"
     finally:
-        for each in others:
+        with contextlib.suppress(PermissionError):  # else one that is starved takes long to end
+            os.sched_setscheduler(busy.pid, os.SCHED_OTHER, os.sched_param(0))
+        for each in reversed(others):
             each.kill()
             each.wait()
 
