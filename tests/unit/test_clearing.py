@@ -27,12 +27,12 @@ from ollama_client import ServiceError
 
 # Starts two runners, and reaps them.
 SERVER = """
-import subprocess, time
-runners = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
-print(*(each.pid for each in runners), flush=True)
-while True:
-    time.sleep(0.01)
-    [each.poll() for each in runners]
+import os, time
+runners = [os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60") for _ in range(2)]
+print(*runners, flush=True)
+for _ in runners:
+    os.wait()
+time.sleep(60)
 """
 DIGESTS = {"big:latest": "b" * 64, "small:latest": "5" * 64}
 BUSY, IDLE = [{"is_processing": True}], [{"is_processing": False}]
@@ -90,7 +90,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
+    with subprocess.Popen([sys.executable, "-IS", "-c", SERVER], stdout=subprocess.PIPE) as server:
         one = Gpu(server)
         manifests = {name: [manifest(name, digest)] for name, digest in DIGESTS.items()}
         one.clock.rule(monkeypatch, clearing, processes, reports, session, sharing, watch)

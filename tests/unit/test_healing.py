@@ -30,12 +30,12 @@ from ollama_client import Ollama
 
 # Starts two runners, and reaps them.
 SERVER = """
-import subprocess, time
-runners = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
-print(*(each.pid for each in runners), flush=True)
-while True:
-    time.sleep(0.005)
-    [each.poll() for each in runners]
+import os, time
+runners = [os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600") for _ in range(2)]
+print(*runners, flush=True)
+for _ in runners:
+    os.wait()
+time.sleep(600)
 """
 STUCK_S = 0.2
 A, B = "a:latest", "b:latest"
@@ -136,7 +136,7 @@ class Place:
 
 @pytest.fixture
 def place(monkeypatch):
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
+    with subprocess.Popen([sys.executable, "-IS", "-c", SERVER], stdout=subprocess.PIPE) as server:
         one = Place(server, monkeypatch)
         yield one
         for process in [one.server, *one.process.values()]:
