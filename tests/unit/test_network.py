@@ -92,10 +92,18 @@ def test_a_proxys_name_and_password_go_into_a_header():
 # Certificate authorities
 
 
+NOWHERE = "/nonexistent"  # for a folder of certificates: to read all of the system takes long
+
+
 def ask(port, limit_s=10, scheme="https", host="localhost", path="/v2/", **environment):
     with Conversation(environment, tls_context(environment), limit_s) as conversation:
         url = urllib.parse.urlsplit(f"{scheme}://{host}:{port}{path}")
         return conversation.get(url, {"Accept": "text/plain"})
+
+
+def trusts(authority):
+    """Return variables by which it alone is trusted."""
+    return {"SSL_CERT_FILE": str(authority.pem), "SSL_CERT_DIR": NOWHERE}
 
 
 def refused(port, *args, **options):
@@ -123,16 +131,16 @@ def test_a_damaged_certificate_spoils_no_other(tls_registry, authority, tmp_path
     damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
     file = tmp_path / "both.pem"
     file.write_text(f"{damaged}{whole}{damaged}")
-    assert ask(tls_registry.port, SSL_CERT_FILE=str(file)).status == 404
+    assert ask(tls_registry.port, SSL_CERT_FILE=str(file), SSL_CERT_DIR=NOWHERE).status == 404
 
 
 def test_a_certificate_of_another_name_is_refused(authority):
     with Registry(tls=authority.context("other.example")) as one:
-        assert refused(one.port, SSL_CERT_FILE=str(authority.pem)) == "registry_certificate"
+        assert refused(one.port, **trusts(authority)) == "registry_certificate"
 
 
 def test_a_server_without_tls_is_named(authority, registry):
-    assert refused(registry.port, SSL_CERT_FILE=str(authority.pem)) == "registry_insecure"
+    assert refused(registry.port, **trusts(authority)) == "registry_insecure"
 
 
 # Limits
@@ -168,7 +176,7 @@ def test_an_answer_by_bytes_ends_in_time(scheme, data, authority):
             limit_s=0.5,
             scheme=scheme,
             path="/v2/ns/m/manifests/latest",
-            SSL_CERT_FILE=str(authority.pem),
+            **trusts(authority),
         )
     assert found == "registry_unreachable"
 
@@ -266,7 +274,7 @@ def copy(source, target):
 def test_a_registry_is_asked_by_a_proxy(authority):
     with Proxy() as server, Registry(tls=authority.context("r.example")) as registry:
         environment = {
-            "SSL_CERT_FILE": str(authority.pem),
+            **trusts(authority),
             "HTTPS_PROXY": f"http://me:secret@127.0.0.1:{server.port}",
             "HTTP_PROXY": f"127.0.0.1:{server.port}",
         }
