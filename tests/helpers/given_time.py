@@ -20,7 +20,7 @@ PAUSE_S = 0.002  # in real time, while something is under way
 class Clock:
     """Stands in for the module `time`, of which the rest is as it is."""
 
-    def __init__(self, under_way):
+    def __init__(self, under_way=bool):
         self._under_way = under_way
         self._now = time.monotonic()
         self._due = []  # (when, act)

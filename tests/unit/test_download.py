@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
+from helpers.given_time import Clock
 from helpers.waiting import wait_for
+from llm_service import store as module
 from llm_service.downloads import Downloads
 from llm_service.processes import Processes
 from llm_service.store import Store
@@ -109,7 +111,8 @@ class Endless(Script):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_purge_spares_what_another_download_shares(tmp_path, shared):
+def test_a_purge_spares_what_another_download_shares(tmp_path, monkeypatch, shared):
+    Clock().rule(monkeypatch, module)
     (tmp_path / "blobs").mkdir()
     part = tmp_path / "blobs" / f"sha256-{'a' * 64}-partial-0"
     part.write_bytes(b"x" * 5000)

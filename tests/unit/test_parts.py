@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from helpers.given_time import Clock
+from llm_service import store as module
 from llm_service.downloads import Downloads
 from llm_service.errors import failure
 from llm_service.parts import usable
@@ -128,7 +130,8 @@ class Broken:
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_a_purge_removes_damaged_parts_of_which_no_line_tells(write, tmp_path, held):
+def test_a_purge_removes_damaged_parts_of_which_no_line_tells(write, tmp_path, monkeypatch, held):
+    Clock().rule(monkeypatch, module)
     data, broken = write(data=b"x" * 9000, n0=b"")
     processes = Processes("/none")
     store = Store(tmp_path)
