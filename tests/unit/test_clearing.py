@@ -16,6 +16,7 @@ import pytest
 
 import app
 from helpers.given_time import Clock, ends_soon
+from helpers.processes import suspend
 from llm_service import clearing, processes, reports, session, sharing, watch
 from llm_service.clearing import Clearing
 from llm_service.errors import TimedOut
@@ -131,7 +132,7 @@ def test_a_model_that_is_listed_on_without_a_runner_is_cleared(gpu, slots, reaso
 
 def test_one_whose_end_ollama_waits_for_is_not_cleared(gpu):
     gpu.slots = dict.fromkeys(DIGESTS, BUSY)
-    gpu.server.suspend()  # so that it reaps none
+    suspend(gpu.server)  # so that it reaps none
     report = gpu.clear(force=True)
     assert report["verified"] is False
     assert report["left"] == sorted(DIGESTS)
@@ -225,7 +226,7 @@ def test_one_that_was_not_loaded_yet_is_spared_and_named(gpu, model):
 
 def test_a_ghost_is_named_beside_a_busy_one(gpu):
     gpu.slots["small:latest"] = BUSY
-    gpu.server.suspend()  # so that it reaps none
+    suspend(gpu.server)  # so that it reaps none
     report = gpu.clear(force=False)
     assert (report["left"], report["unloaded_models"]) == (sorted(DIGESTS), [])
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from helpers.given_time import Clock, ends_soon
+from helpers.processes import suspend
 from helpers.waiting import wait_for
 from llm_service import clearing, healing, processes, reports, runner_state, session, sharing, watch
 from llm_service.callers import Callers
@@ -258,7 +259,7 @@ def test_one_that_sigkill_does_not_end_is_told_as_failed_and_only_a_reboot_helps
 def test_one_that_has_ended_at_last_needs_no_reboot(place, monkeypatch):
     """Its server has not let it go yet, as it stands: that is a ghost."""
     place.look(14)
-    place.server.suspend()
+    suspend(place.server)
     monkeypatch.setattr(place.healing, "_may_heal", lambda _: True)
     state = place.watch.faults()[0]
     state.survives = True
