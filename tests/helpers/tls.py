@@ -8,13 +8,13 @@ Registry(tls=authority.context())
 
 import ssl
 
-import trustme
-
 NAMES = ("localhost", "127.0.0.1")
 
 
 class Authority:
     def __init__(self, folder):
+        import trustme  # takes as long as many a test, and few want it
+
         self.folder = folder / "certs"
         self.folder.mkdir(parents=True)
         self.pem = self.folder / "company.pem"
