@@ -37,7 +37,7 @@ while True:
 @contextlib.contextmanager
 def program(text, *arguments):
     """Run a program; give it and the first line that it says."""
-    command = [sys.executable, "-c", text, *map(str, arguments)]
+    command = [sys.executable, "-IS", "-c", text, *map(str, arguments)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:

@@ -3,6 +3,7 @@
 import math
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ for _ in sys.stdin:
 @pytest.fixture
 def server():
     """A process that stands for Ollama's server, and does nothing."""
-    command = ["python3", "-c", WORKER]
+    command = [sys.executable, "-IS", "-c", WORKER]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, bufsize=1) as worker:
         worker.stdout.readline()
         yield worker
