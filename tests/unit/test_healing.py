@@ -47,6 +47,11 @@ def slot(decoded):
     return {"id_task": 1, "is_processing": True, "next_token": [{"n_decoded": decoded}]}
 
 
+def sleeps(process):
+    """Tell whether a runner's stand-in has begun, and does nothing."""
+    return process.name() == "sleep" and process.status() == psutil.STATUS_SLEEPING
+
+
 def lives(process):
     """Tell whether it is there and no zombie; it may be reaped meanwhile."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -68,6 +73,8 @@ class Place:
         self.server = psutil.Process(server.pid)
         pids = list(map(int, server.stdout.readline().split()))
         self.process = dict(zip((A, B), map(psutil.Process, pids), strict=True))
+        for each in self.process.values():  # what its start takes would look like work
+            wait_for(lambda each=each: sleeps(each), 30, "it has begun")
         self.decoded = {A: 5, B: 5}
         self.clock = Clock(self._ends)
         modules = clearing, healing, processes, reports, session, sharing, watch
