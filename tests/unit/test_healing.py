@@ -102,6 +102,8 @@ class Place:
         for (owner, name), stand_in in stand_ins.items():
             monkeypatch.setattr(owner, name, stand_in)
         monkeypatch.setattr(healing, "ASK_S", 30)
+        # Each look asks the server, which has nothing to do here
+        monkeypatch.setattr("llm_service.server_state.LONG_QUIET_S", 0)
         downloads = Downloads(ollama, store, self.found, 1)
         machine = Machine(store, downloads, Matching(ollama, store.manifests, self.found))
         machine.matching.look_at_disk()
