@@ -47,6 +47,7 @@ LONGEST = [
     "test_innocent_waits.py",
     "test_pull_errors.py",
     "test_watch.py",
+    "test_half_requests.py",
     "test_page_views.py",
     "test_soak.py",
 ]

@@ -80,7 +80,7 @@ if [[ ${LINT:-} != off ]]; then
 fi
 
 dist=loadfile # the tests of one file share services, and load a machine in the same way
-workers=7     # on two cores: most tests wait
+workers=8     # on two cores: most tests wait
 [[ ${1:-} != unit ]] || dist=worksteal workers=6 # each takes 0.8 s of CPU time to start
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
