@@ -50,6 +50,10 @@ LONGEST = [
     "test_half_requests.py",
     "test_page_views.py",
     "test_soak.py",
+    "test_disk.py",
+    "test_launcher.py",
+    "test_loading.py",
+    "test_reset.py",
 ]
 
 
