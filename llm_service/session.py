@@ -75,7 +75,7 @@ class Session:
         under_way = self._reset_came
         if under_way:  # its own clear will do
             came = came._replace(at=under_way.at)
-        clearing = self._clear(model, force, until, came)
+        clearing = self._clear(model, force, lambda: until, came)
         report = clearing.report
         if force and not report["verified"]:
             raise clear_failure(report)
@@ -122,13 +122,17 @@ class Session:
         self,
         model: str | None,
         force: bool,
-        deadline: float,
+        deadline_now: typing.Callable[[], float],
         came: Arrival,
     ) -> Clearing:
-        """Clear, or share a clear that serves who came then."""
+        """Clear, or share a clear that serves who came then.
+
+        ``deadline_now`` is asked once it is the caller's turn, which others may delay.
+        """
         self._store.require(model, soon=True)
 
         def work() -> Clearing:
+            deadline = deadline_now()
             if time.monotonic() > deadline - ENDING_S:
                 raise ServiceError("timeout", TOO_LATE)
             self.clears_done += 1
@@ -141,7 +145,7 @@ class Session:
 
         key = (model and name_key(model), force)
         # Another caller's clear may take all of its time: it serves a reset, whose own has less.
-        until = max(deadline, came.at + CLEAR_S)
+        until = max(deadline_now(), came.at + CLEAR_S)
         limit_s = until - time.monotonic() + SHARE_CLEAR_S
         return self.clears.get(work, limit_s, key, came)
 
@@ -186,10 +190,12 @@ class Session:
 
     def _clear_for_reset(self, came: Arrival) -> Clearing:
         """Clear all, with a second left for the restart unless others took that time."""
-        until = came.at + CLEAR_S - 1
-        late = time.monotonic() + LATE_CLEAR_S
-        if until < late:
-            until = min(late, came.at + CLEAR_S)
+
+        def until() -> float:
+            early = came.at + CLEAR_S - 1
+            late = time.monotonic() + LATE_CLEAR_S
+            return max(early, min(late, came.at + CLEAR_S))
+
         return self._clear(None, True, until, came)
 
     def _restart_if_due(

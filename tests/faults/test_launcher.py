@@ -82,6 +82,11 @@ def readers(service):
     ]
 
 
+def both(reading):
+    """Return them once no program is among them that the launcher runs for a moment."""
+    return reading if len(reading) == 2 else None
+
+
 def tell_launcher(service, pid):
     """Write to its pipe, as the API does before it ends a server."""
     Path(f"/proc/{api_pid(service)}/fd/8").write_text(f"{pid}\n")
@@ -553,7 +558,7 @@ def test_the_next_ollama_does_not_wait_for_who_reads_the_ended_ones_output(stand
     sleeps = counted(tmp_path, "sleep")
     service = stand_in(f"exec {shutil.which('sleep')} 60")
     wait_for(service.state_lines, 60, "an Ollama")
-    reading = readers(service)
+    reading = wait_for(lambda: both(readers(service)), 60, "who reads both outputs alone")
     for reader in reading:
         reader.suspend()
     before = sleeps.read_text()

@@ -4,6 +4,7 @@ There it waits up to 5 s for the memory of each model, and lists the next one me
 has become of its runner. On a CPU it does not wait.
 """
 
+import concurrent.futures
 import itertools
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import app
 from helpers.given_time import Clock, ends_soon
 from helpers.processes import suspend
+from helpers.waiting import wait_for
 from llm_service import clearing, processes, reports, session, sharing, watch
 from llm_service.clearing import Clearing
 from llm_service.errors import TimedOut
@@ -296,6 +298,20 @@ def test_a_reset_waits_for_a_clear_that_takes_all_of_its_time(monkeypatch):
     assert app.session.reset()["status"] == "success"
     first.join()
     assert app.session.clears_done == done
+
+
+def test_a_reset_has_time_for_its_clear_where_others_have_held_it_up(gpu, monkeypatch):
+    """A clear that spares what is busy serves no reset, which has a second from its turn on."""
+    monkeypatch.setattr(app.watch, "look", lambda *_: None)
+    monkeypatch.setattr(app.session.loader, "order", lambda *_: "loading")
+    monkeypatch.setattr(session, "RESET_S", 30)  # what follows has all the time it takes
+    with concurrent.futures.ThreadPoolExecutor() as others:
+        with app.session.clears.turn(1):
+            resetting = others.submit(app.session.reset)
+            wait_for(lambda: app.session._reset_came, 30, "the reset")
+            time.sleep(0.1)  # then it waits for its turn
+            gpu.clock.sleep(session.CLEAR_S - 1 - session.ENDING_S + 0.1)
+        assert resetting.result()["status"] == "success"
 
 
 @pytest.mark.usefixtures("gpu")
