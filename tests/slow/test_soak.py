@@ -146,7 +146,12 @@ class Soak:
             runner.kill()
 
     def stop_ollama(self):
-        self.signal_ollama(signal.SIGSTOP)
+        """Stop one that has answered: one that starts is given 300 s by the contract."""
+        pid = self.service.ollama_pid()
+        code = self.service.get("/health", timeout=30).json().get("code")
+        starts = code in ("ollama_starting", "ollama_dead")
+        if not starts and pid == self.service.ollama_pid():
+            self.signal_ollama(signal.SIGSTOP)
 
     def kill_ollama(self):
         # More deaths in a minute are a broken Ollama, with which the launcher ends.
