@@ -10,17 +10,15 @@ say() { printf 'llm-service: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 alive() { kill -0 "$@" 2>/dev/null; } # whether any of these processes is there
 now() { read -r now _ </proc/uptime && now=${now/./}; } # hundredths of a second; other clocks are set, and jump
-wait_for_end() { # SECONDS PID…: until all of these have ended, but no longer
-    local now until
-    now; until=$((now + $1 * 100)) # a sleep takes longer on a busy machine
-    while now; ((now < until)) && alive "${@:2}"; do sleep 0.05; done
+wait_while() { # SECONDS COMMAND…: as long as it succeeds, but no longer; whether it has failed in time
+    local now until; now; until=$((now + $1 * 100)) # a sleep takes longer on a busy machine
+    while "${@:2}"; do now; ((now < until)) || return 1; sleep 0.02; done
 }
 
 # --- Install ---
 run() { # COMMAND…: one that a signal to this script interrupts, with all that it has started
     setsid setpriv --pdeathsig TERM "$@" 9>&- &
-    running=$!
-    wait "$running" && running=''
+    running=$!; wait "$running" && running=''
 }
 # shellcheck disable=SC2329 # a trap calls it; again, as a signal between a fork and its exec is lost
 end_run() { for _ in {1..99}; do pkill -s "$running" -r D,R,S,T,t || return 0; sleep 0.02; done; } 2>/dev/null
@@ -42,48 +40,31 @@ need_ollama() { # sets `ollama`
         die 'no Ollama (see above): install it, https://ollama.com/download, and start again'
 }
 
-# --- Launch and keep ---
-# Where others have the CPU, each program takes its time to begin: so few are run between two Ollamas
+# --- Launch and keep: with few programs, as each takes its time to begin where others have the CPU ---
 started_at() { # PID: sets `ticks`, its start after boot; 0 where it is not there
-    local about=''
-    { mapfile -t about <"/proc/$1/stat"; } 2>/dev/null || :
-    ticks=0
-    [[ ! ${about[*]} =~ .*\)(\ [^ ]+){19}\ ([0-9]+) ]] || ticks=${BASH_REMATCH[2]} # the name before may hold anything
+    local about=''; ticks=0
+    { read -rd '' about <"/proc/$1/stat"; } 2>/dev/null || :
+    [[ ! $about =~ .*\)(\ [^ ]+){19}\ ([0-9]+) ]] || ticks=${BASH_REMATCH[2]} # the name before may hold anything
 }
 keep_spare() { [[ -e $state.spare ]] || head -c 16384 /dev/zero >"$state.spare" || rm -f "$state.spare"; } 2>/dev/null
-note() { # STATE: in one step
-    local records=()
-    [[ ! -e $1 ]] || mapfile -t records <"$1"
-    records+=("$record")
-    ((${#records[@]} <= 10)) || records=("${records[@]: -10}")
-    { printf '%s\n' "${records[@]}" >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null
-}
+note() { { { tail -n 9 "$1" || :; echo "$record"; } >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null; } # STATE: in one step
 
 launch() { # STATE COMMAND…: prints to 5 and 6; in a session of its own, by which what it leaves is known
     setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 9>&- &
-    started_at $!
-    record="$! $ticks $restarts"
+    started_at $!; record="$! $ticks $restarts"
     note "$1" || { rm -f "$state.spare" && note "$1"; } || say "cannot write to $1: the API does not see it"
 }
 
+kill_sessions() { [[ -n $1 ]] && pkill -KILL -s "${1%,}" -r D,R,S,T,t; } # SESSION,…: whether any lived; no zombies
 end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorded there, even where their leader is dead
-    local pid started ticks now until sessions=''
-    left=''
+    local pid started ticks sessions=''; left=''
     while read -r pid started _; do
-        started_at "$pid"
-        [[ $ticks != 0 && $ticks != "$started" ]] || sessions+=$pid, # else the number has passed to a stranger
+        started_at "$pid"; [[ $ticks != 0 && $ticks != "$started" ]] || sessions+=$pid, # else it is a stranger's now
     done < <(cat "$@" 2>/dev/null)
-    [[ -n $sessions ]] || return 0
-    now; until=$((now + 100))
-    while now; ((now < until)); do
-        pkill -KILL -s "${sessions%,}" -r D,R,S,T,t || return 0 # zombies are dead
-        sleep 0.02
-    done
-    for pid in ${sessions//,/ }; do
-        ! pkill -KILL -s "$pid" -r D,R,S,T,t || left+=$pid,
-    done
+    wait_while 1 kill_sessions "$sessions" && return
+    for pid in ${sessions//,/ }; do ! kill_sessions "$pid" || left+=$pid,; done
 }
-end_left() { while pkill -KILL -s "${left%,}" -r D,R,S,T,t; do read -rt 1 <> <(:) || :; done; } # what outlives that
+end_left() { while kill_sessions "$left"; do read -rt 1 <> <(:) || :; done; } # what outlives that
 ended_by_api() { # PID: whether the API has said so, by a pipe, as a disk may be full
     local pid said=''
     while read -rt 0.01 -u 8 pid; do said+=" $pid"; done
@@ -100,8 +81,7 @@ keep_ollama() { # as long as the API lives
         reader=$! status=0
         keep_spare
         launch "$state" env "${settings[@]}" "$ollama" serve 8>&-
-        now; server=$! born=$now
-        exec 5>&1 6>&2
+        now; server=$! born=$now; exec 5>&1 6>&2
         # Asked each time, as `wait -n` does not see what ended earlier
         while alive "$api" && alive "$server"; do wait -n "$api" "$server" 2>/dev/null || true; done
         alive "$api" || return 0
@@ -110,7 +90,7 @@ keep_ollama() { # as long as the API lives
         [[ -z $left ]] || { say "processes of Ollama do not end yet (sessions ${left%,})"; end_left 9>&- & }
         restarts=$((restarts + 1))
         ! ended_by_api "$server" || { say 'the API ended Ollama; starting it again'; continue; }
-        wait_for_end 1 "$reader" # it writes down the reason
+        wait_while 1 alive "$reader" || : # it writes down the reason
         now; ((now - born < 6000)) || pause=0
         deaths=("$now" "${deaths[@]:0:4}")
         reason="status $status: $(grep -s . "$state.reason" || echo 'no reason given')"
@@ -129,11 +109,11 @@ stop() { # within 10 s, whatever hangs; the exit status stays
     end_run
     exec 2>/dev/null 5>&- 6>&- # without what bash tells of processes that were killed
     kill "$api" # first: with its pulls closed, Ollama keeps what it has of their parts
-    wait_for_end 1 "$api"
+    wait_while 1 alive "$api"
     kill $(jobs -p)
-    wait_for_end 6 $(jobs -p)
+    wait_while 6 alive $(jobs -p)
     end_sessions "$state" "$state.api"
-    wait_for_end 1 $(pgrep -P $$) # the readers of what Ollama prints
+    wait_while 1 alive $(pgrep -P $$) # the readers of what Ollama prints
     rm -f "$state"*
 }
 

@@ -302,9 +302,7 @@ class Watch:
         seen = life(process)
         if not seen.dying:
             return False
-        server = self.processes.server()
-        is_child = server is not None and seen.parent == server.pid
-        return seen.alive or is_child
+        return seen.alive or unreaped(process, self.processes.server())
 
     def _glance(self, state: RunnerState, server: psutil.Process | None) -> Look:
         """Look at what a runner uses and how it stands, without asking it."""

@@ -12,7 +12,7 @@ something of theirs is about to come. So no deadline is missed because the machi
 import threading
 import time
 
-from llm_service.processes import life, runs
+from llm_service.processes import life, runs, unreaped
 
 PAUSE_S = 0.002  # in real time, while something is under way
 
@@ -69,4 +69,4 @@ class Clock:
 def ends_soon(runner, server):
     """Tell whether a runner is about to end, or to be reaped by its server."""
     seen = life(runner)
-    return seen.dying and (seen.alive or (seen.parent == server.pid and runs(server)))
+    return seen.dying and (seen.alive or (runs(server) and unreaped(runner, server)))

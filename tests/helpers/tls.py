@@ -3,12 +3,14 @@
 authority = Authority(folder)
 authority.pem                    the path of its certificate
 authority.folder                 a folder with that certificate alone
+authority.alone                  variables by which nobody else is trusted
 Registry(tls=authority.context())
 """
 
 import ssl
 
 NAMES = ("localhost", "127.0.0.1")
+NOWHERE = "/nonexistent"  # for a folder of certificates: to read all of the system takes long
 
 
 class Authority:
@@ -20,6 +22,7 @@ class Authority:
         self.pem = self.folder / "company.pem"
         self._ca = trustme.CA()
         self._ca.cert_pem.write_to_path(str(self.pem))
+        self.alone = {"SSL_CERT_FILE": str(self.pem), "SSL_CERT_DIR": NOWHERE}
 
     def context(self, *names, **validity):
         """Return a server's context, with a certificate for these names (NAMES).

@@ -201,6 +201,13 @@ def test_who_was_told_to_go_on_waits_for_his_answer(callers, look, call):
     assert callers.report["waiting"] == 20
 
 
+def assert_stays(look, callers, figure):
+    """Look ten times, at each of which it is one."""
+    for _ in range(10):
+        look()
+        assert callers.report[figure] == 1
+
+
 def test_own_connections_are_looked_for_only_where_there_are_others(
     server, callers, look, call, monkeypatch
 ):
@@ -210,14 +217,10 @@ def test_own_connections_are_looked_for_only_where_there_are_others(
         call()
         wait_for(lambda: look() or callers.report["connections"] == 1, 30, "he is seen")
         own_ends.reset_mock()
-        for _ in range(10):
-            look()
-            assert callers.report["connections"] == 1
+        assert_stays(look, callers, "connections")
         assert own_ends.call_count == 2
         with socket.create_connection(("127.0.0.1", server.port)):
-            for _ in range(10):
-                look()
-                assert callers.report["connections"] == 1
+            assert_stays(look, callers, "connections")
 
 
 def test_nobody_is_there(callers, look):
@@ -233,9 +236,7 @@ def test_all_are_looked_for_where_a_new_one_can_have_come(server, callers, look,
     look()
     wait_for(lambda: look() or callers.report["waiting"] == 1, 30, "he waits")
     all_of_them.reset_mock()
-    for _ in range(10):
-        look()
-        assert callers.report["waiting"] == 1
+    assert_stays(look, callers, "waiting")
     assert all_of_them.call_count == 2
     with strangers.caller(server.port):
         wait_for(lambda: look() or callers.report["connections"] == 2, 30, "the new one")

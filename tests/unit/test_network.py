@@ -11,6 +11,7 @@ import pytest
 from helpers.faults import Silent, answer, cut, speak
 from helpers.ports import free_port
 from helpers.registry import Registry
+from helpers.tls import NOWHERE
 from llm_service.errors import ServiceError
 from llm_service.network import (
     ANSWER_LIMIT_BYTES,
@@ -92,18 +93,10 @@ def test_a_proxys_name_and_password_go_into_a_header():
 # Certificate authorities
 
 
-NOWHERE = "/nonexistent"  # for a folder of certificates: to read all of the system takes long
-
-
 def ask(port, limit_s=10, scheme="https", host="localhost", path="/v2/", **environment):
     with Conversation(environment, tls_context(environment), limit_s) as conversation:
         url = urllib.parse.urlsplit(f"{scheme}://{host}:{port}{path}")
         return conversation.get(url, {"Accept": "text/plain"})
-
-
-def trusts(authority):
-    """Return variables by which it alone is trusted."""
-    return {"SSL_CERT_FILE": str(authority.pem), "SSL_CERT_DIR": NOWHERE}
 
 
 def refused(port, *args, **options):
@@ -136,11 +129,11 @@ def test_a_damaged_certificate_spoils_no_other(tls_registry, authority, tmp_path
 
 def test_a_certificate_of_another_name_is_refused(authority):
     with Registry(tls=authority.context("other.example")) as one:
-        assert refused(one.port, **trusts(authority)) == "registry_certificate"
+        assert refused(one.port, **authority.alone) == "registry_certificate"
 
 
 def test_a_server_without_tls_is_named(authority, registry):
-    assert refused(registry.port, **trusts(authority)) == "registry_insecure"
+    assert refused(registry.port, **authority.alone) == "registry_insecure"
 
 
 # Limits
@@ -176,7 +169,7 @@ def test_an_answer_by_bytes_ends_in_time(scheme, data, authority):
             limit_s=0.5,
             scheme=scheme,
             path="/v2/ns/m/manifests/latest",
-            **trusts(authority),
+            **authority.alone,
         )
     assert found == "registry_unreachable"
 
@@ -274,7 +267,7 @@ def copy(source, target):
 def test_a_registry_is_asked_by_a_proxy(authority):
     with Proxy() as server, Registry(tls=authority.context("r.example")) as registry:
         environment = {
-            **trusts(authority),
+            **authority.alone,
             "HTTPS_PROXY": f"http://me:secret@127.0.0.1:{server.port}",
             "HTTP_PROXY": f"127.0.0.1:{server.port}",
         }

@@ -33,14 +33,9 @@ def models(tmp_path):
     return folder
 
 
-def trusts(authority):
-    """Return variables by which it alone is trusted; to read all of the system takes long."""
-    return {"SSL_CERT_FILE": str(authority.pem), "SSL_CERT_DIR": "/nonexistent"}
-
-
 @pytest.fixture
 def updates(models, authority):
-    environment = trusts(authority)
+    environment = authority.alone
     return Updates(Store(models), Registries(environment, agent), all_s=60, one_s=30)
 
 
@@ -401,7 +396,7 @@ def test_one_that_hangs_holds_up_no_other(updates, models, registry):
 
 
 def test_what_was_not_asked_in_time_is_unknown(models, authority, registry):
-    environment = trusts(authority)
+    environment = authority.alone
     updates = Updates(Store(models), Registries(environment, agent), all_s=8, one_s=30)
     names = [registry.add(f"ns/m{n:02}:latest", b"weights") for n in range(12)]
     for name in names:
