@@ -20,7 +20,7 @@ from ollama_client import Json, ServiceError, name_key
 log = logging.getLogger("llm-service")
 CLEAR_S = 3.7
 RESET_S = 3.7
-SHARE_S = 0.7  # a run may end that much late, and who shares it waits for that
+SHARE_S = 0.78  # a run may end that much late, and who shares it waits for that
 SHARE_CLEAR_S = 0.2  # the same of a clear, which answers sooner
 ENDING_S = 0.8  # of a clear, to end runners and see them go: with less it is not begun
 LATE_CLEAR_S = 1.0  # for the clear of a reset that has waited for others
@@ -268,7 +268,10 @@ class Session:
         ended = self._processes.end_server(grace_s, why_s)
         steps.note("end_ollama", ended, "ended", "it does not end")
         now = time.monotonic()
-        comes = wait_until(lambda: self._is_new(old), max(deadline, now) + COMES_S)
+        until = max(deadline, now)
+        if old:  # else it is no failure that none comes
+            until += COMES_S
+        comes = wait_until(lambda: self._is_new(old), until)
         deadline = max(deadline, now + ANSWERS_S)
         answers = False
         if comes and until_it_answers:

@@ -6,6 +6,7 @@ import time
 import psutil
 import pytest
 
+from helpers.given_time import Clock
 from llm_service import session as session_module
 from llm_service.callers import Callers
 from llm_service.downloads import Downloads
@@ -78,6 +79,16 @@ def test_a_server_that_does_not_come_is_told(place):
     steps = Steps()
     assert place.session.restart(steps, time.monotonic(), 0) == "restart_service"
     assert place.told(steps) == {"end_ollama": True, "start_ollama": False}
+
+
+def test_where_there_was_no_server_none_is_waited_for_beyond_the_time(place, monkeypatch):
+    """That none comes is no failure there, and those who share this reset have less time."""
+    place.server = lambda: None
+    clock = Clock()
+    clock.rule(monkeypatch, session_module)
+    deadline = clock.monotonic() + 3
+    place.session.restart(Steps(), deadline, 0)
+    assert clock.monotonic() == deadline
 
 
 @pytest.mark.parametrize("dead", [False, True])
