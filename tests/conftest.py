@@ -12,6 +12,7 @@ guarded                 a Service without models that wants a token, shared like
 make_service(…)         makes a Service of one's own; see helpers/service.py
 idle                    in faults/: the file's service with gemma:latest, well and nothing loaded
 trio                    a service of three models that can be loaded at once
+no_garbage              for a test that goes as deep as Python lets it
 others                  a pool of threads for calls at the same time
 nvml                    a stand-in for NVIDIA's library
 small_disk              a file system of 64 MB
@@ -21,6 +22,7 @@ on_small_disk           a service whose models lie there, with a reserve of 8 MB
 import collections
 import concurrent.futures
 import functools
+import gc
 import os
 import re
 import shutil
@@ -107,6 +109,12 @@ def nothing_left():
     left = marked()
     kill(left)
     assert not left, f"left over by the tests: {left}"
+
+
+@pytest.fixture
+def no_garbage():
+    """Leave none of other tests: found in the depth of a recursion it could not end there."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -633,7 +633,8 @@ def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp
 @pytest.fixture
 def read_only(make_service, small_disk, registry):
     """A service whose store, with a model, is mounted read-only; and that model's name."""
-    first = make_service(OLLAMA_MODELS=small_disk / "models")
+    constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
+    first = make_service(OLLAMA_MODELS=small_disk / "models", constants=constants)
     name = publish(registry, "ns/read:latest", 1)
     pull(first, name)
     first.stop()

@@ -177,6 +177,7 @@ def test_a_call_ends_in_its_time_though_a_byte_comes_now_and_then(fake, ollama):
     ],
     ids=lambda body: repr(body[:20]),
 )
+@pytest.mark.usefixtures("no_garbage")
 def test_a_200_that_is_no_answer_of_ollamas_is_a_502(said, told, body):
     said.get(f"{URL}/api/tags", body, content_type="text/html")
     with refused("bad_answer", 502):
@@ -318,6 +319,7 @@ def test_a_pulls_lines_come_whole_however_they_are_cut(fake, ollama):
     ],
     ids=lambda line: repr(line[:40]),
 )
+@pytest.mark.usefixtures("no_garbage")
 def test_what_is_no_progress_line_is_an_error_of_ollamas(fake, ollama, line):
     answer_all(fake, chunked(b'{"status":"pulling manifest"}\n' + line + b"\n"))
     with refused("bad_answer", 502):

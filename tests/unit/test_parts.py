@@ -71,6 +71,7 @@ def test_what_ollama_can_go_on_from_is_usable(write, contents):
         {"nx": record(0)},
     ],
 )
+@pytest.mark.usefixtures("no_garbage")
 def test_a_record_that_makes_no_sense_or_is_missing_is_not(write, contents):
     assert not usable(write(**contents))
 

@@ -184,6 +184,7 @@ def test_a_store_is_read_while_models_come_and_go(models, weights):
     ],
     ids=lambda manifest: repr(manifest[:40]),
 )
+@pytest.mark.usefixtures("no_garbage")
 def test_a_damaged_manifest_hides_no_other_model(models, weights, manifest):
     add_model(models, "gemma", weights)
     add_model(models, "broken", weights)
@@ -458,6 +459,7 @@ def test_what_a_manifest_names_stays_whatever_its_form(models, text):
     "text", [b"", b"{", manifest_of(f"sha256:{DIGEST}")[:-20], b"\0" * 300, b"\xff", b"[" * 100_000]
 )
 @pytest.mark.parametrize("place", PLACES[:4])
+@pytest.mark.usefixtures("no_garbage")
 def test_a_manifest_that_cannot_be_read_refuses_a_prune(models, place, text):
     write_manifest(models, PLACES[4], manifest_of(f"sha256:{OTHER}"))
     write_manifest(models, place, text)

@@ -220,6 +220,7 @@ def test_a_registry_that_wants_a_login_is_told(updates, registry, name):
         "[" * 5000,
     ],
 )
+@pytest.mark.usefixtures("no_garbage")
 def test_what_is_no_token_is_not_sent(updates, registry, name, token):
     sent = private(registry, token=token)
     assert of(state(updates, name)) == ("unknown", "registry_denied")
@@ -353,6 +354,7 @@ def manifest(**changes):
         (answer(200, manifest(), Docker_Content_Digest="sha256:" + 64 * "1"), "registry_error"),
     ],
 )
+@pytest.mark.usefixtures("no_garbage")
 def test_a_registry_that_fails_or_lies_costs_an_unknown(updates, registry, name, act, code):
     if act in (drip, stall):
         updates._one_s = 1
