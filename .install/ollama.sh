@@ -104,7 +104,7 @@ build() {
         say 'a C++ compiler to build it is missing, too: apt-get install g++'
         return 1
     fi
-    say "building Ollama $version from source instead, in some 6 minutes on two cores"
+    say "building Ollama $version from source instead, in 2.5 to 6 minutes on two cores"
     await 2 compilers sources
     export PATH=$new/tools/bin:$PATH PYTHONPATH=$new/tools
     await 3 llama.cpp Ollama

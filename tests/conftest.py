@@ -41,27 +41,51 @@ from helpers.registry import Registry
 from helpers.service import Service
 from helpers.tls import Authority
 
-# The longest folders first, and the longest files: the processes then end at about the same time.
-ORDER = ["slow", "faults", "api", "unit"]
+# Those that take longest first, so that the processes end at about the same time: files, folders.
 LONGEST = [
-    "test_callers.py",
-    "test_page.py",
-    "test_innocent_waits.py",
-    "test_pull_errors.py",
-    "test_watch.py",
-    "test_half_requests.py",
-    "test_page_views.py",
-    "test_soak.py",
-    "test_disk.py",
-    "test_launcher.py",
-    "test_loading.py",
-    "test_reset.py",
+    "faults/test_callers.py",
+    "slow/test_innocent_waits.py",
+    "faults/test_pull_errors.py",
+    "faults/test_watch.py",
+    "slow/test_page.py",
+    "faults/test_half_requests.py",
+    "slow/test_page_views.py",
+    "slow/test_page_faults.py",
+    "slow/test_soak.py",
+    "faults/test_reset.py",
+    "faults/test_loading.py",
+    "faults/test_disk.py",
+    "slow/test_stores.py",
+    "faults/test_launcher.py",
+    "slow/test_fleet.py",
+    "slow/test_schedule.py",
+    "faults/test_clear.py",
+    "faults/test_downloads.py",
+    "faults/test_one_at_a_time.py",
+    "api/test_kept_connections.py",
+    "faults/test_matching.py",
+    "faults/test_clear_on_gpu.py",
+    "slow/test_load.py",
+    "faults/test_gpu_states.py",
+    "unit/test_updates.py",
+    "unit/test_network.py",
+    "unit/test_clearing.py",
+    "unit/test_callers.py",
+    "unit/test_trying.py",
+    "unit/test_messages.py",
+    "unit/test_session.py",
+    "unit/test_healing.py",
 ]
+ORDER = [*LONGEST, "slow", "faults", "api", "unit"]
 
 
 def pytest_configure(config):
     # So that a time limit, too, leaves nothing behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Each with a share of the CPU of its own, where the kernel shares it between sessions first:
+    # else all clients of all tests had one together, and each runner that computes had one.
+    if hasattr(config, "workerinput"):
+        os.setsid()
     # pytest would keep the folders of the last three runs.
     config.option.basetemp = config.option.basetemp or tempfile.mkdtemp(prefix="llm-test-")
 
@@ -74,12 +98,11 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(items):
     def place(item):
-        folder, file = item.path.parent.name, item.path.name
-        if folder != "unit" and file in LONGEST:
-            return LONGEST.index(file) - len(LONGEST)
-        return ORDER.index(folder) if folder in ORDER else -1
+        folder, file = item.path.parent.name, f"{item.path.parent.name}/{item.path.name}"
+        return next((ORDER.index(one) for one in (file, folder) if one in ORDER), -1)
 
     items.sort(key=place)
+    gc.freeze()  # what there is by now stays: no collection, nor the end, needs to go through it
 
 
 @pytest.hookimpl(wrapper=True)

@@ -75,15 +75,21 @@ lint() {
         others=1
     wait "$of_scripts" && return "$others"
 }
+# In a new clone the tests are compiled once, beside the checks, instead of by each process
+[[ -d tests/__pycache__ ]] || "$python" -m pytest --collect-only -q >/dev/null 2>&1 &
 if [[ ${LINT:-} != off ]]; then
     lint || { say 'the checks failed (see above); LINT=off runs the tests without them'; exit 1; }
 fi
+wait
 
-dist=loadfile # the tests of one file share services, and load a machine in the same way
-workers=8     # on two cores: most tests wait
-[[ ${1:-} != unit ]] || dist=worksteal workers=6 # each takes 0.8 s of CPU time to start
+workers=12              # on two cores: most tests wait
+share=(--dist loadfile) # the tests of one file share services, and load a machine in the same way
+if [[ ${1:-} == unit ]]; then
+    workers=8 # each takes 0.6 s of CPU time to start
+    share=(--dist load --maxschedchunk 1) # the longest first, so that all end at about the same time
+fi
 case ${1:-} in
 unit | api | faults | slow) set -- "tests/$1" "${@:2}" ;;
 esac
 [[ ${1:-} != *.py* ]] || workers=0
-exec "$python" -m pytest -n "$workers" --dist "$dist" --no-loadscope-reorder "$@"
+exec "$python" -m pytest -n "$workers" "${share[@]}" --no-loadscope-reorder "$@"

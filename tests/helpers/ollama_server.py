@@ -25,6 +25,24 @@ COMMON_ENV = {
     "https_proxy": f"http://{NOWHERE}",
 }
 
+# An Ollama whose runners give way a little: what waits for an answer of the API should not wait
+# for the models of other tests. A kernel may share the CPU between sessions first
+# (sched_autogroup): a nice value counts within a session alone.
+GIVING_WAY = """#!/bin/sh
+read -r _ _ _ _ _ session _ </proc/$$/stat
+[ "$session" != $$ ] || {{ echo 5 >/proc/$$/autogroup; }} 2>/dev/null
+exec nice -n 5 "{}" "$@"
+"""
+
+
+def giving_way(folder, binary):
+    """Write a program `ollama` that starts this one so that it gives way to others."""
+    program = Path(folder, "giving-way", "ollama")
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(GIVING_WAY.format(binary))
+    program.chmod(0o755)
+    return program
+
 
 class OllamaServer:
     """`ollama serve`: .url .port .pid .models (the store's path) .process (its Popen)."""
@@ -34,7 +52,7 @@ class OllamaServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.models = Path(folder) / "models"
         self.logfile = Path(folder) / "ollama.log"
-        self.binary = binary
+        self.binary = giving_way(folder, binary)
         self.env = {
             **os.environ,
             **COMMON_ENV,

@@ -38,7 +38,7 @@ def wait_for(predicate, timeout, what):
         except NOT_YET:
             return False
 
-    return helpers.waiting.wait_for(steady, timeout, what, pause_s=0.1)
+    return helpers.waiting.wait_for(steady, timeout, what, pause_s=0.25)
 
 
 def can_be_used(button):

@@ -11,7 +11,7 @@ import psutil
 
 from helpers.generation import Generation
 from helpers.models import add_model
-from helpers.ollama_server import COMMON_ENV
+from helpers.ollama_server import COMMON_ENV, giving_way
 from helpers.places import CACHE, MARK, ROOT
 from helpers.ports import free_port
 from helpers.processes import kill, mark, marked
@@ -67,7 +67,7 @@ class Service:
             "LLM_API_PORT": str(self.port),
             "OLLAMA_HOST": f"127.0.0.1:{self.ollama_port}",
             "OLLAMA_MODELS": str(self.models),
-            "PATH": f"{os.path.dirname(binary)}:{os.environ['PATH']}",
+            "PATH": f"{giving_way(folder, binary).parent}:{os.environ['PATH']}",
             "LLM_VENV": sys.prefix,
             MARK: mark(self.port),
             **env,

@@ -5,7 +5,7 @@ import time
 import psutil
 import requests
 
-LONGEST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 0.5
 
 
 def call(method, url, **options):
@@ -31,4 +31,4 @@ def wait_for(predicate, timeout, what, pause_s=0.02):
             value = error
         now = time.monotonic()
         assert now < until, f"{what}: not within {timeout} s (last seen: {value!r})"
-        time.sleep(min(LONGEST_PAUSE_S, pause_s + (now - began) / 10))
+        time.sleep(min(LONGEST_PAUSE_S, pause_s + (now - began) / 8))

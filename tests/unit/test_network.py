@@ -166,7 +166,7 @@ def test_an_answer_by_bytes_ends_in_time(scheme, data, authority):
         registry.faults["manifest"] = drip(data)
         found = refused(
             registry.port,
-            limit_s=0.5,
+            limit_s=0.3,
             scheme=scheme,
             path="/v2/ns/m/manifests/latest",
             **authority.alone,

@@ -103,7 +103,7 @@ def test_an_answer_without_its_end_is_an_error(make_trials, answer):
 
 
 def test_while_ollama_is_silent_there_are_empty_pieces_until_the_limit(make_trials):
-    trial = make_trials(never, limit_s=3).start("m", "a")
+    trial = make_trials(never, limit_s=2).start("m", "a")
     *beats, last = trial.lines(0.1)
     assert beats and all(beat == {"model": "m", "response": "", "done": False} for beat in beats)
     assert last["code"] == "timeout"
