@@ -89,7 +89,9 @@ class Download:
             self.verify |= verify
             self._detached |= detach
             self._listeners += not detach
-            return self._lines(self._said_count)
+            # As of now: what is said from now on, which may be read late, comes after it
+            first = [self._line_now()] if self._said_count else []
+            return self._lines(self._said_count, first)
 
     def leave(self) -> None:
         """Take a listener away; with the last one the download stops."""
@@ -118,8 +120,10 @@ class Download:
         began = time.monotonic()
         while not self._is_known(LINE_S):
             waited_s = time.monotonic() - began
-            connects = waited_s < FIRST_LAYER_S and self._tools.processes.connecting()
-            if has_left() or waited_s >= timeout_s and not connects:
+            over = waited_s >= timeout_s
+            if over and waited_s < FIRST_LAYER_S:
+                over = not self._tools.processes.connecting()
+            if has_left() or over:
                 self._is_known(LINE_S)  # what it has just given up, it tells a moment later
                 break
         if self.error and not self._had_news:
@@ -173,11 +177,9 @@ class Download:
 
     # The listeners' side
 
-    def _lines(self, seen: int) -> typing.Iterator[Json]:
-        """Yield what is said at once, and how far it is while nothing is said."""
-        with self._changed:
-            lines = [self._line_now()] if seen and self.state == "running" else []  # joined late
-        yield from lines
+    def _lines(self, seen: int, first: list[Json]) -> typing.Iterator[Json]:
+        """Yield these, what is said at once, and how far it is while nothing is said."""
+        yield from first
         while self.state == "running" or seen < self._said_count:
             with self._changed:
                 if seen == self._said_count:

@@ -7,7 +7,7 @@ import pytest
 from helpers.given_time import Clock
 from helpers.waiting import wait_for
 from llm_service import store as module
-from llm_service.downloads import Downloads
+from llm_service.downloads import Download, Downloads
 from llm_service.processes import Processes
 from llm_service.store import Store
 from ollama_client import ServiceError
@@ -93,6 +93,18 @@ def test_success_is_the_one_last_line(tmp_path):
     *others, last = listened
     assert last["status"] == "success" and last["percent"] == 100
     assert [line["percent"] for line in others] == [0, 99.9, 99.9]
+
+
+def test_who_joins_late_and_begins_to_read_later_sees_no_progress_fall(tmp_path):
+    """What was said between the two is older than what there is when the reading begins."""
+    tools = Downloads(Script(), Store(tmp_path), Processes("/none"), 1)
+    download = Download(tools, "m", insecure=False, verify=False)
+    download._note(MANIFEST)
+    lines = download.join(detach=False, verify=False)
+    download._note({**LAYER, "completed": 1})
+    download._note({**LAYER, "completed": 5})
+    percents = [next(lines)["percent"], next(lines)["percent"]]
+    assert percents == sorted(percents)
 
 
 class Endless(Script):
