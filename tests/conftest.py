@@ -38,11 +38,11 @@ from helpers.nvml import Nvml
 from helpers.ollama_server import OllamaServer
 from helpers.processes import clean_up, kill, marked, servers, started
 from helpers.registry import Registry
-from helpers.service import Service
+from helpers.service import SMALL_RESERVE, Service
 from helpers.tls import Authority
 
 # Those that take longest first, so that the processes end at about the same time: files, folders.
-LONGEST = [
+ORDER = [
     "faults/test_callers.py",
     "slow/test_innocent_waits.py",
     "faults/test_pull_errors.py",
@@ -75,8 +75,11 @@ LONGEST = [
     "unit/test_messages.py",
     "unit/test_session.py",
     "unit/test_healing.py",
+    "slow",
+    "faults",
+    "api",
+    "unit",
 ]
-ORDER = [*LONGEST, "slow", "faults", "api", "unit"]
 
 
 def pytest_configure(config):
@@ -286,5 +289,4 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def on_small_disk(make_service, small_disk):
-    constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
-    return make_service(OLLAMA_MODELS=small_disk, constants=constants)
+    return make_service(OLLAMA_MODELS=small_disk, constants=SMALL_RESERVE)

@@ -17,6 +17,7 @@ from helpers.answers import clear, error, health, stats
 from helpers.listener import PULL, Listener, assert_in_order, is_whole, pull_of
 from helpers.models import MEDIA, blob_path, file_digest
 from helpers.registry import MIB
+from helpers.service import SMALL_RESERVE
 from helpers.waiting import wait_for
 
 PRUNE, DELETE = "/api/models/prune", "/api/models/delete"
@@ -633,8 +634,7 @@ def test_an_ollama_that_cannot_start_because_of_its_store(make_unprivileged, tmp
 @pytest.fixture
 def read_only(make_service, small_disk, registry):
     """A service whose store, with a model, is mounted read-only; and that model's name."""
-    constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
-    first = make_service(OLLAMA_MODELS=small_disk / "models", constants=constants)
+    first = make_service(OLLAMA_MODELS=small_disk / "models", constants=SMALL_RESERVE)
     name = publish(registry, "ns/read:latest", 1)
     pull(first, name)
     first.stop()
@@ -668,8 +668,7 @@ def test_the_disk_is_the_one_that_the_blobs_lie_on(make_service, small_disk, tmp
     models = tmp_path / "models"
     models.mkdir()
     (models / "blobs").symlink_to(small_disk)
-    constants = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
-    service = make_service(OLLAMA_MODELS=models, constants=constants)
+    service = make_service(OLLAMA_MODELS=models, constants=SMALL_RESERVE)
     disk = wait_for(lambda: stats(service)["disk"], 30, "the disk")
     assert disk["total_bytes"] == shutil.disk_usage(small_disk).total
     assert disk["blobs_path"] == str(small_disk)

@@ -28,6 +28,8 @@ if "gunicorn" in sys.orig_argv:
         getattr(module, constant)  # an error for one that is not there
         setattr(module, constant, value)
 """
+# Constants for a service on the small disk, which is smaller than what it keeps free else.
+SMALL_RESERVE = {"llm_service.downloads.DISK_RESERVE_BYTES": 8 << 20}
 
 
 class Service:
