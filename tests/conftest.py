@@ -23,6 +23,8 @@ import collections
 import concurrent.futures
 import functools
 import gc
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -135,6 +137,14 @@ def nothing_left():
     left = marked()
     kill(left)
     assert not left, f"left over by the tests: {left}"
+
+
+@pytest.fixture(autouse=True)
+def new_app(request):
+    """Make the app of this process anew for a test whose file has it: it keeps what it has seen."""
+    app = getattr(request.module, "app", None)
+    if inspect.ismodule(app):
+        importlib.reload(app)
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """/metrics, read by Prometheus' own parser."""
 
-import importlib
 import socket
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import app
 from helpers.answers import GEMMA, clear, stats
 from helpers.waiting import wait_for
 
@@ -105,15 +105,9 @@ def scrape(service):
 
 
 @pytest.fixture
-def app():
-    module = importlib.import_module("app")
-    module.machine.measure()
-    return module
-
-
-@pytest.fixture
-def told(app, monkeypatch):
+def told(monkeypatch):
     """Return what /metrics says where /api/stats has these figures."""
+    app.machine.measure()
     base = app.stats_report.report()
 
     def tell(**figures):
@@ -212,7 +206,7 @@ def test_two_runners_of_one_model_are_two(told):
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_up_is_what_health_says(app, told, monkeypatch, up):
+def test_up_is_what_health_says(told, monkeypatch, up):
     monkeypatch.setattr(app.metrics_report, "_is_up", lambda _server: up)
     assert value(told(), "llm_up") == up
 
@@ -286,7 +280,7 @@ def test_what_was_never_asked_for_is_left_out(told):
     assert not told().keys() & ASKED.keys()
 
 
-def test_what_was_found_last_is_counted(app, told, monkeypatch):
+def test_what_was_found_last_is_counted(told, monkeypatch):
     monkeypatch.setattr(app.verifying, "damaged_count", lambda: 2)
     monkeypatch.setattr(app.updates, "newer_count", lambda: 0)
     families = told()
