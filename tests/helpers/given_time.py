@@ -4,6 +4,7 @@
     clock.rule(monkeypatch, watch, healing)     in these modules, for `time` and `wait_until`
     clock.sleep(2)                              at once it is two seconds later
     clock.after(0.3, act)                       acts once that much has passed
+    SERVER                                      a program that stands for Ollama with two runners
 
 What real processes do takes real time, in which none passes here: `under_way()` tells whether
 something of theirs is about to come. So no deadline is missed because the machine is busy.
@@ -15,6 +16,17 @@ import time
 from llm_service.processes import life, runs, unreaped
 
 PAUSE_S = 0.002  # in real time, while something is under way
+# Starts two runners and says which; reaps them late, as on a busy machine.
+SERVER = """
+import os, time
+runners = [os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600") for _ in range(2)]
+print(*runners, flush=True)
+for _ in runners:
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.05)
+    os.wait()
+time.sleep(600)
+"""
 
 
 class Clock:
@@ -44,7 +56,9 @@ class Clock:
             self._due.append((self._now + seconds, act))
 
     def sleep(self, seconds):
-        """Let the time pass, with all that is due meanwhile."""
+        """Let the time pass, with all that is due meanwhile, once nothing is under way."""
+        while self._under_way():
+            time.sleep(PAUSE_S)
         with self._lock:
             until = self._now + seconds
             while due := [each for each in self._due if each[0] <= until]:

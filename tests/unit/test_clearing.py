@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import app
-from helpers.given_time import Clock, ends_soon
+from helpers.given_time import SERVER, Clock, ends_soon
 from helpers.processes import suspend
 from helpers.waiting import wait_for
 from llm_service import clearing, processes, reports, session, sharing, watch
@@ -28,15 +28,6 @@ from llm_service.reports import clear_failure
 from llm_service.session import Session, reset_suits
 from ollama_client import ServiceError
 
-# Starts two runners, and reaps them.
-SERVER = """
-import os, time
-runners = [os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60") for _ in range(2)]
-print(*runners, flush=True)
-for _ in runners:
-    os.wait()
-time.sleep(60)
-"""
 DIGESTS = {"big:latest": "b" * 64, "small:latest": "5" * 64}
 BUSY, IDLE = [{"is_processing": True}], [{"is_processing": False}]
 

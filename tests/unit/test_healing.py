@@ -11,7 +11,7 @@ import threading
 import psutil
 import pytest
 
-from helpers.given_time import Clock, ends_soon
+from helpers.given_time import SERVER, Clock, ends_soon
 from helpers.processes import suspend
 from helpers.waiting import wait_for
 from llm_service import clearing, healing, processes, reports, runner_state, session, sharing, watch
@@ -29,15 +29,6 @@ from llm_service.store import Store
 from llm_service.watch import Watch
 from ollama_client import Ollama
 
-# Starts two runners, and reaps them.
-SERVER = """
-import os, time
-runners = [os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600") for _ in range(2)]
-print(*runners, flush=True)
-for _ in runners:
-    os.wait()
-time.sleep(600)
-"""
 STUCK_S = 0.2
 A, B = "a:latest", "b:latest"
 DIGESTS = {A: "a" * 64, B: "b" * 64}
