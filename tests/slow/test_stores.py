@@ -231,6 +231,7 @@ def removed_since(before, store):
     return before.keys() - store.files().keys()
 
 
+@pytest.mark.timeout(100 + STORES)
 def test_a_store_is_read_as_ollama_reads_it(linked, tmp_path):
     print(f"LLM_TEST_STORES_SEED={SEED} LLM_TEST_STORES={STORES}")
     done = Counter()
