@@ -31,15 +31,16 @@ start() { # KEEP_ALIVE: for the environment
     server=$!
     curl -s -o version --retry 20 --retry-connrefused --retry-delay 1 "http://$OLLAMA_HOST/api/version"
 }
-in_environment() { # KEEP_ALIVE: what the server takes it for; and it must not warn
+in_environment() { # KEEP_ALIVE: sets `taken`, what the server takes it for; and it must not warn
     start "$1"
     kill "$server"
     wait "$server" || true
+    server=''
     if grep -i 'warn\|invalid' ollama.log | grep -v 'server config' | grep -qi 'keep.alive'; then
         echo "changed: it warns of OLLAMA_KEEP_ALIVE=$1 now"
         exit 1
     fi
-    grep -oE 'OLLAMA_KEEP_ALIVE:[^ ]+' ollama.log | cut -d : -f 2
+    taken=$(grep -oE 'OLLAMA_KEEP_ALIVE:[^ ]+' ollama.log | cut -d : -f 2)
 }
 in_request() { # JSON: 404 where it was taken, as there is no such model
     curl -s -o answer -w '%{http_code}' "http://$OLLAMA_HOST/api/generate" -d '{"model": "none", "keep_alive": '"$1"'}'
@@ -47,7 +48,8 @@ in_request() { # JSON: 404 where it was taken, as there is no such model
 
 found=''
 for value in -1 600 1d; do
-    found+="environment $value: $(in_environment "$value")"$'\n'
+    in_environment "$value"
+    found+="environment $value: $taken"$'\n'
 done
 start 5m
 for value in -1 '"-1"' 600 '"600"' '"0"' '"1d"'; do
