@@ -38,6 +38,7 @@ class Machine:
         self.store_writable = True
         self.store_read_only = False
         self.models: dict[str, list[str]] = {}  # as Store.models gives them
+        self.quiet = False  # as the watch tells: then every other look is left out
         self.read_at = 0.0  # when the GPUs were read last, monotonic
         self._same_looks = 0
         self._disk_key: object = None
@@ -47,7 +48,7 @@ class Machine:
         """Begin to look."""
         self.measure()
         for look in (self.measure, self.look_at_store):
-            threading.Thread(target=_repeat, args=(look,), daemon=True).start()
+            threading.Thread(target=self._repeat, args=(look,), daemon=True).start()
 
     def gpu_is_lost(self) -> bool:
         """Tell whether the GPU has been lost for some looks."""
@@ -102,13 +103,13 @@ class Machine:
         finally:
             self._began = None
 
-
-def _repeat(look: typing.Callable[[], None]) -> None:
-    while True:
-        try:
-            look()
-        except ServiceError as e:
-            log.warning("the machine: %s", e)
-        except Exception:
-            log.exception("the machine: a bug")
-        time.sleep(LOOK_S)
+    def _repeat(self, look: typing.Callable[[], None]) -> None:
+        while True:
+            try:
+                look()
+            except ServiceError as e:
+                log.warning("the machine: %s", e)
+            except Exception:
+                log.exception("the machine: a bug")
+            rests = self.quiet and self._same_looks >= SAME_LOOKS
+            time.sleep(2 * LOOK_S if rests else LOOK_S)

@@ -20,7 +20,7 @@ HUNG_LOOKS = 15
 # What Ollama's server uses at rest, and for one /api/ps; a change of models takes 1 ms more.
 QUIET_CPU_S = 0.0002
 QUESTION_CPU_S = 0.001
-LONG_QUIET_S = 9  # then a look asks it all the same
+LONG_QUIET_S = 7  # then a look asks it all the same
 
 
 class ServerState:
@@ -118,7 +118,7 @@ class ServerState:
 
         A stopped one is asked, which tells that it hangs.
         """
-        if self._is_quiet():
+        if self.is_quiet():
             return self._listed[2]
         return self.ask_loaded(self._processes.server(), timeout_s)
 
@@ -130,12 +130,12 @@ class ServerState:
         now = self._clock()
         asked, _, loaded = self._listed
         recent = now - self._asked_at < LONG_QUIET_S
-        if recent and server == asked and self._is_quiet():
+        if recent and server == asked and self.is_quiet():
             return loaded
         self._asked_at = now
         return self.ask_loaded(server, timeout_s)
 
-    def _is_quiet(self) -> bool:
+    def is_quiet(self) -> bool:
         """Tell whether the server has done nothing since it was asked, and can answer."""
         asked, cpu_s, _ = self._listed
         if asked is None or self.state != "answering" or not runs(asked):

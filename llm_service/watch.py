@@ -33,6 +33,7 @@ log = logging.getLogger("llm-service")
 RUNNER_ASK_S = 0.5  # for each question of a look
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 LOOK_S = 2
+QUIET_S = 10  # without any work, until one look in two is left out
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
 SETTLE_S = 0.02  # after its answers a runner goes on for a moment, on a GPU for over WAKE_CPU_S
 
@@ -186,12 +187,20 @@ class Watch:
         return known.state == state and alive(runner.process)
 
     def _run(self, after_look: typing.Callable[[], None]) -> None:
-        """Look for as long as the service lives."""
+        """Look for as long as the service lives; where nothing moves for long, one time in two."""
+        moved_at = time.monotonic()
+        rests = False
         while True:
-            until = time.monotonic() + LOOK_S
+            now = time.monotonic()
+            until = now + LOOK_S
             try:
-                self.look()
-                after_look()
+                if not self.nothing_moves():
+                    moved_at = now
+                self.machine.quiet = now - moved_at >= QUIET_S
+                rests = self.machine.quiet and not rests
+                if not rests:
+                    self.look()
+                    after_look()
             except ServiceError as e:
                 log.warning("the watch: %s", e)
             except Exception:
@@ -203,6 +212,31 @@ class Watch:
             time.sleep(max(LOOK_S / 2, left_s))
 
     # Looking
+
+    def nothing_moves(self) -> bool:
+        """Tell by what costs least whether all is at rest still, as the last look has left it.
+
+        That is CPU time: who calls, loads or ends something makes the server or a runner use it.
+        """
+        callers = self.callers.report
+        if not self.well or (callers and callers["waiting"]):
+            return False
+        if len(self.loaded) != len(self._states):  # a model has no process
+            return False
+        if not self.server_state.is_quiet():
+            return False
+        return all(map(self._rests, self.states()))
+
+    def _rests(self, state: RunnerState) -> bool:
+        """Tell whether a runner was idle at the last look, and has used no CPU since."""
+        if state.state != "idle" or state.under_way:
+            return False
+        try:
+            before_s, _ = self._cpu[state.process]
+            used_s = cpu_seconds(state.process) - before_s
+        except (KeyError, psutil.Error):  # not looked at yet, or ended
+            return False
+        return 0 <= used_s <= WAKE_CPU_S
 
     def _ask_server(self, server: psutil.Process | None, counts: bool) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""

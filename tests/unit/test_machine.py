@@ -2,6 +2,7 @@
 
 import os
 import threading
+import types
 
 import pytest
 
@@ -92,3 +93,23 @@ def test_one_bad_answer_of_a_gpu_restarts_and_reboots_nothing(place, monkeypatch
         place.measure()
         advised.append(place.gpu_action())
     assert advised == ["wait", "none", "wait", "wait", action]
+
+
+@pytest.mark.parametrize(
+    ("quiet", "same_looks", "pause_s"), [(True, 3, 4), (False, 3, 2), (True, 2, 2)]
+)
+def test_it_rests_with_the_watch_once_the_gpus_state_counts(
+    place, monkeypatch, quiet, same_looks, pause_s
+):
+    class Stop(BaseException):
+        pass
+
+    def sleep(seconds):
+        raise Stop(seconds)
+
+    monkeypatch.setattr(module, "LOOK_S", 2)
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(sleep=sleep))
+    place.quiet = quiet
+    place._same_looks = same_looks
+    with pytest.raises(Stop, match=str(pause_s)):
+        place._repeat(bool)

@@ -119,8 +119,8 @@ def looks(asked, monkeypatch):
     return look
 
 
-def test_a_quiet_server_is_asked_at_one_look_in_five(looks):
-    assert [looks() for _ in range(10)] == ["m1"] * 4 + ["m2"] * 5 + ["m3"]
+def test_a_quiet_server_is_asked_at_one_look_in_four(looks):
+    assert [looks() for _ in range(8)] == ["m1"] * 3 + ["m2"] * 4 + ["m3"]
 
 
 def test_a_server_that_has_worked_since_the_last_look_is_asked(looks, server):
