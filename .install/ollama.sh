@@ -64,8 +64,9 @@ sources() { # the server's come with the next step
 # --- 3. The server and, beside it, what runs the models: for the CPU only ---
 Ollama() { # with caches of its own, which go with the folder
     local package=github.com/ollama/ollama
+    local flags='-modcacherw -tags=nomsgpack' # MessagePack is nothing that the server speaks
     # C is SQLite alone, which the server does not use
-    GOBIN=$new/ollama/bin GOPATH=$new/go GOCACHE=$new/go-cache GOFLAGS=-modcacherw CGO_CFLAGS=-O0 tied go install \
+    GOBIN=$new/ollama/bin GOPATH=$new/go GOCACHE=$new/go-cache GOFLAGS=$flags CGO_CFLAGS=-O0 tied go install \
         -gcflags=all=-dwarf=false -ldflags "-s -w -X=$package/version.Version=$version -X=$package/server.mode=release" \
         "$package@v$version"
 }
