@@ -182,7 +182,7 @@ class Healing:
 
     def _note_answer(self, answered: psutil.Process | None) -> None:
         """Note that this server answers: no restart is due any more, but a load may be."""
-        if answered is None or answered != self._processes.server():
+        if answered is None or answered != self._watch.server:
             return
         self._server_failure = None
         if self._preload and answered != self._preloaded:
@@ -205,8 +205,10 @@ class Healing:
 
     def _heal_server(self) -> None:
         """Restart a server that hangs or starves its callers."""
-        server = self._processes.server()
         callers = self._watch.callers
+        if self._watch.server_state.state == "answering" and not callers.starved:
+            return
+        server = self._processes.server()
         if server and self._processes.ending(server):
             return  # another signal would help no more than the first
         if self._watch.server_state.hung(server):

@@ -33,7 +33,7 @@ log = logging.getLogger("llm-service")
 RUNNER_ASK_S = 0.5  # for each question of a look
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 LOOK_S = 2
-QUIET_S = 10  # without any work, until one look in two is left out
+QUIET_S = 6  # without any work, until one look in two is left out
 WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
 SETTLE_S = 0.02  # after its answers a runner goes on for a moment, on a GPU for over WAKE_CPU_S
 

@@ -89,11 +89,11 @@ def looks_of(one, monkeypatch, seconds, moves_at):
 
 def test_where_nothing_moves_for_long_it_looks_one_time_in_two(resting, monkeypatch):
     looked, rested = looks_of(resting, monkeypatch, 21, moves_at=[0])
-    assert looked == [0, 2, 4, 6, 8, 12, 16, 20]
-    assert rested == [12, 16, 20]
+    assert looked == [0, 2, 4, 8, 12, 16, 20]
+    assert rested == [8, 12, 16, 20]
 
 
 def test_what_moves_ends_the_rest_at_once(resting, monkeypatch):
     looked, rested = looks_of(resting, monkeypatch, 31, moves_at=[0, 14])
-    assert looked == [0, 2, 4, 6, 8, 12, 14, 16, 18, 20, 22, 26, 30]
-    assert rested == [12, 26, 30]
+    assert looked == [0, 2, 4, 8, 12, 14, 16, 18, 22, 26, 30]
+    assert rested == [8, 12, 22, 26, 30]
