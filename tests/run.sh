@@ -21,6 +21,9 @@ need haproxy haproxy                       # more than one machine
 need nginx nginx-light                     # the page behind a proxy
 need apache2 apache2
 need caddy caddy
+need lighttpd lighttpd lighttpd-mod-openssl
+need squid squid
+need varnishd varnish
 need promtool prometheus                   # /metrics
 need c++ g++                               # the stand-in for NVIDIA's library; Ollama where it is built
 need node nodejs                           # one of the clients; the scripts of the page
