@@ -17,6 +17,7 @@ from helpers.answers import (
     wait_loaded,
 )
 from helpers.causes import (
+    SMALL,
     Waiting,
     begun,
     clear_under_way,
@@ -269,6 +270,6 @@ def test_runners_that_others_start_meanwhile_are_told_apart(trio, others):
     clearing, new = clear_under_way(trio, others)
     report = clearing.result()
     assert report["verified"] is True
-    assert report["new_runners"] == [{"pid": new.pid, "model": "m2:latest"}]
+    assert report["new_runners"] == [{"pid": new.pid, "model": SMALL}]
     assert report["unloaded_models"] == ["m1:latest"]
     assert not is_gone(new)

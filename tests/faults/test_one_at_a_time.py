@@ -13,7 +13,7 @@ from helpers.answers import (
     stats,
     wait_loaded,
 )
-from helpers.causes import Waiting, at_once, begun, clear_under_way, hung_runner
+from helpers.causes import SMALL, Waiting, at_once, begun, clear_under_way, hung_runner
 from helpers.processes import is_gone, suspend
 
 
@@ -105,11 +105,11 @@ def test_a_clear_of_all_after_one_of_a_model_under_way_clears_all_in_time(trio, 
     clearing.result()
 
 
-@pytest.mark.parametrize("first, second", [({}, {}), ({"model": "m1"}, {}), ({}, {"model": "m2"})])
+@pytest.mark.parametrize("first, second", [({}, {}), ({"model": "m1"}, {}), ({}, {"model": SMALL})])
 def test_a_runner_started_during_another_callers_clear_is_gone_too(trio, others, first, second):
     clearing, new = clear_under_way(trio, others, **first)
     report = clear(trio, **second)
-    assert report["verified"] is True and "m2:latest" in report["unloaded_models"]
+    assert report["verified"] is True and SMALL in report["unloaded_models"]
     assert is_gone(new)
     assert clearing.result()["verified"] is True
 
@@ -124,7 +124,7 @@ def test_a_runner_started_during_another_callers_reset_is_gone_too(trio, others)
 
 def test_a_delete_during_another_callers_clear_unloads_first(trio, others):
     clearing, new = clear_under_way(trio, others)
-    assert trio.delete("/api/models/delete?model=m2&force=true").status_code == 200
+    assert trio.delete(f"/api/models/delete?model={SMALL}&force=true").status_code == 200
     assert is_gone(new)
     clearing.result()
 

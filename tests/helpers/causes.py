@@ -8,10 +8,13 @@ import psutil
 import requests
 
 from helpers.answers import GEMMA, clear, stats
+from helpers.embedding import add_embedding_model
 from helpers.generation import ENDLESS, PROMPT
 from helpers.processes import is_gone, suspend
 from helpers.waiting import call, wait_for
 from llm_service.sockets import connections
+
+SMALL = "small:latest"
 
 
 class Waiting:
@@ -94,13 +97,17 @@ def late_ollama(folder, binary):
 
 
 def clear_under_way(service, others, heal=clear, **fields):
-    """Begin a clear or reset that waits for a hung m1, and load m2 meanwhile; return both."""
+    """Begin a clear or reset that waits for a hung m1, and load a small one meanwhile; return both.
+
+    Its load takes a third of the CPU time of another's.
+    """
+    add_embedding_model(service.models, SMALL)
     for _ in range(15):  # on a busy machine a load may take longer than a clear
         clear(service)
         hung_runner(service, "m1:latest")
         clearing = begun(service, others, heal, **fields)
         time.sleep(0.2)  # what is loaded has been listed by then
-        new = service.load("m2")
+        new = service.load(SMALL, route="embed")
         if not clearing.done():
             return clearing, new
     raise AssertionError("each load took longer than a clear")

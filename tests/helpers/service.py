@@ -125,10 +125,10 @@ class Service:
     def add_model(self, name, gguf, config=None):
         add_model(self.models, name, gguf, config)
 
-    def load(self, name, **options):
-        """Load a model; return its runner."""
+    def load(self, name, route="generate", **options):
+        """Load a model, by "embed" one that cannot generate; return its runner."""
         body = {"model": name, "options": options, "stream": False}
-        answer = self.ollama("POST", "/api/generate", json=body, timeout=120)
+        answer = self.ollama("POST", f"/api/{route}", json=body, timeout=120)
         assert answer.ok, answer.text
         shown = self.ollama("POST", "/api/show", json={"model": name}).json()["modelfile"]
         blob = shown.partition("\nFROM ")[2].split()[0]
