@@ -34,7 +34,7 @@ RUNNER_ASK_S = 0.5  # for each question of a look
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 LOOK_S = 2
 QUIET_S = 6  # without any work, until one look in two is left out
-WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 ms
+WAKE_CPU_S = 0.0005  # in LOOK_S: a request takes 1 ms, an idle runner 0.05 to 0.2
 SETTLE_S = 0.02  # after its answers a runner goes on for a moment, on a GPU for over WAKE_CPU_S
 
 
@@ -232,11 +232,11 @@ class Watch:
         if state.state != "idle" or state.under_way:
             return False
         try:
-            before_s, _ = self._cpu[state.process]
+            before_s, at = self._cpu[state.process]
             used_s = cpu_seconds(state.process) - before_s
         except (KeyError, psutil.Error):  # not looked at yet, or ended
             return False
-        return 0 <= used_s <= WAKE_CPU_S
+        return used_s >= 0 and not works(used_s, time.monotonic() - at)
 
     def _ask_server(self, server: psutil.Process | None, counts: bool) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
@@ -346,7 +346,7 @@ class Watch:
         state.memory_mb = memory_mb(process)
         if look.passed_s:
             state.cpu_percent = round(100 * look.cpu_s / look.passed_s, 1)
-        look.active = state.under_way or look.cpu_s > WAKE_CPU_S
+        look.active = state.under_way or works(look.cpu_s, look.passed_s)
         seen = life(process)
         look.killed = seen.dying and seen.alive
         if server is None or seen.parent != server.pid:
@@ -392,6 +392,11 @@ class Watch:
             if not 0 < size <= vram:
                 return False
         return bool(lines)
+
+
+def works(cpu_s: float, passed_s: float) -> bool:
+    """Tell whether a runner has done more than wait, by the CPU seconds of so many seconds."""
+    return cpu_s > WAKE_CPU_S * max(1, passed_s / LOOK_S)
 
 
 def bytes_of(model: Json, key: str) -> int:

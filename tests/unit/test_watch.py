@@ -58,6 +58,14 @@ def test_a_runner_that_has_ended_is_looked_at(resting, monkeypatch):
     assert not resting.nothing_moves()
 
 
+@pytest.mark.parametrize(
+    ("cpu_ms", "passed_s", "works"),
+    [(0.4, 2, False), (0.6, 2, True), (0.6, 0.1, True), (0.9, 4, False), (1.1, 4, True)],
+)
+def test_what_it_uses_while_it_waits_is_no_work_however_long_that_was(cpu_ms, passed_s, works):
+    assert watch.works(cpu_ms / 1000, passed_s) is works
+
+
 class Stop(BaseException):
     """The end of what goes on for ever."""
 
