@@ -103,6 +103,11 @@ class Machine:
         finally:
             self._began = None
 
+    def pause_s(self) -> float:
+        """Return how long the next look may wait."""
+        rests = self.quiet and self._same_looks >= SAME_LOOKS
+        return 2 * LOOK_S if rests else LOOK_S
+
     def _repeat(self, look: typing.Callable[[], None]) -> None:
         while True:
             try:
@@ -111,5 +116,4 @@ class Machine:
                 log.warning("the machine: %s", e)
             except Exception:
                 log.exception("the machine: a bug")
-            rests = self.quiet and self._same_looks >= SAME_LOOKS
-            time.sleep(2 * LOOK_S if rests else LOOK_S)
+            time.sleep(self.pause_s())

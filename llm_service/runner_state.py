@@ -78,6 +78,11 @@ class RunnerState:
         return self.state in FAULTS or self.survives
 
     @property
+    def rests(self) -> bool:
+        """Tell whether it had nothing to do at the last look, and was not about to end."""
+        return self.state == "idle" and not self.under_way and "ghost" not in self._began
+
+    @property
     def tasks(self) -> int:
         """Return how many answers or loads are under way, as far as can be seen."""
         if self.state in WORKING + FAULTS:

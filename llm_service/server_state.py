@@ -118,7 +118,7 @@ class ServerState:
 
         A stopped one is asked, which tells that it hangs.
         """
-        if self.is_quiet():
+        if self._is_quiet():
             return self._listed[2]
         return self.ask_loaded(self._processes.server(), timeout_s)
 
@@ -130,12 +130,17 @@ class ServerState:
         now = self._clock()
         asked, _, loaded = self._listed
         recent = now - self._asked_at < LONG_QUIET_S
-        if recent and server == asked and self.is_quiet():
+        if recent and server == asked and self._is_quiet():
             return loaded
         self._asked_at = now
         return self.ask_loaded(server, timeout_s)
 
-    def is_quiet(self) -> bool:
+    def rests_since(self, loaded: list[Json]) -> bool:
+        """Tell whether the server has done nothing since it gave this very answer."""
+        told = self._listed[2]
+        return told is loaded and self._is_quiet()
+
+    def _is_quiet(self) -> bool:
         """Tell whether the server has done nothing since it was asked, and can answer."""
         asked, cpu_s, _ = self._listed
         if asked is None or self.state != "answering" or not runs(asked):

@@ -34,7 +34,7 @@ RUNNER_ASK_S = 0.5  # for each question of a look
 LONG_IDLE_S = 30  # then a runner is asked though it uses no CPU
 LOOK_S = 2
 QUIET_S = 6  # without any work, until one look in two is left out
-WAKE_CPU_S = 0.0005  # in LOOK_S: a request takes 1 ms, an idle runner 0.05 to 0.2
+WAKE_CPU_S = 0.0005  # a request takes 1 ms, two seconds of an idle runner 0.05 to 0.2 ms
 SETTLE_S = 0.02  # after its answers a runner goes on for a moment, on a GPU for over WAKE_CPU_S
 
 
@@ -194,11 +194,14 @@ class Watch:
             now = time.monotonic()
             until = now + LOOK_S
             try:
-                if not self.nothing_moves():
+                glances = self.glances()
+                if glances is None:
                     moved_at = now
                 self.machine.quiet = now - moved_at >= QUIET_S
                 rests = self.machine.quiet and not rests
-                if not rests:
+                if glances is not None and rests:
+                    self._cpu.update(glances)  # what works shows by the CPU of two seconds
+                else:
                     self.look()
                     after_look()
             except ServiceError as e:
@@ -213,30 +216,38 @@ class Watch:
 
     # Looking
 
-    def nothing_moves(self) -> bool:
-        """Tell by what costs least whether all is at rest still, as the last look has left it.
+    def glances(self) -> dict[psutil.Process, tuple[float, float]] | None:
+        """Return each runner's CPU seconds and when, where all is as the last look has left it.
 
-        That is CPU time: who calls, loads or ends something makes the server or a runner use it.
+        Where something moves: None. Who calls, loads or ends something makes the server or a
+        runner use CPU time, which is what costs least to look at.
         """
         callers = self.callers.report
         if not self.well or (callers and callers["waiting"]):
-            return False
+            return None
         if len(self.loaded) != len(self._states):  # a model has no process
-            return False
-        if not self.server_state.is_quiet():
-            return False
-        return all(map(self._rests, self.states()))
+            return None
+        if not self.server_state.rests_since(self.loaded):
+            return None
+        found = {}
+        for state in self.states():
+            used = self._rest(state)
+            if used is None:
+                return None
+            found[state.process] = used
+        return found
 
-    def _rests(self, state: RunnerState) -> bool:
-        """Tell whether a runner was idle at the last look, and has used no CPU since."""
-        if state.state != "idle" or state.under_way:
-            return False
+    def _rest(self, state: RunnerState) -> tuple[float, float] | None:
+        """Return a runner's CPU seconds and when, if it has only waited since the last look."""
+        before = self._cpu.get(state.process)
+        if before is None or not state.rests:
+            return None
+        now = time.monotonic()
         try:
-            before_s, at = self._cpu[state.process]
-            used_s = cpu_seconds(state.process) - before_s
-        except (KeyError, psutil.Error):  # not looked at yet, or ended
-            return False
-        return used_s >= 0 and not works(used_s, time.monotonic() - at)
+            used_s = cpu_seconds(state.process)
+        except psutil.Error:  # it has ended
+            return None
+        return (used_s, now) if 0 <= used_s - before[0] <= WAKE_CPU_S else None
 
     def _ask_server(self, server: psutil.Process | None, counts: bool) -> None:
         """Ask what is loaded. Ollama may hold its lock: only its version tells that it hangs."""
@@ -346,7 +357,7 @@ class Watch:
         state.memory_mb = memory_mb(process)
         if look.passed_s:
             state.cpu_percent = round(100 * look.cpu_s / look.passed_s, 1)
-        look.active = state.under_way or works(look.cpu_s, look.passed_s)
+        look.active = state.under_way or look.cpu_s > WAKE_CPU_S
         seen = life(process)
         look.killed = seen.dying and seen.alive
         if server is None or seen.parent != server.pid:
@@ -392,11 +403,6 @@ class Watch:
             if not 0 < size <= vram:
                 return False
         return bool(lines)
-
-
-def works(cpu_s: float, passed_s: float) -> bool:
-    """Tell whether a runner has done more than wait, by the CPU seconds of so many seconds."""
-    return cpu_s > WAKE_CPU_S * max(1, passed_s / LOOK_S)
 
 
 def bytes_of(model: Json, key: str) -> int:

@@ -14,13 +14,14 @@ def resting(monkeypatch):
     one = make_watch()
     one.used = 1.0
     monkeypatch.setattr(watch, "cpu_seconds", lambda _: one.used)
-    monkeypatch.setattr(one.server_state, "is_quiet", lambda: True)
+    monkeypatch.setattr(one.server_state, "_is_quiet", lambda: True)
     runner = processes.Runner(watch.psutil.Process(), None, "1")
     state = RunnerState(runner, 0.0, STUCK_S)
     state.note(Look(1.0, health="ok", slots=[FRESH]))
     one._states = {runner: state}
     one._cpu_spent(runner.process)
     one.loaded = [{"name": "m:latest"}]
+    one.server_state._listed = (None, 0.0, one.loaded)
     one.well = True
     one.state = state
     return one
@@ -31,7 +32,9 @@ def answer(one):
 
 
 MOVES = {
-    "the server works": lambda one: setattr(one.server_state, "is_quiet", lambda: False),
+    "the server works": lambda one: setattr(one.server_state, "_is_quiet", lambda: False),
+    "the server has told another": lambda one: setattr(one, "loaded", list(one.loaded)),
+    "a runner is dead": lambda one: one.state.note(Look(3.0, health="dead")),
     "a runner works": lambda one: setattr(one, "used", 1.001),
     "a runner has become another": lambda one: setattr(one, "used", 0.5),
     "a runner answers": answer,
@@ -45,9 +48,9 @@ MOVES = {
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_what_moves_is_looked_at(resting, move):
-    assert resting.nothing_moves()
+    assert resting.glances() is not None
     move(resting)
-    assert not resting.nothing_moves()
+    assert resting.glances() is None
 
 
 def test_a_runner_that_has_ended_is_looked_at(resting, monkeypatch):
@@ -55,15 +58,7 @@ def test_a_runner_that_has_ended_is_looked_at(resting, monkeypatch):
         raise watch.psutil.NoSuchProcess(process.pid)
 
     monkeypatch.setattr(watch, "cpu_seconds", gone)
-    assert not resting.nothing_moves()
-
-
-@pytest.mark.parametrize(
-    ("cpu_ms", "passed_s", "works"),
-    [(0.4, 2, False), (0.6, 2, True), (0.6, 0.1, True), (0.9, 4, False), (1.1, 4, True)],
-)
-def test_what_it_uses_while_it_waits_is_no_work_however_long_that_was(cpu_ms, passed_s, works):
-    assert watch.works(cpu_ms / 1000, passed_s) is works
+    assert resting.glances() is None
 
 
 class Stop(BaseException):
@@ -87,7 +82,7 @@ def looks_of(one, monkeypatch, seconds, moves_at):
         if one.machine.quiet:
             rested.append(passed())
 
-    monkeypatch.setattr(one, "nothing_moves", lambda: passed() not in moves_at)
+    monkeypatch.setattr(one, "glances", lambda: None if passed() in moves_at else {})
     monkeypatch.setattr(one, "look", look)
     clock.after(seconds, stop)
     with pytest.raises(Stop):
@@ -105,3 +100,29 @@ def test_what_moves_ends_the_rest_at_once(resting, monkeypatch):
     looked, rested = looks_of(resting, monkeypatch, 31, moves_at=[0, 14])
     assert looked == [0, 2, 4, 8, 12, 14, 16, 18, 22, 26, 30]
     assert rested == [8, 12, 22, 26, 30]
+
+
+def test_what_two_seconds_take_tells_work_from_rest_also_in_a_pause(resting, monkeypatch):
+    """A decode loop that stands leaves a request little to do, and it is to be asked."""
+    clock, active = Clock(), []
+    clock.rule(monkeypatch, watch)
+    began = clock.monotonic()
+
+    def used(_process):
+        passed_s = clock.monotonic() - began
+        return 0.00015 * passed_s + 0.0003 * (passed_s > 11)
+
+    def look():
+        if resting._glance(resting.state, None).active:
+            active.append(round(clock.monotonic() - began))
+
+    def stop():
+        raise Stop
+
+    monkeypatch.setattr(watch, "cpu_seconds", used)
+    monkeypatch.setattr(resting, "look", look)
+    resting._cpu_spent(resting.state.process)
+    clock.after(25, stop)
+    with pytest.raises(Stop):
+        resting._run(after_look=bool)
+    assert active == [12]
