@@ -408,15 +408,16 @@ def embedder(well):
 
 
 def test_embeddings_are_work_and_no_standstill(well, embedder, others):
-    answer, seen = others.submit(embed, well, 60), set()
-    wait_state(well, embedder, "busy")
-    began = time.monotonic()
-    while not answer.done():
-        seen.add(state_of(well, embedder))
-        time.sleep(0.1)
-    print(f"busy for {time.monotonic() - began:.1f} s")
-    assert answer.result().status_code == 200 and len(answer.result().json()["embeddings"]) == 60
-    assert seen <= {"busy", "idle"}
+    """Some at a time, as one takes 0.2 s, and ten times that where others have the CPU."""
+    seen, began = set(), time.monotonic()
+    while time.monotonic() - began < 4 * STUCK_S:
+        answer = others.submit(embed, well, 20)
+        while not answer.done():
+            seen.add(state_of(well, embedder))
+            time.sleep(0.1)
+        assert answer.result().status_code == 200
+        assert len(answer.result().json()["embeddings"]) == 20
+    assert "busy" in seen and seen <= {"busy", "idle"}
     wait_state(well, embedder, "idle")
 
 
