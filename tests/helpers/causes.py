@@ -99,7 +99,7 @@ def late_ollama(folder, binary):
 def clear_under_way(service, others, heal=clear, **fields):
     """Begin a clear or reset that waits for a hung m1, and load a small one meanwhile; return both.
 
-    Its load takes a third of the CPU time of another's.
+    Its load takes a seventh of the CPU time of another's.
     """
     add_embedding_model(service.models, SMALL)
     for _ in range(15):  # on a busy machine a load may take longer than a clear
