@@ -27,7 +27,7 @@ def load(service, name, keep_alive=-1):
     """Load a model for good; return its runner."""
     before = {each.pid for each in service.runners()}
     body = {"model": name, "keep_alive": keep_alive}
-    assert service.ollama("POST", "/api/generate", json=body, timeout=120).ok
+    assert service.ollama("POST", "/api/generate", json=body).ok
     (runner,) = [each for each in service.runners() if each.pid not in before]
     return runner
 
@@ -224,7 +224,7 @@ def test_a_model_of_several_files_is_told_from_another_of_the_same_files(kin):
     kin.add_model("parts:latest", parts, config_json("bert", "8M", "F32"))
     kin.add_model("twin:latest", parts, config_json("bert", "8M", "another"))
     body = {"model": "parts", "input": ["a"], "keep_alive": -1}
-    assert kin.ollama("POST", "/api/embed", json=body, timeout=120).ok
+    assert kin.ollama("POST", "/api/embed", json=body).ok
     (runner,) = kin.runners()
     wait_for(lambda: shown(kin) == {runner.pid: "parts:latest"}, 30, "it is shown")
     assert clear(kin, model="twin")["unloaded_models"] == []

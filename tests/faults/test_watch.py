@@ -393,7 +393,7 @@ TEXT = "some words to embed " * 30
 def embed(service, count):
     """Embed so many texts; return the answer."""
     body = {"model": EMBEDDER, "input": [f"{number} {TEXT}" for number in range(count)]}
-    return service.ollama("POST", "/api/embed", json=body, timeout=120)
+    return service.ollama("POST", "/api/embed", json=body)
 
 
 @pytest.fixture

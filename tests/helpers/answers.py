@@ -153,7 +153,7 @@ def wait_looks(service, count=2):
 def ask(service, name=GEMMA):
     """Assert that a short generation works."""
     body = {"model": name, "prompt": "1 2 3 4", "stream": False, "options": {"num_predict": 3}}
-    answer = service.ollama("POST", "/api/generate", json=body, timeout=120)
+    answer = service.ollama("POST", "/api/generate", json=body)
     assert answer.status_code == 200 and answer.json()["eval_count"] > 0, answer.text
 
 

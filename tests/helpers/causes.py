@@ -39,7 +39,7 @@ class Waiting:
     def _run(self, service, name):
         body = {"model": name, "prompt": PROMPT, "raw": True, "stream": False, "options": ENDLESS}
         with contextlib.suppress(requests.RequestException):
-            self.answer = service.ollama("POST", "/api/generate", json=body, timeout=120)
+            self.answer = service.ollama("POST", "/api/generate", json=body)
 
     def status(self, timeout=30):
         """Wait for the answer; return its status."""

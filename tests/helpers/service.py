@@ -117,8 +117,8 @@ class Service:
         return call("DELETE", self.url + path, **options)
 
     def ollama(self, method, path, **options):
-        """Send a request to Ollama's own port."""
-        return call(method, self.ollama_url + path, **options)
+        """Send a request to Ollama's own port. What it computes may get little of the CPU."""
+        return call(method, self.ollama_url + path, **{"timeout": 150, **options})
 
     # Models
 
@@ -128,7 +128,7 @@ class Service:
     def load(self, name, route="generate", **options):
         """Load a model, by "embed" one that cannot generate; return its runner."""
         body = {"model": name, "options": options, "stream": False}
-        answer = self.ollama("POST", f"/api/{route}", json=body, timeout=120)
+        answer = self.ollama("POST", f"/api/{route}", json=body)
         assert answer.ok, answer.text
         shown = self.ollama("POST", "/api/show", json={"model": name}).json()["modelfile"]
         blob = shown.partition("\nFROM ")[2].split()[0]
