@@ -10,7 +10,6 @@ function(join_files)
     set_target_properties(llama-common mtmd server-context llama-server-impl PROPERTIES
         UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 16)
     set(root ${CMAKE_SOURCE_DIR})
-    set(not_computing gguf.cpp ggml-backend-meta.cpp ggml-backend-reg.cpp ggml-backend-dl.cpp ggml-opt.cpp)
     get_target_property(sources llama SOURCES) # it joins only some of its files by itself
     list(TRANSFORM sources PREPEND ${root}/src/ REGEX "^[^/]")
     set_source_files_properties(${sources} DIRECTORY src PROPERTIES SKIP_UNITY_BUILD_INCLUSION OFF)
@@ -24,6 +23,7 @@ function(join_files)
     set_source_files_properties(${root}/common/sampling.cpp DIRECTORY common PROPERTIES
         COMPILE_OPTIONS -O2 SKIP_UNITY_BUILD_INCLUSION ON)
     # Of ggml these read files, find devices, share work among several or train
+    set(not_computing gguf.cpp ggml-backend-meta.cpp ggml-backend-reg.cpp ggml-backend-dl.cpp ggml-opt.cpp)
     list(TRANSFORM not_computing PREPEND ${root}/ggml/src/)
     set_source_files_properties(${not_computing} DIRECTORY ggml/src PROPERTIES COMPILE_OPTIONS -Og)
 endfunction()

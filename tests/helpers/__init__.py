@@ -31,4 +31,5 @@ service         the service as ./start.sh starts it
 tls             a company's certificate authority
 strangers       a server and its callers in processes of their own
 waiting         one HTTP call, and waiting for something to become true
+watches         a watch whose looks are made by hand
 """

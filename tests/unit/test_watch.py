@@ -65,9 +65,12 @@ class Stop(BaseException):
     """The end of what goes on for ever."""
 
 
-def looks_of(one, monkeypatch, seconds, moves_at):
-    """Return when it looks wholly in so many seconds, and when the machine may rest."""
-    clock, looked, rested = Clock(), [], []
+def run(one, monkeypatch, seconds, look, **replaced):
+    """Have the watch go on for so many seconds; ``look(passed_s)`` stands for its look.
+
+    So do others that are given, for what is called so.
+    """
+    clock = Clock()
     clock.rule(monkeypatch, watch)
     began = clock.monotonic()
 
@@ -77,16 +80,26 @@ def looks_of(one, monkeypatch, seconds, moves_at):
     def stop():
         raise Stop
 
-    def look():
-        looked.append(passed())
-        if one.machine.quiet:
-            rested.append(passed())
-
-    monkeypatch.setattr(one, "glances", lambda: None if passed() in moves_at else {})
-    monkeypatch.setattr(one, "look", look)
+    for name, act in {"look": look, **replaced}.items():
+        monkeypatch.setattr(one, name, lambda act=act: act(passed()))
     clock.after(seconds, stop)
     with pytest.raises(Stop):
         one._run(after_look=bool)
+
+
+def looks_of(one, monkeypatch, seconds, moves_at):
+    """Return when it looks wholly in so many seconds, and when the machine may rest."""
+    looked, rested = [], []
+
+    def look(passed_s):
+        looked.append(passed_s)
+        if one.machine.quiet:
+            rested.append(passed_s)
+
+    def glances(passed_s):
+        return None if passed_s in moves_at else {}
+
+    run(one, monkeypatch, seconds, look, glances=glances)
     return looked, rested
 
 
@@ -104,25 +117,18 @@ def test_what_moves_ends_the_rest_at_once(resting, monkeypatch):
 
 def test_what_two_seconds_take_tells_work_from_rest_also_in_a_pause(resting, monkeypatch):
     """A decode loop that stands leaves a request little to do, and it is to be asked."""
-    clock, active = Clock(), []
-    clock.rule(monkeypatch, watch)
-    began = clock.monotonic()
+    active = []
 
     def used(_process):
-        passed_s = clock.monotonic() - began
+        passed_s = watch.time.monotonic() - began
         return 0.00015 * passed_s + 0.0003 * (passed_s > 11)
 
-    def look():
+    def look(passed_s):
         if resting._glance(resting.state, None).active:
-            active.append(round(clock.monotonic() - began))
+            active.append(passed_s)
 
-    def stop():
-        raise Stop
-
+    began = watch.time.monotonic()
     monkeypatch.setattr(watch, "cpu_seconds", used)
-    monkeypatch.setattr(resting, "look", look)
     resting._cpu_spent(resting.state.process)
-    clock.after(25, stop)
-    with pytest.raises(Stop):
-        resting._run(after_look=bool)
+    run(resting, monkeypatch, 25, look)
     assert active == [12]
