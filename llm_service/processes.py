@@ -14,6 +14,7 @@ import typing
 import psutil
 
 from llm_service import messages
+from llm_service.sockets import listeners
 from ollama_client import DIGEST, ServiceError
 
 MB = 1024 * 1024
@@ -399,6 +400,16 @@ def is_held_up(process: psutil.Process | None) -> bool:
             if about and about.state in "RD":
                 return True
     return False
+
+
+def listens(process: psutil.Process, port: str | None) -> bool:
+    """Tell whether a process itself listens on a port; yes where nobody can tell."""
+    try:
+        inodes = listeners(int(port or ""))
+        held = links(process.pid)
+    except (OSError, ValueError, OverflowError):  # or no port has that number
+        return True
+    return any(f"socket:[{inode}]" in held for inode in inodes)
 
 
 def links(pid: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The TCP connections of a port, as the kernel tells them through netlink (sock_diag)."""
+"""The TCP sockets of a port, as the kernel tells them through netlink (sock_diag)."""
 
 import contextlib
 import os
@@ -87,6 +87,17 @@ def connection(family: int, message: memoryview) -> Connection:
     if family == socket.AF_INET:
         peer = IPV4_IN_IPV6 + peer[:4]
     return Connection(family, bytes(message[ENDS]), (peer, peer_port), *traffic(message))
+
+
+def listeners(port: int) -> set[int]:
+    """Return the inodes of what listens on a port. Raises OSError where none can be had."""
+    found = set()
+    with open_kernel() as kernel:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in ask_kernel(kernel, family, port.to_bytes(2, "big"), 1 << LISTEN):
+                *_, inode = SOCKET.unpack_from(message)
+                found.add(inode)
+    return found
 
 
 def ports_of(inodes: set[int]) -> set[tuple[int, int]]:

@@ -19,6 +19,7 @@ from llm_service.processes import (
     cpu_seconds,
     end,
     life,
+    listens,
     main_thread_s,
     memory_mb,
     unreaped,
@@ -381,6 +382,10 @@ class Watch:
         """Ask a runner's own port. An idle one is asked for its health only: /slots is logged."""
         port = state.runner.port
         state.asked_at = look.at
+        # Until it listens there, the port may be another's: Ollama found it free, and let it go
+        if state.loaded_at is None and not listens(state.process, port):
+            look.health = "loading"
+            return
         look.health = self.ollama.runner_health(port, RUNNER_ASK_S)
         look.on_gpu = self._is_on_gpu(state.model)
         if look.health != "ok" or not look.active:

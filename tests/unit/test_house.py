@@ -44,7 +44,7 @@ FLOORS = {
     "llm_service.network": 0,
     "llm_service.files": 0,
     "llm_service.processes": 1,
-    "llm_service.sockets": 1,
+    "llm_service.sockets": 0,
     "llm_service.sharing": 1,
     "llm_service.environment": 1,
     "llm_service.messages": 0,

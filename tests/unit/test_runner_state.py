@@ -7,6 +7,7 @@ import types
 import psutil
 import pytest
 
+from helpers.fake_ollama import FakeOllama, http
 from helpers.watches import FRESH, STUCK_S, make_watch, slot
 from llm_service import processes
 from llm_service.processes import age_s
@@ -108,6 +109,19 @@ def test_the_machines_cpu_is_told_however_many_runners_came_and_went():
     watch.machine.measure()
     assert isinstance(watch.machine.cpu_percent, float)
     assert [each["pid"] for each in watch.runners()] == [process.pid]
+
+
+@pytest.mark.parametrize("it_listens", [True, False])
+def test_what_another_answers_on_its_port_is_no_answer_of_a_runner(it_listens):
+    """Ollama finds a port that is free: it is the runner's only once that listens there."""
+    me = psutil.Process()
+    with FakeOllama({"/health": http("{}")}) as listener, psutil.Popen(["sleep", "60"]) as child:
+        process, server = (me, me.parent()) if it_listens else (child, me)
+        runner = processes.Runner(process, None, str(listener.port))
+        state = RunnerState(runner, time.monotonic(), STUCK_S)
+        make_watch()._look_at_runners([state], server)
+        child.kill()
+    assert (state.state == "loading") is not it_listens
 
 
 def test_seconds_count_from_the_change(busy):
@@ -367,7 +381,7 @@ def test_what_its_own_questions_took_makes_the_watch_ask_no_idle_runner_again(mo
     monkeypatch.setattr(watch.ollama, "runner_health", lambda *_: "ok")
     monkeypatch.setattr(watch.ollama, "runner_slots", slots)
     monkeypatch.setattr(watch.ollama, "runner_metrics", lambda *_: "")
-    state = RunnerState(processes.Runner(me, None, "1"), time.monotonic(), STUCK_S)
+    state = RunnerState(processes.Runner(me, None, "a"), time.monotonic(), STUCK_S)
     for _ in range(5):
         watch._look_at_runners([state], me.parent())
     assert len(questions) == 1
