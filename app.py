@@ -155,9 +155,9 @@ SILENT_CLIENT_S = 30  # then a client that neither sends nor takes anything is g
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("llm-service")
 
-ollama = Ollama(OLLAMA_URL)
-store = Store(MODELS_PATH)
 processes = Processes(STATE_FILE, int(os.environ.get("LLM_ENDED_FD") or -1))
+ollama = Ollama(OLLAMA_URL, is_own=lambda: processes.serves(OLLAMA_PORT))
+store = Store(MODELS_PATH)
 downloads = Downloads(ollama, store, processes, MAX_PULLS)
 machine = Machine(store, downloads, Matching(ollama, store.manifests, processes))
 server_work = ServerWork(processes, OLLAMA_PORT, MODELS_PATH)

@@ -182,12 +182,19 @@ def timestamp(seconds: float | None) -> str | None:
 class Ollama:
     """A client of Ollama's API at ``url``. Methods raise ServiceError, in ``timeout_s``."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, is_own: typing.Callable[[], bool] = lambda: True):
+        """``is_own()`` is asked before each request: whether the service's own server is there."""
         self.url = url
+        self._is_own = is_own
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy in the environment is not for loopback
         self._session.mount(url, HTTPAdapter(pool_maxsize=64))
         self._prepared: dict[str, requests.PreparedRequest] = {}
+
+    def check(self) -> None:
+        """Raise ServiceError ``ollama_unreachable`` where another one may have its port."""
+        if not self._is_own():
+            raise self._unreachable()
 
     def version(self, timeout_s: float = ANSWER_S) -> str | None:
         """Return the server's version, such as "0.34.4"."""
@@ -312,6 +319,8 @@ class Ollama:
         self, method: str, path: str, body: Json | None, timeout_s: float
     ) -> requests.Response:
         """Send a request to a path of Ollama's, or to the whole URL of a runner."""
+        if path.startswith("/"):
+            self.check()
         read_s = None if timeout_s == NO_LIMIT else timeout_s
         try:
             response = self._session.send(
@@ -326,15 +335,18 @@ class Ollama:
                 "Ollama did not answer in time: if it stays so, POST /api/session/reset.",
             ) from e
         except requests.RequestException as e:
-            raise Unreachable(
-                "ollama_unreachable",
-                f"Ollama is not reachable at {self.url}: if it is not just starting, "
-                "POST /api/session/reset.",
-            ) from e
+            raise self._unreachable() from e
         if response.status_code >= 300:
             with response:
                 raise _refusal(response, pull=path == "/api/pull")
         return response
+
+    def _unreachable(self) -> Unreachable:
+        return Unreachable(
+            "ollama_unreachable",
+            f"Ollama is not reachable at {self.url}: if it is not just starting, "
+            "POST /api/session/reset.",
+        )
 
     def _prepare(self, method: str, path: str, body: Json | None) -> requests.PreparedRequest:
         if path in self._prepared:

@@ -15,6 +15,7 @@ from llm_service.processes import (
     alive,
     end,
     is_orphan,
+    listens,
     may_hold_model,
     memory_mb,
     unreaped,
@@ -230,6 +231,8 @@ class Clearing:
             server = self._processes.server()
             if is_orphan(runner.process, server):
                 return "orphan"
+        if not listens(runner.process, runner.port):
+            return "busy"  # it loads, and its port may be another's
         health = self._ollama.runner_health(runner.port, CLEAR_RUNNER_S)
         if health == "silent" or self._watch.is_stuck(runner):
             return "hung"

@@ -139,6 +139,7 @@ class Loader:
         with self._changed:
             if load["state"] != "loading":
                 return
+            self._ollama.check()
             request = self._request(self._ollama.url, load["model"], "", path)
             self._under_way = request
         for _ in request:

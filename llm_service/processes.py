@@ -67,6 +67,7 @@ class Processes:
         self._send = send or end
         self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
         self._ended: psutil.Process | None = None  # the server that was last told to end
+        self._serving: psutil.Process | None = None  # the one that was last seen to listen
         # As they were found last; a child of one bears its words until it begins another program
         self._runners: dict[tuple[psutil.Process, bytes], Runner] = {}
 
@@ -82,6 +83,23 @@ class Processes:
     def ever_started(self) -> bool:
         """Tell whether the launcher has started a server yet."""
         return bool(self._records())
+
+    def serves(self, port: int) -> bool:
+        """Tell whether a server listens on its port, which may be another's before and after.
+
+        Where nobody has recorded one, whoever answers there is taken for it.
+        """
+        if not self.ever_started():
+            return True
+        server = self.server()
+        if server is None or server == self._ended:
+            return False
+        if server != self._serving:
+            # A wrapper's child may listen in its place
+            if not any(listens(each, str(port)) for each in self.all()):
+                return False
+            self._serving = server
+        return True
 
     def ending(self, server: psutil.Process) -> bool:
         """Tell whether a server was told to end, dies, or has been reaped just now.

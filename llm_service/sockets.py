@@ -22,6 +22,7 @@ LIVE = 1 << ESTABLISHED | 1 << SYN_SENT
 INFO = 2  # the attribute that holds a tcp_info
 QUESTION = struct.Struct("=IHHIIBBBxI48s")
 MESSAGE = struct.Struct("=IH10x")
+STATUS = struct.Struct("=16xi")  # of an answer's end: below 0 it has failed
 # State, port, the peer's port, address, the peer's address, inode
 SOCKET = struct.Struct("=xBxx2s2s16s16s28xI")
 ENDS = slice(4, 52)  # of a message: what the kernel finds this one by
@@ -139,10 +140,11 @@ def ask_kernel(
         answer = memoryview(kernel.recv(1 << 16))
         while answer:
             length, kind = MESSAGE.unpack_from(answer)
+            failed = kind == DONE and STATUS.unpack_from(answer)[0] < 0
+            if failed or kind == ERROR:
+                raise OSError("this kernel tells nothing of its sockets")
             if kind == DONE:
                 return
-            if kind == ERROR:
-                raise OSError("this kernel tells nothing of its sockets")
             yield answer[MESSAGE.size : length]
             answer = answer[aligned(length) :]
         if mode == ONE:

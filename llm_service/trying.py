@@ -29,7 +29,11 @@ class Trials:
         self._trial: Trial | None = None
 
     def start(self, model: str, prompt: str) -> "Trial":
-        """Begin an answer, which must be closed. Raises ServiceError ``try_under_way``."""
+        """Begin an answer, which must be closed.
+
+        Raises ServiceError ``try_under_way`` or ``ollama_unreachable``.
+        """
+        self._ollama.check()
         if not self._turn.acquire(blocking=False):
             raise ServiceError("try_under_way", "Another try is under way: wait for its end.")
         generation = Generation(self._ollama.url, model, prompt)

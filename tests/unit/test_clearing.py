@@ -164,6 +164,13 @@ def test_a_busy_one_or_one_that_does_not_tell_is_spared_and_named(gpu, slots):
     assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
 
 
+def test_one_that_does_not_listen_yet_is_spared_whatever_is_answered_on_its_port(gpu, monkeypatch):
+    """A clear with force ends it as busy: it loads."""
+    monkeypatch.setattr(clearing, "listens", lambda _, port: port != "big:latest")
+    assert gpu.clear(force=False)["left"] == ["big:latest"]
+    assert ended(gpu, gpu.clear(force=True)) == {"big:latest": "busy"}
+
+
 def test_one_that_was_asked_since_the_clear_began_is_spared(gpu, monkeypatch):
     tasks = itertools.count()
     gpu.refused = ["small:latest"]

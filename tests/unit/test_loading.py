@@ -18,6 +18,9 @@ class Ollama:
         self.go_on = threading.Event()
         self.go_on.set()
 
+    def check(self):
+        """Its port is its own."""
+
     def request(self, _url, model, *_):
         return Request(self, model)
 

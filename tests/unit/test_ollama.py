@@ -97,6 +97,13 @@ def test_every_call_says_that_ollama_is_not_there(call):
 
 
 @every_call
+def test_no_call_asks_another_on_its_port(fake, call):
+    with refused("ollama_unreachable", 503):
+        call.do(Ollama(fake.url, is_own=lambda: False))
+    assert fake.calls == []
+
+
+@every_call
 def test_every_call_says_that_the_connection_broke(fake, ollama, call):
     answer_all(fake, b"")
     with refused("ollama_unreachable", 503):

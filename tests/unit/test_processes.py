@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from helpers.ports import free_port
 from helpers.waiting import wait_for
 from llm_service import processes
 from llm_service.processes import Processes, Runner, age_s, alive, end, life, wait_until
@@ -117,6 +119,32 @@ def test_a_runner_stays_the_same_whatever_its_state_and_its_parent(server):
     wait_for(lambda: before.process.ppid() != server.process.pid, 30, "it has another parent")
     (after,) = server.processes.runners()
     assert after == before and hash(after) == hash(before)
+
+
+LISTEN = """
+import socket, time
+with socket.create_server(("127.0.0.1", {})):
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("wrapper", [[], ["sh", "-c", '"$@" & wait', "sh"]], ids=["", "wrapped"])
+def test_a_server_serves_where_it_or_its_child_listens_and_while_it_lives(tmp_path, wrapper):
+    port = free_port()
+    command = [*wrapper, sys.executable, "-c", LISTEN.format(port)]
+    with (
+        psutil.Popen(command, start_new_session=True) as server,
+        socket.create_server(("127.0.0.1", 0)) as anothers,
+    ):
+        state = tmp_path / "state"
+        state.write_text(f"{server.pid} {ticks(server.pid)} 0\n")
+        there = Processes(str(state))
+        wait_for(lambda: there.serves(port), 30, "it listens")
+        assert not Processes(str(state)).serves(anothers.getsockname()[1])
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        assert not there.serves(port)
+    assert Processes("/nonexistent/state").serves(port)  # nobody tells which server it is
 
 
 @pytest.mark.parametrize("offset", [1, -1])

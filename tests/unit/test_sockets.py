@@ -1,6 +1,7 @@
 """What the kernel tells of the connections of a port, on real sockets."""
 
 import contextlib
+import os
 import socket
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from helpers.strangers import caller
 from llm_service import sockets
-from llm_service.sockets import again, connections, own_ends
+from llm_service.sockets import again, connections, listeners, own_ends
 
 TICK_S = 0.05  # longer than one of the kernel's clock, after which an order can be told
 
@@ -256,3 +257,23 @@ def test_a_kernel_that_does_not_tell_when_a_socket_received(port, monkeypatch):
     port.pair()
     with pytest.raises(OSError):
         connections(port.number)
+
+
+def test_a_kernel_that_breaks_off_its_answer_tells_nothing(port, monkeypatch):
+    """As one that knows sockets, and not those of TCP: that is no empty list."""
+    unknown = 99
+    monkeypatch.setattr(sockets.socket, "IPPROTO_TCP", unknown)
+    with pytest.raises(OSError, match="tells nothing"):
+        listeners(port.number)
+    with pytest.raises(OSError, match="tells nothing"):
+        connections(port.number)
+
+
+def test_who_listens_is_told_by_the_inode(listen):
+    for address in ("127.0.0.1", "0.0.0.0"):
+        one = listen(address, 0)
+        assert listeners(one.number) == {os.fstat(one.listener.fileno()).st_ino}
+    one.pair()
+    assert len(listeners(one.number)) == 1
+    one.listener.close()
+    assert listeners(one.number) == set()
