@@ -52,7 +52,7 @@ note() { { { tail -n 9 "$1" || :; echo "$record"; } >"$1.new" && mv "$1.new" "$1
 launch() { # STATE COMMAND…: prints to 5 and 6; in a session of its own, by which what it leaves is known
     setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 9>&- &
     started_at $!; record="$! $ticks $restarts"
-    note "$1" || { rm -f "$state.spare" && note "$1"; } || say "cannot write to $1: the API does not see it"
+    note "$1" || { rm -f "$state.spare" && mkdir -p "${1%/*}" && note "$1"; } || say "cannot write $1 for the API"
 }
 
 kill_sessions() { [[ -n $1 ]] && pkill -KILL -s "${1%,}" -r D,R,S,T,t; } # SESSION,…: whether any lived; no zombies

@@ -67,7 +67,6 @@ class Processes:
         self._send = send or end
         self._read: tuple[object, list[tuple[int, int, int]]] = (None, [])
         self._ended: psutil.Process | None = None  # the server that was last told to end
-        self._serving: psutil.Process | None = None  # the one that was last seen to listen
         # As they were found last; a child of one bears its words until it begins another program
         self._runners: dict[tuple[psutil.Process, bytes], Runner] = {}
 
@@ -85,21 +84,15 @@ class Processes:
         return bool(self._records())
 
     def serves(self, port: int) -> bool:
-        """Tell whether a server listens on its port, which may be another's before and after.
+        """Tell whether the server listens on its port, which else another may have.
 
-        Where nobody has recorded one, whoever answers there is taken for it.
+        It lets go of it at SIGTERM, and may live long after that. Without a launcher, whoever
+        answers there is taken for it.
         """
-        if not self.ever_started():
+        if self.state_file == pathlib.Path(os.devnull):
             return True
         server = self.server()
-        if server is None or server == self._ended:
-            return False
-        if server != self._serving:
-            # A wrapper's child may listen in its place
-            if not any(listens(each, str(port)) for each in self.all()):
-                return False
-            self._serving = server
-        return True
+        return server is not None and listens_itself_or_by_a_child(server, str(port))
 
     def ending(self, server: psutil.Process) -> bool:
         """Tell whether a server was told to end, dies, or has been reaped just now.
@@ -425,9 +418,20 @@ def listens(process: psutil.Process, port: str | None) -> bool:
     try:
         inodes = listeners(int(port or ""))
         held = links(process.pid)
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return False
     except (OSError, ValueError, OverflowError):  # or no port has that number
         return True
     return any(f"socket:[{inode}]" in held for inode in inodes)
+
+
+def listens_itself_or_by_a_child(process: psutil.Process, port: str) -> bool:
+    """Do so for a server, in whose place a child listens where a wrapper has started it."""
+    if listens(process, port):
+        return True
+    with contextlib.suppress(psutil.Error):
+        return any(listens(child, port) for child in process.children(recursive=True))
+    return False
 
 
 def links(pid: int) -> list[str]:

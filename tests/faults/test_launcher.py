@@ -589,6 +589,17 @@ def test_it_ends_within_10_s_though_the_clock_runs_backwards(stand_in, tmp_path)
 # A full disk, and what does not end
 
 
+def test_a_cleaned_folder_hides_no_ollama_from_the_api(make_service, tmp_path):
+    service = make_service(XDG_CACHE_HOME=tmp_path, OLLAMA_MODELS=tmp_path / "models")
+    service.state_file = tmp_path / "llm-service" / "run" / service.state_file.name
+    server = service.ollama_pid()
+    shutil.rmtree(tmp_path / "llm-service")
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: service.ollama_pid() != server, 60, "the record of the next Ollama")
+    service.wait_healthy(60)
+    assert service.get("/api/stats").json()["ollama"]["pid"] == service.ollama_pid()
+
+
 def test_a_full_disk_hides_no_ollama_from_the_api(make_service, small_disk, tmp_path):
     models = tmp_path / "models"
     service = make_service(wait=False, XDG_CACHE_HOME=str(small_disk), OLLAMA_MODELS=models)

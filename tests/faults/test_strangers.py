@@ -1,13 +1,17 @@
 """What the service did not start is never touched."""
 
 import contextlib
+import os
+import signal
 
 import psutil
+import pytest
 
 from helpers.answers import CLEAR, GEMMA, RESET, heal, stats
 from helpers.fake_ollama import FakeOllama
+from helpers.frozen import unkillable
 from helpers.nonsense import SANE_ANSWERS
-from helpers.processes import kill, suspend
+from helpers.processes import suspend
 from helpers.waiting import call, wait_for
 
 
@@ -29,18 +33,23 @@ def test_a_strangers_ollama_and_runner_are_never_touched(idle, ollama_server, gg
     busy.close()
 
 
-def test_a_strangers_ollama_on_the_port_of_one_that_has_died_is_asked_nothing(make_service, gguf):
-    """As a system's service is, which waits for just that."""
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_a_strangers_ollama_on_the_port_of_one_that_ends_is_asked_nothing(make_service, gguf, sig):
+    """As a system's service is, which waits for just that. At SIGTERM the port is free at once."""
     service = make_service(models={GEMMA: gguf}, LLM_MODEL=GEMMA)
     launcher = psutil.Process(service.process.pid)
-    suspend(launcher)  # else its next Ollama might be first
-    kill([psutil.Process(service.ollama_pid())])
+    with contextlib.ExitStack() as stack:
+        if sig == signal.SIGTERM:  # it waits for its runner, which does not end
+            stack.enter_context(unkillable(service.load(GEMMA)))
+        suspend(launcher)  # else its next Ollama might be first
+        os.kill(service.ollama_pid(), sig)
 
-    def take_over():
-        with contextlib.suppress(OSError):  # the killed one has the port yet
-            return FakeOllama(SANE_ANSWERS, service.ollama_port)
+        def take_over():
+            with contextlib.suppress(OSError):  # the other has the port yet
+                return FakeOllama(SANE_ANSWERS, service.ollama_port)
 
-    with wait_for(take_over, 30, "the port") as stranger:
+        stranger = stack.enter_context(wait_for(take_over, 30, "the port"))
+        wait_for(lambda: service.get("/health").status_code == 503, 60, "the end is told")
         looked_at = stats(service)["looked_at"]
         body = {"model": GEMMA}
         for method, path, options in (
@@ -56,8 +65,7 @@ def test_a_strangers_ollama_on_the_port_of_one_that_has_died_is_asked_nothing(ma
         ):
             answer = call(method, service.url + path, **options)
             assert stranger.calls == [], f"{path}: {answer.text}"
-        health = service.get("/health")
-        assert health.status_code == 503, health.text
+        assert service.get("/health").status_code == 503
         wait_for(lambda: stats(service)["looked_at"] != looked_at, 30, "a look of the watch")
         assert stranger.calls == []
     launcher.resume()

@@ -14,12 +14,13 @@ class Ollama:
 
     def __init__(self):
         self.url = "http://127.0.0.1:9"
-        self.loads, self.errors = [], []
+        self.loads, self.errors, self.is_own = [], [], True
         self.go_on = threading.Event()
         self.go_on.set()
 
     def check(self):
-        """Its port is its own."""
+        if not self.is_own:
+            raise Unreachable("ollama_unreachable", "another's")
 
     def request(self, _url, model, *_):
         return Request(self, model)
@@ -73,6 +74,14 @@ def test_after_the_last_try_it_has_failed_with_its_reason(ollama):
     loader.order("m", 30)
     wait_for(lambda: loader.load["state"] == "failed", 30, "the last try")
     assert (ollama.loads, loader.load["error"]) == (["m"] * 3, "try 2")
+
+
+def test_another_on_its_port_is_not_asked_to_load(ollama):
+    ollama.is_own = False
+    loader = make(ollama)
+    loader.order("m", 30)
+    wait_for(lambda: loader.load["state"] == "failed", 30, "the last try")
+    assert (ollama.loads, loader.load["code"]) == ([], "ollama_unreachable")
 
 
 def test_where_no_other_try_would_help_there_is_none(ollama):

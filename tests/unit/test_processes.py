@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from helpers.ports import free_port
+from helpers.processes import kill
 from helpers.waiting import wait_for
 from llm_service import processes
 from llm_service.processes import Processes, Runner, age_s, alive, end, life, wait_until
@@ -122,29 +123,75 @@ def test_a_runner_stays_the_same_whatever_its_state_and_its_parent(server):
 
 
 LISTEN = """
-import socket, time
-with socket.create_server(("127.0.0.1", {})):
+import signal, socket, sys, time
+one = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+signal.signal(signal.SIGTERM, lambda *_: one.close())
+while True:
     time.sleep(60)
 """
+WRAPPERS = {"itself": [], "a child": ["sh", "-c", '"$@" & wait', "sh"], "setsid": ["setsid", "-w"]}
 
 
-@pytest.mark.parametrize("wrapper", [[], ["sh", "-c", '"$@" & wait', "sh"]], ids=["", "wrapped"])
-def test_a_server_serves_where_it_or_its_child_listens_and_while_it_lives(tmp_path, wrapper):
+def record(folder, server):
+    """Record a server as the launcher does; return a Processes of it."""
+    state = folder / "state"
+    state.write_text(f"{server.pid} {ticks(server.pid)} 0\n")
+    return Processes(str(state))
+
+
+@pytest.fixture
+def server_at():
+    """Start servers that listen at a port, and let it go at SIGTERM."""
+    started = []
+
+    def start(port, wrapper=()):
+        command = [*wrapper, sys.executable, "-c", LISTEN, str(port)]
+        started.append(psutil.Popen(command, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for each in started:
+        end_all(each)
+
+
+def end_all(process):
+    """End a process with its children, if it is there yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        kill([*process.children(recursive=True), process])
+    process.wait()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_server_serves_where_it_listens_and_while_it_lives(tmp_path, server_at, wrapper):
     port = free_port()
-    command = [*wrapper, sys.executable, "-c", LISTEN.format(port)]
-    with (
-        psutil.Popen(command, start_new_session=True) as server,
-        socket.create_server(("127.0.0.1", 0)) as anothers,
-    ):
-        state = tmp_path / "state"
-        state.write_text(f"{server.pid} {ticks(server.pid)} 0\n")
-        there = Processes(str(state))
-        wait_for(lambda: there.serves(port), 30, "it listens")
-        assert not Processes(str(state)).serves(anothers.getsockname()[1])
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    server = server_at(port, wrapper)
+    there = record(tmp_path, server)
+    wait_for(lambda: there.serves(port), 30, "it listens")
+    with socket.create_server(("127.0.0.1", 0)) as anothers:
+        assert not there.serves(anothers.getsockname()[1])
+    end_all(server)
+    assert not there.serves(port)
+
+
+def test_a_server_that_lets_its_port_go_serves_no_longer_whoever_has_it_then(tmp_path, server_at):
+    port = free_port()
+    server = server_at(port)
+    there = record(tmp_path, server)
+    wait_for(lambda: there.serves(port), 30, "it listens")
+    server.terminate()
+
+    def take_over():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+
+    with wait_for(take_over, 30, "the port"):
         assert not there.serves(port)
-    assert Processes("/nonexistent/state").serves(port)  # nobody tells which server it is
+        assert server.is_running()
+
+
+def test_without_a_launcher_whoever_answers_is_the_server_and_with_one_nobody_before_it(tmp_path):
+    assert Processes(os.devnull).serves(1)
+    assert not Processes(tmp_path / "state").serves(1)
 
 
 @pytest.mark.parametrize("offset", [1, -1])
