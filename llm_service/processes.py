@@ -22,6 +22,7 @@ DNS_PORT = 53
 TICKS_A_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SAID_LINES = 50
+SOCKET_LINK = re.compile(r"socket:\[([0-9]+)\]")
 KILL_WAIT_S = 0.5  # after SIGKILL, for a server's end
 PF_EXITING = 4  # a process has this flag of Linux' before its files are closed
 
@@ -422,7 +423,7 @@ def listens(process: psutil.Process, port: str | None) -> bool:
         return False
     except (OSError, ValueError, OverflowError):  # or no port has that number
         return True
-    return any(f"socket:[{inode}]" in held for inode in inodes)
+    return not inodes.isdisjoint(inodes_of(held))
 
 
 def listens_itself_or_by_a_child(process: psutil.Process, port: str) -> bool:
@@ -444,6 +445,12 @@ def links(pid: int) -> list[str]:
         except FileNotFoundError:  # it was closed just now
             continue
     return found
+
+
+def inodes_of(held: list[str]) -> set[int]:
+    """Return the kernel's numbers of the sockets among what a process has open."""
+    matches = map(SOCKET_LINK.fullmatch, held)
+    return {int(match[1]) for match in matches if match}
 
 
 def memory_mb(process: psutil.Process | None) -> int:

@@ -1,16 +1,14 @@
 """Whether Ollama's server does something itself, beside what its runners do."""
 
 import os
-import re
 import time
 import typing
 
 import psutil
 
-from llm_service.processes import Processes, alive, cpu_clock_s, links
+from llm_service.processes import Processes, alive, cpu_clock_s, inodes_of, links
 from llm_service.sockets import ports_of
 
-SOCKET_LINK = re.compile(r"socket:\[([0-9]+)\]")
 WORKING_SHARE = 0.2  # of a core; lists of many models take a tenth of that
 
 
@@ -76,10 +74,8 @@ class ServerWork:
 
     def _talks(self, held: list[str]) -> bool:
         """Tell whether it has a connection to others than callers and runners."""
-        matches = map(SOCKET_LINK.fullmatch, held)
-        inodes = {int(match[1]) for match in matches if match}
         runners = {runner.port for runner in self._processes.runners()}
-        for port, peer_port in ports_of(inodes):
+        for port, peer_port in ports_of(inodes_of(held)):
             if port != self._port and str(peer_port) not in runners:
                 return True
         return False

@@ -23,6 +23,7 @@ from helpers.answers import reset, stats
 from helpers.clock import clock_environment
 from helpers.places import CACHE, ROOT
 from helpers.ports import free_port
+from helpers.processes import ticks
 from helpers.waiting import call, wait_for
 
 BOOT = (
@@ -702,10 +703,6 @@ def session(script):
         leader.wait()
 
 
-def started_at(pid):
-    return int(CACHE.joinpath(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-
-
 def start_and_fail(port):
     """A start that ends its predecessor's leftovers, and then at a bad setting."""
     assert_one_line(run_start(LLM_API_PORT=str(port), LLM_MODEL="/"), "LLM_MODEL")
@@ -720,7 +717,7 @@ def test_a_recorded_session_is_ended_though_its_leader_is_dead(record):
 
 def test_a_number_that_has_passed_to_a_stranger_is_left_alone(record):
     with session("echo $$; exec sleep 60 >&2") as (leader, _):
-        started = started_at(leader.pid)
+        started = ticks(leader.pid)
         start_and_fail(record((leader.pid, started - 1)))
         assert leader.poll() is None
         start_and_fail(record((leader.pid, started)))
@@ -729,7 +726,7 @@ def test_a_number_that_has_passed_to_a_stranger_is_left_alone(record):
 
 def test_numbers_of_another_boot_or_container_are_left_alone(record):
     with session("echo $$; exec sleep 60 >&2") as (leader, _):
-        start_and_fail(record((leader.pid, started_at(leader.pid)), boot="another"))
+        start_and_fail(record((leader.pid, ticks(leader.pid)), boot="another"))
         assert leader.poll() is None
 
 

@@ -99,3 +99,15 @@ def servers(make):
             return one
 
         yield start
+
+
+def ticks(pid):
+    """Return when a process was started, in ticks after boot."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def record(folder, server):
+    """Record a server as the launcher does; return the file."""
+    state = folder / "state"
+    state.write_text(f"{server.pid} {ticks(server.pid)} 0\n")
+    return state

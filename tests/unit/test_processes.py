@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from helpers.ports import free_port
-from helpers.processes import kill
+from helpers.processes import kill, record, ticks
 from helpers.waiting import wait_for
 from llm_service import processes
 from llm_service.processes import Processes, Runner, age_s, alive, end, life, wait_until
@@ -24,12 +24,6 @@ SLEEP = "import time; time.sleep(60)"
 
 def runner_command(digest=DIGEST, port="1234"):
     return ["llama-server", "-c", SLEEP, "--model", f"/m/blobs/sha256-{digest}", "--port", port]
-
-
-def ticks(pid):
-    """Return when a process was started, in ticks after boot."""
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[19])
 
 
 class StandIn:
@@ -132,13 +126,6 @@ while True:
 WRAPPERS = {"itself": [], "a child": ["sh", "-c", '"$@" & wait', "sh"], "setsid": ["setsid", "-w"]}
 
 
-def record(folder, server):
-    """Record a server as the launcher does; return a Processes of it."""
-    state = folder / "state"
-    state.write_text(f"{server.pid} {ticks(server.pid)} 0\n")
-    return Processes(str(state))
-
-
 @pytest.fixture
 def server_at():
     """Start servers that listen at a port, and let it go at SIGTERM."""
@@ -165,7 +152,7 @@ def end_all(process):
 def test_a_server_serves_where_it_listens_and_while_it_lives(tmp_path, server_at, wrapper):
     port = free_port()
     server = server_at(port, wrapper)
-    there = record(tmp_path, server)
+    there = Processes(record(tmp_path, server))
     wait_for(lambda: there.serves(port), 30, "it listens")
     with socket.create_server(("127.0.0.1", 0)) as anothers:
         assert not there.serves(anothers.getsockname()[1])
@@ -176,7 +163,7 @@ def test_a_server_serves_where_it_listens_and_while_it_lives(tmp_path, server_at
 def test_a_server_that_lets_its_port_go_serves_no_longer_whoever_has_it_then(tmp_path, server_at):
     port = free_port()
     server = server_at(port)
-    there = record(tmp_path, server)
+    there = Processes(record(tmp_path, server))
     wait_for(lambda: there.serves(port), 30, "it listens")
     server.terminate()
 
@@ -292,7 +279,7 @@ def test_a_child_that_becomes_known_as_a_runner_meanwhile_is_no_stranger(
 
 def test_what_begins_another_program_is_no_runner_any_more(tmp_path):
     """As a debugger that llama-server has forked at its crash: first it bears the same words."""
-    go, state = tmp_path / "go", tmp_path / "state"
+    go = tmp_path / "go"
     program = (
         f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
         "os.execlp('sleep', 'sleep', '60')"
@@ -300,8 +287,7 @@ def test_what_begins_another_program_is_no_runner_any_more(tmp_path):
     command = ["llama-server", "-c", program, *runner_command()[3:]]
     child = subprocess.Popen(command, executable=sys.executable, start_new_session=True)
     try:
-        state.write_text(f"{child.pid} {ticks(child.pid)} 0\n")
-        there = Processes(str(state))
+        there = Processes(record(tmp_path, child))
         wait_for(there.runners, 30, "the runner")
         go.touch()
         wait_for(lambda: not there.runners(), 30, "its other program")
@@ -317,12 +303,11 @@ def test_which_gpus_cuda_shows_a_runner_is_known(tmp_path, monkeypatch, setting)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
     one = subprocess.Popen(runner_command(), executable=sys.executable, start_new_session=True)
     try:
-        state = tmp_path / "state"
-        state.write_text(f"{one.pid} {ticks(one.pid)} 0\n")
-        (runner,) = wait_for(Processes(str(state)).runners, 30, "the runner")
+        state = record(tmp_path, one)
+        (runner,) = wait_for(Processes(state).runners, 30, "the runner")
         assert runner.gpus == setting
         monkeypatch.setattr(psutil.Process, "environ", forbidden)
-        (runner,) = Processes(str(state)).runners()
+        (runner,) = Processes(state).runners()
         assert runner.gpus is None
     finally:
         one.kill()

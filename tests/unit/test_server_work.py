@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 
+from helpers.processes import record
 from helpers.waiting import wait_for
 from llm_service import server_work
 from llm_service.processes import Processes
@@ -36,11 +37,7 @@ class Server:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, cwd=folder, start_new_session=True
         )
-        with open(f"/proc/{self.process.pid}/stat") as stat:
-            started = stat.read().rpartition(")")[2].split()[19]
-        state = folder / "state"
-        state.write_text(f"{self.process.pid} {started} 0\n")
-        self.processes = Processes(state)
+        self.processes = Processes(record(folder, self.process))
 
     def do(self, line):
         self.process.stdin.write(f"{line}\n")
