@@ -30,6 +30,9 @@ from ollama_client import Json, ServiceError, name_key
 log = logging.getLogger("llm-service")
 CLEAR_ASK_S = 0.4  # for each question of a clear
 CLEAR_RUNNER_S = 0.2  # the same to a runner
+# The same without ``force``, where nothing ends in Ollama's place what it does not unload: while it
+# ends another runner, its list and its unloads wait.
+PATIENT_ASK_S = 1.5
 UNLOAD_WAIT_S = 1.5
 NAME_WAIT_S = 1.0  # for a line of /api/ps that tells what a runner is for
 NAME_PAUSE_S = 0.1
@@ -110,6 +113,13 @@ class Clearing:
         latest = self._deadline - reserve_s
         return min(until, latest)
 
+    def _patience_s(self) -> float:
+        """Return for how long a question may wait."""
+        if self._force:
+            return CLEAR_ASK_S
+        left_s = self._until(PATIENT_ASK_S, KILL_RESERVE_S) - time.monotonic()
+        return max(CLEAR_ASK_S, left_s)
+
     def _holders(self) -> list[Runner]:
         """Return what lives and may hold the memory, ours to end or not."""
         return living(self._mine + self._spared)
@@ -138,7 +148,7 @@ class Clearing:
         error = ""
         self._loaded = []
         try:
-            self._loaded = self._ollama.ps(CLEAR_ASK_S)
+            self._loaded = self._ollama.ps(self._patience_s())
         except ServiceError as e:
             error = str(e)
         there = self._there + self._strangers
@@ -183,7 +193,7 @@ class Clearing:
             for runner, held in self._held.items():
                 if held.line is line:
                     holder = runner
-            agreed = self._matching.unload(line, holder)
+            agreed = self._matching.unload(line, holder, self._patience_s())
             return [line] if agreed else []
 
         agreed = []

@@ -107,11 +107,16 @@ class Matching:
         """Tell whether all of these were there when it matched last."""
         return all(runner in self._first_seen for runner in runners)
 
-    def unload(self, line: Json, runner: Runner | None = None) -> bool:
+    def unload(
+        self,
+        line: Json,
+        runner: Runner | None = None,
+        timeout_s: float = UNLOAD_ASK_S,
+    ) -> bool:
         """Ask Ollama to let go of what it lists in this line; return whether it says yes."""
         try:
             with self._unloadable_name(line, runner) as name:
-                self._ollama.unload(name, UNLOAD_ASK_S)
+                self._ollama.unload(name, timeout_s)
         except ServiceError as e:
             log.warning("unload %s: %s", line["name"], e)
             return False

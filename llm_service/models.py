@@ -10,6 +10,7 @@ import typing
 from llm_service.downloads import Downloads
 from llm_service.files import bytes_freed, seen_files
 from llm_service.processes import MB
+from llm_service.reports import not_agreed
 from llm_service.session import CLEAR_S, Session
 from llm_service.sharing import SharedRun, began_since
 from llm_service.store import Store
@@ -66,7 +67,7 @@ class Models:
         self._watch.ollama.version(1)  # one that hangs would look busy
         cleared = self._session.clear(model, force)
         if not cleared["verified"]:
-            raise busy(model, cleared["unknown_processes"])
+            raise not_unloaded(model, cleared)
         self._check_deletable(model)  # the files may be others now
         files = self._store.files_of(model)
         try:
@@ -111,11 +112,14 @@ class Models:
         return own
 
 
-def busy(model: str, unknown_pids: list[int]) -> ServiceError:
+def not_unloaded(model: str, report: Json) -> ServiceError:
     """Make the error of a model that a clear has not unloaded."""
+    if not_agreed(report):
+        words = f"Ollama did not unload {model} in time"
+        return ServiceError("ollama_timeout", f'{words}: try again, or send "force": true.')
     words = 'loads, or is in the middle of an answer: try again, or send "force": true'
-    if unknown_pids:
-        pid = unknown_pids[0]
+    if report["unknown_processes"]:
+        pid = report["unknown_processes"][0]
         words = f"may be what process {pid} loads: try again when it has loaded"
     return ServiceError("model_busy", f"{model} {words}.")
 

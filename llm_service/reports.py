@@ -38,8 +38,17 @@ def clear_message(report: Json) -> str:
     if killed:
         done += f", {len(killed)} runner(s) ended"
     if left:
-        done += f", still busy: {', '.join(left)}"
+        why = "not unloaded by Ollama" if not_agreed(report) else "still busy"
+        done += f", {why}: {', '.join(left)}"
     return f"Cache cleared: {done}."
+
+
+def not_agreed(report: Json) -> bool:
+    """Tell whether Ollama was too late to list or to unload what is loaded."""
+    for step in report["steps"]:
+        if step["step"] in ("list", "unload") and not step["ok"]:
+            return True
+    return False
 
 
 def clear_failure(report: Json) -> ServiceError:

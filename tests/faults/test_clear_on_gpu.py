@@ -4,9 +4,11 @@ import threading
 import time
 
 import pytest
+import requests
 
 from helpers.answers import RESET, ask, clear, heal, health, stats
 from helpers.causes import Waiting
+from helpers.frozen import unkillable
 from helpers.gpu_ollama import gpu_ollama
 from helpers.processes import is_gone
 from helpers.waiting import wait_for
@@ -21,8 +23,13 @@ def shared(make_module_service, make_gguf_variant, ollama_binary, tmp_path_facto
         models={M1: make_gguf_variant(1), M2: make_gguf_variant(2)},
         LLM_MODEL=M1,
         LLM_CONTEXT_LENGTH=1024,
-        # On two busy cores a runner that answers late would be hung or busy.
-        constants={"llm_service.clearing.CLEAR_RUNNER_S": 1},
+        # On two busy cores a runner that answers late would be hung or busy, and an Ollama that is
+        # held for a moment would be too late.
+        constants={
+            "llm_service.clearing.CLEAR_RUNNER_S": 1,
+            "llm_service.clearing.PATIENT_ASK_S": 15,
+            "llm_service.session.CLEAR_S": 20,
+        },
     )
 
 
@@ -117,6 +124,23 @@ def test_a_sparing_clear_spares_one_that_is_asked_again_and_again(on_gpu):
         thread.join()
     assert (report["killed"], report["left"]) == ([], [M2])
     assert set(answers) == {200}
+
+
+def test_an_idle_one_is_deleted_once_ollama_has_ended_another_runner(
+    on_gpu, make_gguf_variant, others
+):
+    """Until then it neither lists nor unloads any."""
+    on_gpu.add_model("m3:latest", make_gguf_variant(3))
+    on_gpu.load("m3")
+    with unkillable(on_gpu.load(M1)):
+        on_gpu.ollama("POST", "/api/generate", json={"model": M1, "keep_alive": 0})
+        with pytest.raises(requests.Timeout):
+            on_gpu.ollama("GET", "/api/ps", timeout=1)
+        answer = others.submit(on_gpu.delete, "/api/models/delete", json={"model": "m3"})
+        time.sleep(1)
+        assert not answer.done()
+    answer = answer.result()
+    assert (answer.status_code, answer.json()["status"]) == (200, "success")
 
 
 def test_a_delete_of_an_idle_one_does_not_call_it_busy(on_gpu, make_gguf_variant):

@@ -23,8 +23,9 @@ from llm_service import clearing, processes, reports, session, sharing, watch
 from llm_service.clearing import Clearing
 from llm_service.errors import TimedOut
 from llm_service.manifests import Manifest
+from llm_service.models import not_unloaded
 from llm_service.processes import Runner, alive, end
-from llm_service.reports import clear_failure
+from llm_service.reports import clear_failure, clear_message
 from llm_service.session import Session, reset_suits
 from ollama_client import ServiceError
 
@@ -214,6 +215,45 @@ def test_an_idle_one_that_ollama_does_not_unload_is_spared_and_named(gpu):
     assert gpu.runners["big:latest"].is_running()
     assert (report["killed"], report["verified"]) == ([], False)
     assert (report["left"], report["unloaded_models"]) == (["big:latest"], ["small:latest"])
+
+
+@pytest.mark.parametrize("call", ["ps", "unload"])
+def test_an_ollama_that_takes_a_second_to_answer_still_unloads_for_a_sparing_clear(
+    gpu, call, monkeypatch
+):
+    """It does while it ends another runner."""
+    in_time = getattr(gpu, call)
+
+    def late(*arguments):
+        if arguments[-1] < 1:
+            raise TimedOut("ollama_timeout", "late")
+        return in_time(*arguments)
+
+    monkeypatch.setattr(app.ollama, call, late)
+    report = gpu.clear(force=False)
+    assert (report["left"], report["unloaded_models"]) == ([], sorted(DIGESTS))
+    assert ended(gpu, gpu.clear(force=True)) == {}
+
+
+@pytest.mark.parametrize("call", ["ps", "unload"])
+def test_one_that_ollama_was_too_late_to_unload_is_not_called_busy(gpu, call, monkeypatch):
+    def late(*_):
+        raise TimedOut("ollama_timeout", "late")
+
+    monkeypatch.setattr(app.ollama, call, late)
+    report = gpu.clear(force=False, model="big:latest")
+    assert report["left"] == ["big:latest"]
+    words = "0 unloaded, 0 MB came free, not unloaded by Ollama: big:latest"
+    assert clear_message(report) == f"Cache cleared: {words}."
+    error = not_unloaded("big:latest", report)
+    assert (error.code, "busy" in str(error)) == ("ollama_timeout", False)
+
+
+def test_a_busy_one_is_called_that(gpu):
+    gpu.slots["big:latest"] = BUSY
+    report = gpu.clear(force=False, model="big:latest")
+    assert clear_message(report).endswith("still busy: big:latest.")
+    assert not_unloaded("big:latest", report).code == "model_busy"
 
 
 @pytest.mark.parametrize("model", [None, "big:latest"])
