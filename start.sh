@@ -10,9 +10,10 @@ say() { printf 'llm-service: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 alive() { kill -0 "$@" 2>/dev/null; } # whether any of these processes is there
 now() { read -r now _ </proc/uptime && now=${now/./}; } # hundredths of a second; other clocks are set, and jump
+exec 7<> <(:); nap() { read -rt "$1" -u 7 || :; } # SECONDS: without a program, as a wait of many naps would start many
 wait_while() { # SECONDS COMMAND…: as long as it succeeds, but no longer; whether it has failed in time
-    local now until; now; until=$((now + $1 * 100)) # a sleep takes longer on a busy machine
-    while "${@:2}"; do now; ((now < until)) || return 1; sleep 0.02; done
+    local now until; now; until=$((now + $1 * 100)) # a nap takes longer on a busy machine
+    while "${@:2}"; do now; ((now < until)) || return 1; nap 0.02; done
 }
 
 # --- Install ---
@@ -21,7 +22,7 @@ run() { # COMMAND…: one that a signal to this script interrupts, with all that
     running=$!; wait "$running" && running=''
 }
 # shellcheck disable=SC2329 # a trap calls it; again, as a signal between a fork and its exec is lost
-end_run() { for _ in {1..99}; do pkill -s "$running" -r D,R,S,T,t || return 0; sleep 0.02; done; } 2>/dev/null
+end_run() { for _ in {1..99}; do pkill -s "$running" -r D,R,S,T,t || return 0; nap 0.02; done; } 2>/dev/null
 
 need_python() { # sets `python`
     venv=$cache/venv-$(cat requirements.txt "${files[@]}" | sha256sum | head -c 12)
@@ -64,7 +65,7 @@ end_sessions() { # STATE…: SIGKILL to all that is left of the sessions recorde
     wait_while 1 kill_sessions "$sessions" && return
     for pid in ${sessions//,/ }; do ! kill_sessions "$pid" || left+=$pid,; done
 }
-end_left() { while kill_sessions "$left"; do read -rt 1 <> <(:) || :; done; } # what outlives that
+end_left() { while kill_sessions "$left"; do nap 1; done; } # what outlives that
 ended_by_api() { # PID: whether the API has said so, by a pipe, as a disk may be full
     local pid said=''
     while read -rt 0.01 -u 8 pid; do said+=" $pid"; done
@@ -104,8 +105,7 @@ keep_ollama() { # as long as the API lives
 # --- End ---
 # shellcheck disable=SC2046,SC2329 # process numbers; a trap calls it
 stop() { # within 10 s, whatever hangs; the exit status stays
-    set +e
-    trap '' TERM INT HUP
+    set +e; trap '' TERM INT HUP
     end_run
     exec 2>/dev/null 5>&- 6>&- # without what bash tells of processes that were killed
     kill "$api" # first: with its pulls closed, Ollama keeps what it has of their parts
@@ -149,7 +149,7 @@ export LLM_STATE_FILE=$state LLM_ENDED_FD=8
 MALLOC_ARENA_MAX=2 launch "$state.api" "$python" -m gunicorn app:app # else glibc keeps memory per thread
 api=$!
 # app.py checks all settings; what gunicorn.conf.py writes of Ollama's is for `env`
-while [[ ! -e $state.env ]] && alive "$api"; do sleep 0.05; done
+while [[ ! -e $state.env ]] && alive "$api"; do nap 0.05; done
 if mapfile -t settings 2>/dev/null <"$state.env"; then # else the API has ended
     need_ollama
     say "starting $ollama"
