@@ -35,5 +35,5 @@ def start_browser(folder, *flags):
     env = {**os.environ, MARK: f"{WHOLE_RUN}/browser"}
     service = webdriver.ChromeService(driver, log_output=subprocess.DEVNULL, env=env)
     browser = webdriver.Chrome(options, service)
-    browser.set_script_timeout(30)
+    browser.set_script_timeout(60)
     return browser

@@ -24,6 +24,19 @@ NOT_YET = (
 
 
 WORDS_OF_METERS = ("value", "low", "high")
+# Has the page poll so many times. It takes no new round before it has done with the last.
+ROUNDS = """
+    const [count, done] = arguments, main = document.getElementById("main");
+    const ask = () => document.dispatchEvent(new Event("poll"));
+    let left = count;
+    const seen = new MutationObserver(() => {
+      left -= 1;
+      if (left > 0) return setTimeout(ask);
+      seen.disconnect();
+      done();
+    });
+    seen.observe(main, { attributeFilter: ["data-rounds"] });
+    ask();"""
 
 
 def wait_for(predicate, timeout, what):
@@ -66,14 +79,7 @@ class Page:
 
     def next_rounds(self, count=2):
         """Wait for so many rounds; of two, the second began after the call."""
-        for _ in range(count):
-            before = self.rounds()
-
-            def polled(before=before):
-                self.run("document.dispatchEvent(new Event('poll'))")
-                return self.rounds() > before
-
-            wait_for(polled, 60, "a round of polling")
+        self.browser.execute_async_script(ROUNDS, count)
 
     def element(self, id):
         return self.browser.find_element(By.ID, id)

@@ -28,13 +28,13 @@ FLEET = Path(ROOT, "tests", "fleet")
 STUCK_S = 20  # ten looks, of which the verdict needs as many, take as long
 LONGEST_S = STUCK_S + 15
 CALLERS = 4
-PAUSE_S = 0.25  # after each answer, so that the tests beside this one get on, too
+PAUSE_S = 0.5  # after each answer, so that the tests beside this one get on, too
 BODY = {
     "model": GEMMA,
     "prompt": "1 2 3 4 5 6 7",
     "raw": True,
     "stream": False,
-    "options": {"num_predict": 10, "temperature": 0},
+    "options": {"num_predict": 4, "temperature": 0},
 }
 
 
