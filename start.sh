@@ -51,7 +51,7 @@ keep_spare() { [[ -e $state.spare ]] || head -c 16384 /dev/zero >"$state.spare" 
 note() { { { tail -n 9 "$1" || :; echo "$record"; } >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null; } # STATE: in one step
 
 launch() { # STATE COMMAND…: prints to 5 and 6; in a session of its own, by which what it leaves is known
-    setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 9>&- &
+    setsid setpriv --pdeathsig TERM "${@:2}" >&5 2>&6 5>&- 6>&- 7>&- 9>&- &
     started_at $!; record="$! $ticks $restarts"
     note "$1" || { rm -f "$state.spare" && mkdir -p "${1%/*}" && note "$1"; } || say "cannot write $1 for the API"
 }
