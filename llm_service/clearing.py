@@ -30,7 +30,7 @@ from ollama_client import Json, ServiceError, name_key
 log = logging.getLogger("llm-service")
 CLEAR_ASK_S = 0.4  # for each question of a clear
 CLEAR_RUNNER_S = 0.2  # the same to a runner
-# The same without ``force``, where nothing ends in Ollama's place what it does not unload: while it
+# For each question to Ollama without ``force``, as then nothing is ended in its place: while it
 # ends another runner, its list and its unloads wait.
 PATIENT_ASK_S = 1.5
 UNLOAD_WAIT_S = 1.5
@@ -114,7 +114,7 @@ class Clearing:
         return min(until, latest)
 
     def _patience_s(self) -> float:
-        """Return for how long a question may wait."""
+        """Return for how long a question to Ollama may wait."""
         if self._force:
             return CLEAR_ASK_S
         left_s = self._until(PATIENT_ASK_S, KILL_RESERVE_S) - time.monotonic()

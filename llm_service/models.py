@@ -64,7 +64,7 @@ class Models:
         if self._downloads.running(model):
             words = f"{model} is being downloaded: cancel that first."
             raise ServiceError("model_being_pulled", words)
-        self._watch.ollama.version(1)  # one that hangs would look busy
+        self._watch.ollama.version(1)  # with one that hangs nothing is unloaded
         cleared = self._session.clear(model, force)
         if not cleared["verified"]:
             raise not_unloaded(model, cleared)
